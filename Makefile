@@ -1,0 +1,64 @@
+# `make` or `make help` lists the targets. Every target sets up .venv first, once.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+ARGS ?=
+EXTRAS := notebooks,smollm2,test,dev
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Tests: as many notebooks at once as there are cores (4 at most: each loads torch), and the cores shared out between them.
+CPUS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
+THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
+TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup run test lab docs export check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install the pinned packages (again only if a requirement changed)
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed, '$(PYTHON)' is not. Name another: make PYTHON=python3.12 …" >&2; exit 1; }; \
+	  echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; fi
+	@echo "installing the packages of constraints.txt (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@mkdir -p .venv/etc/ipython; echo 'c.IPKernelApp.log_level = "CRITICAL"' > .venv/etc/ipython/ipython_kernel_config.py  # no warning about TCP at each run
+	@touch $@
+
+run: setup ## train with GRPO on the embedded model, into the next free runs/NNNN (more: make run ARGS="-p algorithm ppo")
+	@mkdir -p runs; n=1; until mkdir runs/$$(printf %04d $$n) 2>/dev/null; do n=$$((n + 1)); [ $$n -lt 10000 ] || exit 1; done; \
+	run=runs/$$(printf %04d $$n); echo "run: $$run/train.ipynb"; \
+	$(BIN)/papermill --progress-bar -k python3 nbs/experiments/train.ipynb $$run/train.ipynb -p output_dir $$run $(ARGS) && \
+	echo && cat $$run/summary.txt && echo && echo "in $$run: $$(ls $$run | tr '\n' ' ')"
+
+test: setup ## run every notebook's tests, then tests/
+	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) $(BIN)/python -m pytest tests -q $(ARGS)
+
+lab: setup ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+
+export: setup ## write the library and README.md from the notebooks, and clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python -c 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()'
+	$(BIN)/python tools/readme.py
+
+check: setup ## are the library, README.md and the notebooks in sync?
+	$(BIN)/python tools/check_sync.py
+	$(BIN)/python tools/readme.py --check
+
+docs: setup ## build the documentation site in docs/ and check its links
+	$(BIN)/python tools/build_docs.py
+	$(BIN)/python tools/check_links.py docs
+
+clean: ## remove what can be made again: builds and caches (not .venv, not runs/)
+	rm -rf build dist *.egg-info _proc .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf

@@ -1,0 +1,216 @@
+"""Build the documentation site from the notebooks, without running their examples again.
+
+    python tools/build_docs.py [--output docs] [--engine auto|quarto|smalldocs]
+
+nbdev prepares the notebooks (it runs only imports and exported cells, for signatures); then Quarto renders them if it is
+on PATH, else smalldocs, a small pure-Python reader of the same `_quarto.yml`. smalldocs lacks a few things that our
+notebooks use; the functions called `mend_*` add those. All of it happens in a temporary copy, so nothing but the output
+folder changes, and two builds of one commit give the same bytes.
+"""
+import argparse
+import ast
+import json
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+KATEX = Path(__file__).resolve().parent / "katex"  # vendored from the npm package, woff2 fonts only
+KINDS = {"eq": "Equation", "fig": "Figure", "tbl": "Table"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+TITLE = re.compile(r"(# .+\n*(?:> .+\n*)?(?:- [\w-]+: .+(?:\n|$))*)((?s:.*))")
+NUMBER = re.compile(r"(^|/)\d+[a-zA-Z0-9]*_(?=[^/]*$)")  # nbdev drops the `03_` of `03_policy` from page names
+
+
+def page_name(path: str) -> str:
+    "`a/03_policy.ipynb` -> `a/policy.ipynb`, as nbdev names the page."
+    folder, name = posixpath.split(path)
+    return posixpath.join(folder, NUMBER.sub("", name).lower())
+
+
+def prepare(work: Path) -> Path:
+    "Let nbdev process a copy of the notebooks; returns the folder to render."
+    if any(part.startswith(".") for part in work.parts): sys.exit(f"nbdev skips paths with a dotted folder; set TMPDIR ({work})")
+    if not entry_points(group="nbdev", name="grpo_nb"): sys.exit("grpo_nb is not installed, links would be lost: run `make setup`")
+    shutil.copytree(ROOT / "nbs", work / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copy(ROOT / "settings.ini", work)
+    for path in sorted((work / "nbs").rglob("*.ipynb")): ready(path)
+    os.chdir(work)
+    os.environ["PYTHONHASHSEED"] = "0"
+    from nbdev.serve import proc_nbs
+    return proc_nbs(force=True, n_workers=min(4, os.cpu_count() or 1)).resolve()
+
+
+def ready(path: Path) -> None:
+    "Keep nbdev from dropping what stands below the title in the same cell and from running examples; leave progress bars out."
+    notebook = json.loads(path.read_text())
+    cells = notebook["cells"]
+    head = TITLE.match("".join(cells[0]["source"])) if cells and cells[0]["cell_type"] == "markdown" else None
+    if head and head[2].strip():
+        cells[0]["source"] = head[1]  # nbdev reads the whole cell as front matter, so the text gets a cell of its own
+        cells.insert(1, {"cell_type": "markdown", "id": cells[0]["id"] + "-text", "metadata": {}, "source": head[2]})
+    for cell in cells:
+        source = "".join(cell["source"])
+        if "outputs" in cell: cell["outputs"] = [out for out in cell["outputs"] if WIDGET not in out.get("data", {})]
+        if cell["cell_type"] != "code" or re.search(r"^#\| *export", source, re.M): continue
+        try: tree = ast.parse(source)
+        except SyntaxError: continue  # a magic
+        imports = (ast.Import, ast.ImportFrom)
+        if any(isinstance(node, imports) for node in ast.walk(tree)) and not all(isinstance(node, imports) for node in tree.body):
+            cell["source"] = "#| eval: false\n" + source  # nbdev runs whole cells to have the imports in them
+    path.write_text(json.dumps(notebook))
+
+
+def check_sidebar(site: Path) -> None:
+    "Every notebook is in the sidebar, and every entry of the sidebar is a notebook."
+    listed = set(re.findall(r"[\w/.-]+\.ipynb", (site / "sidebar.yml").read_text()))
+    found = {p.relative_to(site).as_posix() for p in site.rglob("*.ipynb")}
+    if listed != found: sys.exit(f"nbs/sidebar.yml: not listed {sorted(found - listed)}; not there {sorted(listed - found)}")
+
+
+# ---------------------------------------------------------------- mends before smalldocs
+
+def mend_pages(site: Path) -> None:
+    "Number what is referred to, and rename pages and the links to them."
+    for path in sorted(site.rglob("*.ipynb")):
+        notebook = json.loads(path.read_text())
+        mend_references(notebook, path.name)
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                source = "".join(cell["source"])
+                cell["source"] = re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
+            for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
+                data["text/markdown"] = re.sub(r"```.*?```", unlink, "".join(data["text/markdown"]), flags=re.S)
+        path.unlink()
+        (site / page_name(path.relative_to(site).as_posix())).write_text(json.dumps(notebook))
+    sidebar = site / "sidebar.yml"
+    sidebar.write_text(re.sub(r"[\w/.-]+\.ipynb", lambda m: page_name(m[0]), sidebar.read_text()))
+
+
+def unlink(code: re.Match) -> str:
+    "nbdev makes links of names in backticks even within a signature, where they cannot be links."
+    return re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0])
+
+
+def mend_references(notebook: dict, name: str) -> None:
+    "Number `$$…$$ {#eq-x}` and cells with `#| label: fig-x`, and make links of `@eq-x` and `@fig-x`."
+    numbers, count = {}, dict.fromkeys(KINDS, 0)
+
+    def number(label):
+        kind = label.split("-")[0]
+        count[kind] += 1
+        numbers[label] = count[kind]
+        return count[kind]
+
+    def equation(m):
+        return f"::: {{#{m[2]}}}\n$$\n{m[1].strip()} \\tag{{{number(m[2])}}}\n$$\n:::"
+
+    def caption(m):
+        kind = re.search(r"^#\| *label: *(fig|tbl)-", source, re.M)[1]
+        return f'{m[1]}{json.dumps(f"{KINDS[kind]} {count[kind]}: " + yaml.safe_load(m[2]), ensure_ascii=False)}'
+
+    def link(m):
+        if m[1] not in numbers: sys.exit(f"{name}: @{m[1]} refers to nothing in this notebook")
+        return f"[{KINDS[m[1].split('-')[0]]} {numbers[m[1]]}](#{m[1]})"
+
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = re.sub(r"\$\$(.+?)\$\$ *\{#(eq-[\w-]+)\}", equation, source, flags=re.S)
+        elif label := re.search(r"^#\| *label: *((?:fig|tbl)-[\w-]+)", source, re.M):
+            number(label[1])
+            source = re.sub(r"^(#\| *(?:fig|tbl)-cap: *)(.+)$", caption, source, count=1, flags=re.M)
+        cell["source"] = source
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = re.sub(r"(?<![\w`/@])@((?:eq|fig|tbl)-[\w-]*\w)", link, cell["source"])
+
+
+# ---------------------------------------------------------------- mends after smalldocs
+
+def mend_site(out: Path, base: str) -> None:
+    "Make the site work from any folder and without a network: own KaTeX, no web fonts, relative links, dates left out."
+    shutil.copytree(KATEX, out / "site_libs/katex")
+    ids = {p.relative_to(out).as_posix(): set(re.findall(r' id="([^"]+)"', p.read_text())) for p in out.rglob("*.html")}
+
+    def doclink(m):  # nbdev links every name, also a method or a private one, which have no heading: then to their class or page
+        name, anchor = m[2], m[3] or ""
+        while anchor and anchor not in ids.get(name, ()): anchor = anchor.rpartition(".")[0]
+        return f"{m[1]}{up}{name}" + (f"#{anchor}" if anchor else "")
+
+    for page in sorted(out.rglob("*.html")):
+        up = "../" * (len(page.relative_to(out).parts) - 1)
+        html = page.read_text()
+        html = re.sub(r"https://[^\"]*/katex@[^/\"]+/dist/", f"{up}site_libs/katex/", html)
+        html = re.sub(rf'(<a\b[^>]*? href="){re.escape(base)}/([^"#]*)(?:#([^"]*))?', doclink, html)
+        page.write_text(re.sub(r" at 0x[0-9a-f]{6,}", "", html))
+    for css in sorted((out / "site_libs").rglob("*.css")):
+        css.write_text(re.sub(r"@import url\([\"']?https?:[^)]*\);?", "", css.read_text()))
+    sitemap = out / "sitemap.xml"
+    sitemap.write_text(re.sub(r"\s*<lastmod>[^<]*</lastmod>", "", sitemap.read_text()))
+    (out / ".nojekyll").touch()
+    mend_search(out)
+
+
+def mend_search(out: Path) -> None:
+    "Let search work from a file:// page too, where fetch() does not: load the index as a script, on first use."
+    script, index = out / "site_libs/smalldocs.js", out / "search.json"
+    old = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'
+    new = ('await new Promise((done, failed) => { const s = document.createElement("script"); s.src = offset + "search.js";'
+           ' s.onload = done; s.onerror = failed; document.head.append(s); });\n      index = window.searchIndex;')
+    text = script.read_text()
+    assert old in text, "smalldocs.js has changed: see mend_search"
+    script.write_text(text.replace(old, new))
+    (out / "search.js").write_text(f"window.searchIndex = {index.read_text()};\n")
+    index.unlink()
+
+
+def render_smalldocs(site: Path) -> Path:
+    "Render with smalldocs; a link that leads nowhere is an error."
+    from smalldocs.site import build
+    check_sidebar(site)
+    mend_pages(site)
+    built = build(site, quiet=True)
+    for warning in built.warnings:
+        if "output-file" not in warning: print("smalldocs:", warning)  # nbdev's name of the page: mend_pages sees to it
+    if built.broken: sys.exit("broken links: " + ", ".join(f"{page}: {href}" for page, href in built.broken))
+    mend_site(built.out, str(built.project.website["site-url"]).rstrip("/"))
+    return built.out
+
+
+def render_quarto(site: Path) -> Path:
+    "Render with Quarto."
+    check_sidebar(site)
+    subprocess.run(["quarto", "render", "--no-cache"], cwd=site, check=True)
+    return site / "docs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the documentation site.")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder to (re)place the site in (default: docs)")
+    parser.add_argument("--engine", choices=["auto", "quarto", "smalldocs"], default="auto", help="auto: quarto if on PATH, else smalldocs")
+    args = parser.parse_args()
+    output, engine = args.output.resolve(), args.engine
+    if engine == "auto": engine = "quarto" if shutil.which("quarto") else "smalldocs"
+    if output.exists() and any(output.iterdir()) and not (output / "index.html").exists():
+        sys.exit(f"{output} is not empty and is not a built site")
+    with tempfile.TemporaryDirectory(prefix="grpo_nb_docs_") as work:
+        site = prepare(Path(work).resolve())
+        built = {"quarto": render_quarto, "smalldocs": render_smalldocs}[engine](site)
+        pages = len(list(built.rglob("*.html")))
+        os.chdir(ROOT)
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(built, output)
+    print(f"{engine}: {pages} pages in {os.path.relpath(output)}")
+
+
+if __name__ == "__main__":
+    main()
