@@ -39,7 +39,7 @@ run: setup ## train with GRPO on the embedded model, into the next free runs/NNN
 	echo && cat $$run/summary.txt && echo && echo "in $$run: $$(ls $$run | tr '\n' ' ')"
 
 test: setup ## run every notebook's tests, then tests/
-	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
 	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) $(BIN)/python -m pytest tests -q $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab

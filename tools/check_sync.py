@@ -33,6 +33,8 @@ def main() -> None:
         there, fresh = files(ROOT), files(copy)
     differ = sorted(name for name in there.keys() | fresh.keys() if there.get(name) != fresh.get(name))
     if differ: sys.exit("not what `make export` gives: " + ", ".join(differ))
+    private = sorted(name for name, data in there.items() if f"{ROOT}/".encode() in data)
+    if private: sys.exit(f"outputs hold a path of this machine ({ROOT}): " + ", ".join(private))
     print(f"{len(fresh)} files in sync: modules are exported, notebooks are clean")
 
 
