@@ -77,7 +77,6 @@ class Config:
         if not self.reward_funcs: raise ValueError("reward_funcs must name at least one reward function, got none")
         if self.task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
         if self.lr_scheduler_type not in SCHEDULERS: raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULERS)}; got {self.lr_scheduler_type!r}")
-        if self.resume and self.output_dir is None: raise ValueError("resume = True needs output_dir: the run to go on with")
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
             warnings.warn(f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio", stacklevel=3)

@@ -83,6 +83,7 @@ def _replace_directory(scratch: Path, target: Path):
 # %% ../nbs/13_training.ipynb #7c890d86
 def prepare_directory(config: Config) -> Path:
     "The run directory, made if need be; `ValueError` if it already holds a run that is not to be resumed."
+    if config.resume and config.output_dir is None: raise ValueError("resume = True needs output_dir: the run to go on with")
     if config.output_dir is None:
         taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
         directory = Path("runs") / f"{max(taken, default=0) + 1:04d}"
