@@ -31,7 +31,7 @@ from .value import ValueModel, predict_values
 Share = Annotated[float, Field(gt=0, le=1)]
 option = HfArg  # a dataclass field with a help text, which the command line shows
 
-@validated_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@validated_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
 class Config:
     "What PPO and GRPO share."
     algorithm: Literal["ppo", "grpo"] = option(default="grpo", help="which half of the figure: ppo or grpo")
@@ -63,7 +63,7 @@ class Config:
     max_steps: PositiveInt = option(default=100, help="training steps")
     eval_steps: PositiveInt = option(default=25, help="evaluate every so many steps, and before the first and after the last")
     eval_size: PositiveInt = option(default=200, help="held-out queries of an evaluation")
-    save_steps: PositiveInt | None = option(default=None, help="checkpoint every so many steps (default: none)")
+    save_steps: NonNegativeInt = option(default=50, help="checkpoint every so many steps; 0: none")
     seed: NonNegativeInt = option(default=0, help="of queries, sampling and initialisation")
     device: str = option(default="auto", help="auto, cpu, cuda, mps, ...")
     dtype: Literal["float32", "bfloat16"] = option(default="float32", help="bfloat16: autocast, weights stay float32")
@@ -83,8 +83,8 @@ class Config:
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
-# %% ../nbs/12_algorithm.ipynb #d67bebea
-@validated_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+# %% ../nbs/12_algorithm.ipynb #1ec978cb
+@validated_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
 class GRPOConfig(Config):
     "What only GRPO needs."
     algorithm: Literal["grpo"] = option(default="grpo", help="the lower half of the figure")
@@ -93,8 +93,8 @@ class GRPOConfig(Config):
     baseline: Literal["mean", "leave_one_out"] = option(default="mean", help="what a reward is compared with")
     use_bias_correction_kl: bool = option(default=False, help="rho * k3 in the loss: an unbiased KL gradient")
 
-# %% ../nbs/12_algorithm.ipynb #cdc0aebf
-@validated_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+# %% ../nbs/12_algorithm.ipynb #dc765640
+@validated_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
 class PPOConfig(Config):
     "What only PPO needs."
     algorithm: Literal["ppo"] = option(default="ppo", help="the upper half of the figure")
@@ -114,7 +114,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "deepseekmath": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64},  # 2402.03300, sec. 4.2
     "dr_grpo": {"algorithm": "grpo", "scale_rewards": "none", "loss_type": "dr_grpo", "beta": 0.0},  # 2503.20783
     "gspo": {"algorithm": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.0},  # 2507.18071, sec. 5.1
-    "cispo": {"algorithm": "grpo", "objective": "cispo", "loss_type": "dapo", "epsilon_high": 5.0, "beta": 0.0},  # 2506.13585
+    "cispo": {"algorithm": "grpo", "objective": "cispo", "loss_type": "dapo", "epsilon_high": 4.0, "beta": 0.0},  # 2506.13585; the cap of 5 that TRL recommends
     "rloo": {"algorithm": "grpo", "baseline": "leave_one_out", "scale_rewards": "none", "num_generations": 4},  # 2402.14740
 }
 CONFIGS = {"grpo": GRPOConfig, "ppo": PPOConfig}

@@ -50,7 +50,7 @@ def policy_loss(
     elif objective == "cispo":
         loss = -rho.clamp(max=high).detach() * advantages * logprobs
     else: raise ValueError(f'objective must be "clip" or "cispo", got {objective!r}')
-    statistics = {"rho": rho, "clip_high": mask & (rho > high) & (advantages > 0),
+    statistics = {"rho": rho, "clip_high": mask & (((rho > high) & (advantages > 0)) | ((rho > (delta or torch.inf)) & (advantages < 0))),
                   "clip_low": mask & (rho < low) & (advantages < 0) & (objective == "clip")}
     return torch.where(mask, loss, 0.0), statistics
 

@@ -35,6 +35,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type == "meta": raise RuntimeError("it holds no data")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:  # unknown name; known, but not on this machine
         raise ValueError(f"device {device!r} is not available here (try \"auto\" or \"cpu\"): {str(error).splitlines()[0]}") from None
@@ -71,9 +72,9 @@ def load_policy(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # unreadable, not there, not a language model: one message for all
         raise ValueError(f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; "
-                         f"got {str(name)!r}: {str(error).strip().splitlines()[0]}") from error
+                         f"got {str(name)!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
     finally:
         if bars: transformers_logging.enable_progress_bar()
     return model.to(device).eval(), tokenizer
@@ -150,7 +151,7 @@ def as_rollout(
     if rest or not G: raise ValueError(f"completions must be a multiple of the {len(queries)} queries, got {len(completions)}")
     prompt_ids, prompt_mask = encode_prompts(tokenizer, queries)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + eos) for text in completions]
+    rows = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + eos, dtype=torch.long) for text in completions]
     ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(tokenizer)).to(device)
     mask = torch.arange(ids.shape[1], device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
     return Rollout(queries, prompt_ids.to(device), prompt_mask.to(device), ids, mask, completions,

@@ -57,7 +57,7 @@ def _checked(name: str, scores, n: int) -> list[float]:
         if score is None: continue
         if hasattr(score, "item") and getattr(score, "ndim", 0) == 0: score = scores[i] = score.item()
         if not isinstance(score, Real): raise TypeError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a number or None")
-        if not math.isfinite(score): raise ValueError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a finite number or None")
+        if not abs(score) <= torch.finfo(torch.float32).max: raise ValueError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a finite number or None")
     return [math.nan if score is None else float(score) for score in scores]
 
 # %% ../nbs/06_reward.ipynb #d9ac8da5
@@ -92,6 +92,7 @@ def combine(
     "Weighted sum over the functions that judged."
     weights = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights, dtype=scores.dtype)
     if len(weights) != scores.shape[1]: raise ValueError(f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}")
+    if not weights.isfinite().all(): raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
     total = (scores * weights.to(scores)).nansum(1)
     return total.masked_fill(scores.isnan().all(1), math.nan)
 
@@ -131,9 +132,11 @@ class RewardModel:
     def from_pretrained(cls, path: str, device: str = "auto") -> "RewardModel":
         "Load one from a directory or hub id."
         try:
-            model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1), AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"reward model {str(path)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:
+            raise ValueError(f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+        if info["missing_keys"]: raise ValueError(f"{str(path)!r} is not a reward model: it has no trained score head (missing: {', '.join(sorted(info['missing_keys']))})")
         return cls(model.to(resolve_device(device)), tokenizer)
 
     def scores(self, queries: list[Query], completions: list[str]) -> Float[Tensor, "N"]:
@@ -160,6 +163,7 @@ def train_reward_model(
     "Fit a reward model to preferences with AdamW; it is frozen again afterwards."
     if not pairs: raise ValueError("pairs must hold at least one preference, got none")
     rng, losses = random.Random(seed), []
+    reward_model.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(reward_model.model.parameters(), lr=learning_rate)
     for _ in range(steps):
         queries, chosen, rejected = zip(*rng.choices(pairs, k=batch_size))
@@ -168,6 +172,7 @@ def train_reward_model(
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), 1.0)
         optimizer.step(); losses.append(loss.item())
+    optimizer.zero_grad(set_to_none=True); reward_model.model.requires_grad_(False)
     return losses
 
 # %% ../nbs/06_reward.ipynb #4424c5cf

@@ -32,8 +32,8 @@ class Query:
 HELDOUT_EVERY = 5  # one key in five is held out
 
 def is_heldout(query: Query) -> bool:
-    "Is this query on the held-out side? Decided by a checksum of its key alone, so it never changes."
-    return zlib.crc32(query.key.encode()) % HELDOUT_EVERY == 0
+    "Is this query on the held-out side? Decided by a checksum of its key (its text, if it has none) alone, so it never changes."
+    return zlib.crc32((query.key or query.text).encode()) % HELDOUT_EVERY == 0
 
 # %% ../nbs/01_task.ipynb #8ed07d27
 @dataclass(frozen=True)

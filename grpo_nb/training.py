@@ -11,6 +11,7 @@ __all__ = ['evaluate', 'rollout_metrics', 'peak_memory', 'write_atomically', 'pr
 import argparse
 import copy
 import json
+import math
 import os
 import resource
 import shutil
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
-from .policy import encode_prompts, load_policy
+from .policy import encode_prompts, load_policy, token_logprobs
 from .reward import RewardFunction, load_rewards, score
 from .rollout import Rollout, table
 from .sampling import check_context, sample
@@ -82,16 +83,17 @@ def _replace_directory(scratch: Path, target: Path):
 
 # %% ../nbs/13_training.ipynb #7c890d86
 def prepare_directory(config: Config) -> Path:
-    "The run directory, made if need be; `ValueError` if it already holds a run that is not to be resumed."
+    "The run directory: chosen and checked, not yet made. `ValueError` if it holds something that is not to be resumed."
     if config.resume and config.output_dir is None: raise ValueError("resume = True needs output_dir: the run to go on with")
     if config.output_dir is None:
         taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
-        directory = Path("runs") / f"{max(taken, default=0) + 1:04d}"
-    else: directory = Path(config.output_dir)
+        return Path("runs") / f"{max(taken, default=0) + 1:04d}"
+    directory = Path(config.output_dir)
     if directory.exists() and not directory.is_dir(): raise ValueError(f"output_dir {str(directory)!r} is a file; allowed: a directory, or a path that is free")
-    if (directory / "config.json").exists() and not config.resume:
-        raise ValueError(f"output_dir {str(directory)!r} already holds a run; give another one, or resume=True to go on with it")
-    directory.mkdir(parents=True, exist_ok=True)
+    ours = ("config.json", "metrics.jsonl", "completions.parquet", "summary.txt", "model")
+    held = sorted(p.name for p in directory.glob("*") if p.name in ours or p.name.startswith("checkpoint-"))
+    if held and not (config.resume and "config.json" in held):
+        raise ValueError(f"output_dir {str(directory)!r} already holds a run ({', '.join(held)}); give another one, or resume=True to go on with it")
     return directory
 
 # %% ../nbs/13_training.ipynb #e91dcfc6
@@ -111,7 +113,8 @@ def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] 
 # %% ../nbs/13_training.ipynb #7354fd23
 def build_schedulers(config: Config, models: Models) -> list:
     "A learning-rate scheduler for each optimiser."
-    return [get_scheduler(config.lr_scheduler_type, o, config.warmup_steps, config.max_steps)
+    warm = config.lr_scheduler_type == "constant" and config.warmup_steps  # "constant" alone would ignore the warm-up
+    return [get_scheduler("constant_with_warmup" if warm else config.lr_scheduler_type, o, config.warmup_steps, config.max_steps)
             for o in (models.optimizer, models.value_optimizer) if o is not None]
 
 # %% ../nbs/13_training.ipynb #62e73e3f
@@ -194,16 +197,22 @@ class Run:
         rows = pd.DataFrame({"answer": rollout.completions, "reward": rollout.rewards.tolist() if query else [None] * n})
         return rows.value_counts(dropna=False).reset_index()
 
-# %% ../nbs/13_training.ipynb #87a3a673
-def open_run(directory: str | Path, device: str = "cpu") -> Run:
+# %% ../nbs/13_training.ipynb #67cd4b5a
+def open_run(
+    directory: str | Path,
+    device: str = "cpu",
+    task: Task | None = None,  # the task object, if the run was trained on one of your own
+    reward_funcs: list[RewardFunction] | None = None,  # likewise
+) -> Run:
     "Open the directory of a run that has a trained model."
     directory = Path(directory)
     for needed in ("config.json", "model"):
         if not (directory / needed).exists(): raise ValueError(f"{str(directory)!r} is not a finished run: it has no {needed}")
-    config = make_config(**json.loads((directory / "config.json").read_text()) | {"device": device})
-    task = load_task(config.task, digits=config.digits)
+    saved = json.loads((directory / "config.json").read_text()) | {"device": device}
+    config = make_config(**saved | ({"task": None} if task else {}) | ({"reward_funcs": None} if reward_funcs else {}))
+    task = task or load_task(config.task, digits=config.digits)
     policy, tokenizer = load_policy(str(directory / "model"), device)
-    return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(config.reward_funcs, task, device))
+    return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(reward_funcs or config.reward_funcs, task, device))
 
 # %% ../nbs/13_training.ipynb #1465f550
 def _read_metrics(directory: Path) -> pd.DataFrame:
@@ -219,18 +228,23 @@ def train(
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
-    Whatever is wrong with the input is refused (`ValueError`) before a model is loaded, and before anything is written.
-    If a step raises, what was sampled and measured up to then is in the directory."""
+    Whatever is wrong with the input is refused (`ValueError`) before anything is written. If a step raises, what was
+    measured and sampled in the steps before it is in the directory, and the newest checkpoint can be resumed."""
     task = task or load_task(config.task, digits=config.digits)
-    directory = prepare_directory(config)
+    n_rewards = len(reward_funcs or config.reward_funcs)
+    if config.reward_weights and len(config.reward_weights) != n_rewards:
+        raise ValueError(f"reward_weights must have one weight for each of the {n_rewards} reward functions, got {len(config.reward_weights)}")
+    directory, record = prepare_directory(config), _record(config, task, reward_funcs)
+    if config.resume: _check_same(directory, record)
     if config.resume and (directory / "model").exists() and (directory / "config.json").exists():
         print(f"{directory} is finished: nothing to resume")
-        return open_run(directory, config.device)
+        return open_run(directory, config.device, task, reward_funcs)
     models = build_models(config, task, reward_funcs)
     _check_prompts(config, task, models)
     schedulers, generator = build_schedulers(config, models), torch.Generator(models.policy.device).manual_seed(config.seed)
     start, rows, lines = _resume(directory, models, schedulers, generator) if config.resume else (0, [], [])
-    write_atomically(directory / "config.json", json.dumps(asdict(config), indent=2))
+    directory.mkdir(parents=True, exist_ok=config.output_dir is not None)
+    write_atomically(directory / "config.json", json.dumps(record, indent=2))
     write_atomically(directory / "metrics.jsonl", "".join(lines))
     try: _steps(config, task, models, schedulers, generator, directory, start, rows, progress)
     finally: _write_completions(directory, rows)
@@ -240,6 +254,20 @@ def train(
     run = Run(directory, config, _read_metrics(directory), models.policy, models.tokenizer, task, models.rewards)
     write_atomically(directory / "summary.txt", run.summary().to_string() + "\n")
     return run
+
+# %% ../nbs/13_training.ipynb #a0979105
+def _record(config: Config, task: Task, reward_funcs: list[RewardFunction] | None) -> dict:
+    "What config.json says: the options, and the names of a task and of reward functions that were passed as objects."
+    custom = {"reward_funcs": [getattr(f, "__name__", type(f).__name__) for f in reward_funcs]} if reward_funcs else {}
+    return asdict(config) | {"task": task.name} | custom
+
+def _check_same(directory: Path, record: dict):
+    "`ValueError` if the run in this directory was made with other settings than those that are to go on with it."
+    if not (directory / "config.json").exists(): return
+    free = {"resume", "device", "output_dir", "eval_steps", "save_steps"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
+    saved = json.loads((directory / "config.json").read_text())
+    other = [f"{name} = {saved.get(name)!r}, now {value!r}" for name, value in record.items() if name not in free and saved.get(name) != value]
+    if other: raise ValueError(f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir")
 
 # %% ../nbs/13_training.ipynb #f292416e
 def _check_prompts(config: Config, task: Task, models: Models):
@@ -261,12 +289,17 @@ def _resume(directory: Path, models: Models, schedulers: list, generator: torch.
     lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     return start, rows[rows["step"] <= start].to_dict("records"), [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
 
+# %% ../nbs/13_training.ipynb #e986405b
+def _precision(config: Config, device: torch.device):
+    "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", cache_enabled=False)
+
 # %% ../nbs/13_training.ipynb #7fe35a50
 def _steps(config, task, models, schedulers, generator, directory, start, rows, progress):
     "Steps start+1 ... max_steps, each with its line of metrics."
     device = models.policy.device
     accuracy = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length)
-    with open(directory / "metrics.jsonl", "a") as log, torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with open(directory / "metrics.jsonl", "a") as log, _precision(config, device):
         initial = {} if start else {"eval/initial_accuracy": accuracy()}
         bar = tqdm(range(start + 1, config.max_steps + 1), initial=start, total=config.max_steps, desc=config.algorithm, disable=not progress)
         for step in bar:
@@ -278,6 +311,7 @@ def _steps(config, task, models, schedulers, generator, directory, start, rows, 
             metrics |= {"num_completions": step * len(rollout), "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
             if step % config.eval_steps == 0 or step == config.max_steps: metrics["eval/accuracy"] = accuracy()
             rows += table(rollout, step)
+            metrics = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
             log.write(json.dumps(metrics) + "\n"); log.flush()
             if config.save_steps and step % config.save_steps == 0:
                 _write_completions(directory, rows)
