@@ -1,0 +1,83 @@
+"The notebooks: saved with their outputs, none of them an error; and the ones that are run with parameters run."
+import re
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+
+from grpo_nb.algorithm import CONFIGS
+from helpers import ROOT, read_metrics
+
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
+EXPERIMENTS = ROOT / "nbs" / "experiments"
+TRAIN, COMPARE = EXPERIMENTS / "train.ipynb", EXPERIMENTS / "compare.ipynb"
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT / "nbs"))
+
+
+def parameters_of(path):
+    "The source of the one cell tagged `parameters`, and what it sets."
+    cells = [cell["source"] for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1
+    values = {}
+    exec(cells[0], {}, values)
+    return values
+
+
+def run(notebook, tmp_path, monkeypatch, **parameters):
+    "Run it as papermill does, pictures included; the executed notebook."
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    return papermill.execute_notebook(notebook, tmp_path / "out.ipynb", parameters, cwd=tmp_path, kernel_name="python3", progress_bar=False, log_output=False)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_no_saved_output_is_an_error(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error" and "Traceback (most recent call last)" not in str(output.get("text", ""))
+            assert output.get("name") != "stderr" or "Error" not in output["text"], output["text"]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
+def test_a_chapter_is_saved_with_its_outputs(path):
+    "Executed from top to bottom: a cell that ends in an expression shows it."
+    code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" and cell.source.strip()]
+    assert sum(bool(cell.outputs) for cell in code) >= 3
+    assert any("image/png" in output.get("data", {}) or "image/svg+xml" in output.get("data", {}) or "text/html" in output.get("data", {})
+               for cell in code for output in cell.outputs), "no picture"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_the_first_cell_is_title_and_sentence(path):
+    "What nbdev reads as front matter."
+    assert re.match(r"# .+\n\n> .+", nbformat.read(path, 4).cells[0].source)
+
+
+def test_the_parameters_of_train_are_the_fields_of_the_configs():
+    "One parameter for each option of either algorithm, all None: not given."
+    fields = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
+    assert parameters_of(TRAIN) == dict.fromkeys(fields)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_train_notebook(tmp_path, monkeypatch, algorithm):
+    sizes = {"num_generations": 4} if algorithm == "grpo" else {}
+    notebook = run(TRAIN, tmp_path, monkeypatch, algorithm=algorithm, max_steps=2, num_prompts=8, eval_size=10, device="cpu", output_dir=str(tmp_path / "run"), **sizes)
+    assert len(read_metrics(tmp_path / "run")) == 2
+    assert len(pd.read_parquet(tmp_path / "run/completions.parquet")) == 2 * 8 * sizes.get("num_generations", 1)
+    assert {"summary.txt", "curves.png", "model", "config.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    shown = str([cell.get("outputs") for cell in notebook.cells])
+    assert "held-out accuracy after" in shown and "image/png" in shown
+
+
+@pytest.mark.skipif(not COMPARE.exists(), reason="there is no compare notebook yet")
+def test_compare_notebook(tmp_path, monkeypatch):
+    run(COMPARE, tmp_path, monkeypatch, seeds=1, max_steps=2, completions_per_step=16, num_generations=4, output_dir=str(tmp_path / "runs"))
+    runs = {path.parent for path in (tmp_path / "runs").rglob("config.json")}
+    assert len(runs) >= 2 and all(len(read_metrics(directory)) == 2 for directory in runs if (directory / "metrics.jsonl").exists())
