@@ -40,6 +40,7 @@ def curve(
     before = pd.Series({0: run.accuracy[0]} if metric == "eval/accuracy" else {}, dtype=float)
     return pd.concat([before, y.dropna()]).rename_axis(by) if len(before) else y.dropna()
 
+# %% ../nbs/15_plots.ipynb #3e56d38d
 def _panels(titles: list[str], xlabel: str, columns: int) -> tuple[Figure, list[Axes]]:
     "A grid of empty panels."
     rows = -(-len(titles) // columns)
@@ -51,6 +52,7 @@ def _panels(titles: list[str], xlabel: str, columns: int) -> tuple[Figure, list[
         if "accuracy" in title: ax.yaxis.set_major_formatter(PercentFormatter(1))
     return fig, list(axes.flat[:len(titles)])
 
+# %% ../nbs/15_plots.ipynb #cbc8a384
 def plot_run(
     run: Run,
     window: int | None = None,  # steps that are averaged; None: a tenth of the run
@@ -80,6 +82,7 @@ def spread(
     curves = pd.concat([curve(run, metric, "num_completions") for run in runs], axis=1).sort_index().interpolate("index", limit_area="inside").dropna()
     return pd.DataFrame({"mean": curves.mean(axis=1), "lowest": curves.min(axis=1), "highest": curves.max(axis=1)})
 
+# %% ../nbs/15_plots.ipynb #d54a5069
 def _refuse_empty(runs: dict[str, list[Run]]):
     "`ValueError` if there is nothing to compare."
     if not runs or not all(runs.values()): raise ValueError(f"runs must map each label to at least one run, got {({k: len(v) for k, v in runs.items()})}")
@@ -110,6 +113,7 @@ def trained_parameters(run: Run) -> int:
     models = [run.policy] + ([ValueModel(run.policy)] if run.config.algorithm == "ppo" else [])
     return sum(p.numel() for model in models for p in model.parameters())
 
+# %% ../nbs/15_plots.ipynb #bc61d52e
 def comparison_table(
     runs: dict[str, list[Run]],  # label -> runs with different seeds
 ) -> pd.DataFrame:  # one row a label; means over the seeds where nothing else is said
@@ -136,6 +140,7 @@ class GroupView:
 
     def _repr_html_(self): return self.html
 
+# %% ../nbs/15_plots.ipynb #386f6bec
 def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     "What each token adds to the text; decoded behind its neighbour, because some tokenizers drop a space that comes first."
     if tokenizer is None: return [f"{i} " for i in ids]

@@ -229,8 +229,8 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "reward_weights": [[0.5, 2.0]], "num_prompts": [3], "num_iterations": [1], "beta": [0.0, 0.5],
     "epsilon": [0.02], "epsilon_high": [0.02], "delta": [1.02], "objective": ["clip", "cispo"], "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo"],
     "importance_sampling_level": ["token", "sequence"], "mask_truncated_completions": [(True, {"max_completion_length": 3})], "entropy_coef": [0.1],
-    "max_completion_length": [2], "temperature": [0.5], "top_p": [0.5], "top_k": [2], "learning_rate": [1e-5], "lr_scheduler_type": [(name, {"warmup_steps": 3}) for name in SCHEDULERS],
-    "warmup_steps": [(5, {"lr_scheduler_type": "linear"})], "max_grad_norm": [0.01], "max_steps": [1], "eval_steps": [1], "eval_size": [3], "save_steps": [1],
+    "max_completion_length": [2], "temperature": [0.5], "top_p": [0.5], "top_k": [2], "learning_rate": [1e-5], "lr_scheduler_type": list(SCHEDULERS),
+    "warmup_steps": [5], "max_grad_norm": [0.01], "max_steps": [1], "eval_steps": [1], "eval_size": [3], "save_steps": [1],
     "seed": [1], "device": ["auto", "cpu"], "dtype": ["float32", "bfloat16"], "max_tokens_per_micro_batch": [1], "resume": [True]}
 OPTIONS = {
     "grpo": SHARED | {"algorithm": ["grpo"], "num_generations": [2], "scale_rewards": ["group", "batch", "none"], "baseline": ["mean", "leave_one_out"],
@@ -238,7 +238,7 @@ OPTIONS = {
     "ppo": SHARED | {"algorithm": ["ppo"], "gamma": [0.5], "lam": [0.0, 1.0], "vf_coef": [0.01], "cliprange_value": [0.001], "value_learning_rate": [1e-5],
                      "whiten_advantages": [False], "kl_target": [0.001]}}
 CASES = [(algorithm, name, value) for algorithm, options in OPTIONS.items() for name, values in options.items() for value in values]
-TWINS = {"dapo": "bnpo"}  # two names of one thing
+TWINS = {"dapo": "bnpo", "constant_with_warmup": "constant"}  # two names of one thing
 HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "resume"}  # leave the training as it is
 
 
