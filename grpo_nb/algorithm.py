@@ -39,11 +39,14 @@ class Config:
     model: str = option(default="tiny", help="policy: tiny, smollm2, a directory or a hub id")
     task: str = option(default="add", help="add, target or add_chat")
     digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query")
-    reward_funcs: list[str] = option(default_factory=lambda: ["accuracy"], help="accuracy, brevity or the path of a reward model")
+    reward_funcs: list[str] = option(default_factory=lambda: ["accuracy"], help="accuracy, process, format, brevity, overlong, learned, or the path of a reward model")
     reward_weights: list[float] | None = option(default=None, help="one weight a reward function (default: all 1)")
     num_prompts: PositiveInt = option(default=16, help="queries a step")
     num_iterations: PositiveInt = option(default=1, help="mu: updates on one sampling")
     beta: NonNegativeFloat = option(default=0.01, help="price of the KL to the reference; 0: no reference model")
+    ref_model_sync_steps: NonNegativeInt = option(default=0, help="outer iterations: every so many steps the policy becomes the reference, and a learned reward model is trained on; 0: never")
+    reward_model_prompts: PositiveInt = option(default=2000, help="queries that a learned reward model gets fresh preferences from, each time it is trained")
+    reward_model_steps: PositiveInt = option(default=150, help="gradient steps of it, each time")
     epsilon: Share = option(default=0.2, help="rho is clipped below at 1 - epsilon")
     epsilon_high: PositiveFloat | None = option(default=None, help="and above at 1 + epsilon_high (default: epsilon)")
     delta: Annotated[float, Field(gt=1)] | None = option(default=None, help="dual clip: upper bound on rho, also where A < 0")
@@ -77,6 +80,8 @@ class Config:
         if not self.reward_funcs: raise ValueError("reward_funcs must name at least one reward function, got none")
         if self.task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
         if self.lr_scheduler_type not in SCHEDULERS: raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULERS)}; got {self.lr_scheduler_type!r}")
+        if self.ref_model_sync_steps and not self.beta and "learned" not in self.reward_funcs:
+            raise ValueError(f"ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is \"learned\"")
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
             warnings.warn(f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio", stacklevel=3)
@@ -89,6 +94,7 @@ class GRPOConfig(Config):
     "What only GRPO needs."
     algorithm: Literal["grpo"] = option(default="grpo", help="the lower half of the figure")
     num_generations: Annotated[int, Field(ge=2)] = option(default=16, help="G, completions per query")
+    dynamic_sampling: NonNegativeInt = option(default=0, help="how many times a step may be refilled in place of groups without variance")
     scale_rewards: Literal["group", "batch", "none"] = option(default="group", help="standard deviation that advantages are divided by")
     baseline: Literal["mean", "leave_one_out"] = option(default="mean", help="what a reward is compared with")
     use_bias_correction_kl: bool = option(default=False, help="rho * k3 in the loss: an unbiased KL gradient")
@@ -102,9 +108,11 @@ class PPOConfig(Config):
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(default="bnpo", help="how token losses are averaged")
     gamma: Share = option(default=1.0, help="discount a token")
     lam: Annotated[float, Field(ge=0, le=1)] = option(default=0.95, help="GAE: 0 trusts the value model, 1 the reward")
+    value_model: Literal["separate", "head"] = option(default="separate", help="a model of its own, or a head on the policy's trunk")
     vf_coef: PositiveFloat = option(default=1.0, help="weight of the value loss")
     cliprange_value: PositiveFloat = option(default=0.2, help="how far a value may move in one step")
     value_learning_rate: PositiveFloat = option(default=1e-3, help="of the value model (AdamW)")
+    whiten_rewards: bool = option(default=False, help="token rewards of a step to standard deviation 1, their mean kept")
     whiten_advantages: bool = option(default=True, help="advantages of a step to mean 0 and standard deviation 1")
     kl_target: PositiveFloat | None = option(default=None, help="adaptive beta: nats a completion (default: beta is fixed)")
 
@@ -112,7 +120,10 @@ class PPOConfig(Config):
 RECIPES: dict[str, dict[str, Any]] = {
     "ppo": {"algorithm": "ppo"},  # InstructGPT, 2203.02155
     "deepseekmath": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64},  # 2402.03300, sec. 4.2
+    "deepseekmath_process": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64, "reward_funcs": ["process"]},  # sec. 4.1.3
+    "iterative": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64, "reward_funcs": ["learned"], "ref_model_sync_steps": 25},  # sec. 4.1.4, algorithm 1
     "dr_grpo": {"algorithm": "grpo", "scale_rewards": "none", "loss_type": "dr_grpo", "beta": 0.0},  # 2503.20783
+    "dapo": {"algorithm": "grpo", "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "dynamic_sampling": 4, "reward_funcs": ["accuracy", "overlong"], "beta": 0.0},  # 2503.14476
     "gspo": {"algorithm": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.0},  # 2507.18071, sec. 5.1
     "cispo": {"algorithm": "grpo", "objective": "cispo", "loss_type": "dapo", "epsilon_high": 4.0, "beta": 0.0},  # 2506.13585; the cap of 5 that TRL recommends
     "rloo": {"algorithm": "grpo", "baseline": "leave_one_out", "scale_rewards": "none", "num_generations": 4},  # 2402.14740
@@ -138,7 +149,7 @@ def make_config(
         raise ValueError(f"{name} = {value!r} is not a parameter of {algorithm}; {hint}")
     try: return CONFIGS[algorithm](**given)
     except ValidationError as error:
-        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"]
+        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"].removeprefix("Value error, ")
                                    for e in error.errors())) from None
 
 # %% ../nbs/12_algorithm.ipynb #0ea49e29
@@ -181,9 +192,10 @@ def grpo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of GRPO: q -> o_1 ... o_G -> r_1 ... r_G -> group computation -> update (DeepSeekMath 2402.03300, fig. 4, bottom)."
-    rollout = generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator)  # q -> o_1 ... o_G
+    def outputs(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator)
+    def rewards(rollout): return score(rollout, models.rewards, config.reward_weights)
+    rollout, metrics = group.dynamic_sampling(outputs, rewards, queries, config)                  # q -> o_1 ... o_G -> r_1 ... r_G
     rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature)      # reference model
-    metrics = score(rollout, models.rewards, config.reward_weights)                               # reward model -> r_1 ... r_G
     rollout.advantages = group.advantages(rollout, config)                                        # group computation -> A_1 ... A_G
     metrics |= update(models.policy, models.optimizer, rollout, config, beta=config.beta)         # KL in the loss
     return rollout, metrics

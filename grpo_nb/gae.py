@@ -52,9 +52,10 @@ def whiten(
 def advantages(
     rollout,  # a `Rollout` with `values`
     rewards: Float[Tensor, "N T"],  # per token, KL included
-    config,  # `gamma`, `lam`, `whiten_advantages`, `mask_truncated_completions`
+    config,  # `gamma`, `lam`, `whiten_rewards`, `whiten_advantages`, `mask_truncated_completions`
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # (advantages, returns)
     "GAE and whitening as the config says; only tokens that carry loss count in the whitening."
+    if config.whiten_rewards: rewards = whiten(rewards, rollout.loss_mask(config.mask_truncated_completions), shift_mean=False)
     result, returns = gae(rewards, rollout.values, rollout.completion_mask, config.gamma, config.lam)
     if config.whiten_advantages: result = whiten(result, rollout.loss_mask(config.mask_truncated_completions))
     return result, returns

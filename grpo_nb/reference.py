@@ -55,12 +55,17 @@ def kl_in_reward(
 
 # %% ../nbs/05_reference.ipynb #517f97a1
 def token_rewards(
-    rollout: Rollout,  # with `logprobs` and `rewards`; `ref_logprobs` may be None
+    rollout: Rollout,  # with `logprobs` and `rewards`; `ref_logprobs` may be None, `step_rewards` too
     beta: float,
 ) -> Float[Tensor, "N T"]:
-    "Reward of each token of a rollout: its score, less the price of the KL."
+    "Reward of each token of a rollout: its score (or those of its steps), less the price of the KL."
     ref_logprobs = rollout.logprobs if rollout.ref_logprobs is None else rollout.ref_logprobs
-    return kl_in_reward(rollout.rewards.nan_to_num(), rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
+    scores = rollout.rewards.nan_to_num()
+    if rollout.step_rewards is None: return kl_in_reward(scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
+    rewards = kl_in_reward(torch.zeros_like(scores), rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
+    for row, ends, steps in zip(rewards, rollout.step_ends, rollout.step_rewards):
+        for end, reward in zip(ends, steps): row[end] += reward
+    return rewards
 
 # %% ../nbs/05_reference.ipynb #b37fddfb
 def adapt_beta(

@@ -45,6 +45,8 @@ class Task:
     is_right: Callable[[str, Query], bool]  # (completion text, query) -> right?
     solve: Callable[[Query, random.Random], str]  # one right answer, for the warm start
     parse: Callable[[str], Query | None]  # what a person types -> query, None if it is not one
+    form: str = r".+"  # regular expression of a well-formed answer, right or wrong
+    steps: Callable[[str, Query], list[tuple[int, float]]] | None = None  # (characters up to the end of a step, its score); None: one step
 
     def queries(self,
         split: str,  # "train" | "heldout"
@@ -78,15 +80,18 @@ def _count(digits: int) -> int:
 def add(
     digits: int = 2,  # digits of each summand, 1 to 3
 ) -> Task:
-    "`12+34=` -> `46`: one right answer, compared as text."
+    "`12+34=` -> `46`: one right answer, compared as text; each digit is a step, right if the answer up to it is."
     n = _count(digits)
     def sum_query(a, b): return Query(f"{a}+{b}=", {"answer": str(a + b)}, key=f"{min(a, b)}+{max(a, b)}")
     def parse(text):
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*\+\s*([0-9]{1,9})\s*=?\s*", text)
         return found and sum_query(int(found[1]), int(found[2]))
+    def steps(completion, query):
+        right, n = query.columns["answer"], len(completion)
+        return [(i, float(right.startswith(completion[:i]))) for i in range(1, n)] + [(n, float(completion == right))]
     return Task("add", n * n, lambda i: sum_query(_number(i // n, digits), _number(i % n, digits)),
                 is_right=lambda completion, query: completion == query.columns["answer"],
-                solve=lambda query, rng: query.columns["answer"], parse=parse)
+                solve=lambda query, rng: query.columns["answer"], parse=parse, form="[0-9]+", steps=steps)
 
 # %% ../nbs/01_task.ipynb #0fb47ce5
 MAX_EXPRESSION = 64  # characters; a longer text is not an expression
@@ -142,7 +147,7 @@ def target(
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*:?\s*", text)
         return found and number_query(int(found[1]))
     return Task("target", _count(digits), lambda i: number_query(_number(i, digits)), is_right=is_right,
-                solve=lambda query, rng: _split_target(int(query.columns["answer"]), rng), parse=parse)
+                solve=lambda query, rng: _split_target(int(query.columns["answer"]), rng), parse=parse, form="[0-9+*()-]+")
 
 # %% ../nbs/01_task.ipynb #55559609
 def add_chat(
@@ -159,7 +164,7 @@ def add_chat(
     def parse(text):
         query = plain.parse(text)
         return query and chat(query)
-    return Task("add_chat", plain.size, lambda i: chat(plain.query(i)), is_right=is_right, solve=plain.solve, parse=parse)
+    return Task("add_chat", plain.size, lambda i: chat(plain.query(i)), is_right=is_right, solve=plain.solve, parse=parse, form="[0-9]+")
 
 # %% ../nbs/01_task.ipynb #a2684e3f
 TASKS = {"add": add, "target": target, "add_chat": add_chat}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['evaluate', 'rollout_metrics', 'peak_memory', 'write_atomically', 'prepare_directory', 'build_models',
-           'build_schedulers', 'save_checkpoint', 'checkpoints', 'load_checkpoint', 'Run', 'open_run', 'train', 'chat',
-           'parse_arguments', 'main']
+           'build_schedulers', 'save_checkpoint', 'checkpoints', 'load_checkpoint', 'Run', 'open_run',
+           'outer_iteration', 'train', 'chat', 'parse_arguments', 'main']
 
 # %% ../nbs/13_training.ipynb #3cc6756c
 import argparse
@@ -13,12 +13,13 @@ import copy
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
@@ -29,9 +30,10 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import encode_prompts, load_policy, token_logprobs
-from .reward import RewardFunction, load_rewards, score
+from .group import has_variance
+from .reward import RewardFunction, RewardModel, load_rewards, name_of, preference_pairs, score, train_reward_model
 from .rollout import Rollout, table
-from .sampling import check_context, sample
+from .sampling import check_context, generate, sample
 from .task import Query, Task, load_task
 from .value import ValueModel
 
@@ -57,8 +59,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
                "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
                "completions/clipped_ratio": rollout.truncated.float().mean().item()}
     if rollout.num_generations > 1:
-        groups = rewards.view(-1, rollout.num_generations)
-        metrics["frac_reward_zero_std"] = (~(groups.nan_to_num(-torch.inf).amax(1) > groups.nan_to_num(torch.inf).amin(1))).float().mean().item()
+        metrics["frac_reward_zero_std"] = 1 - has_variance(rewards, rollout.num_generations).float().mean().item()
     return metrics
 
 # %% ../nbs/13_training.ipynb #27909b8e
@@ -90,7 +91,7 @@ def prepare_directory(config: Config) -> Path:
         return Path("runs") / f"{max(taken, default=0) + 1:04d}"
     directory = Path(config.output_dir)
     if directory.exists() and not directory.is_dir(): raise ValueError(f"output_dir {str(directory)!r} is a file; allowed: a directory, or a path that is free")
-    ours = ("config.json", "metrics.jsonl", "completions.parquet", "summary.txt", "model")
+    ours = ("config.json", "metrics.jsonl", "completions.parquet", "preferences.jsonl", "summary.txt", "model", "reward_model")
     held = sorted(p.name for p in directory.glob("*") if p.name in ours or p.name.startswith("checkpoint-"))
     if held and not (config.resume and "config.json" in held):
         raise ValueError(f"output_dir {str(directory)!r} already holds a run ({', '.join(held)}); give another one, or resume=True to go on with it")
@@ -100,13 +101,13 @@ def prepare_directory(config: Config) -> Path:
 def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None) -> Models:
     "Load or make every box of the figure that the config asks for."
     torch.manual_seed(config.seed)  # of the value model's initialisation
-    rewards = load_rewards(reward_funcs or config.reward_funcs, task, config.device)
     policy, tokenizer = load_policy(config.model, config.device)
+    rewards = load_rewards(reward_funcs or config.reward_funcs, task, config.device, policy, tokenizer, config.max_completion_length)
     policy.requires_grad_(True)
     models = Models(policy, tokenizer, torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0), rewards, beta=config.beta)
     if config.beta > 0: models.reference = copy.deepcopy(policy).requires_grad_(False)
     if config.algorithm == "ppo":
-        models.value = ValueModel(policy)
+        models.value = ValueModel(policy, shared=config.value_model == "head")
         models.value_optimizer = torch.optim.AdamW(models.value.parameters(), config.value_learning_rate, weight_decay=0.0)
     return models
 
@@ -122,9 +123,14 @@ def _trained(models: Models) -> dict:
     "The yellow boxes with their optimisers."
     return {"policy": (models.policy, models.optimizer)} | ({"value": (models.value, models.value_optimizer)} if models.value is not None else {})
 
-def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, keep: int = 2):
+def _renewed(config: Config, models: Models) -> dict:
+    "The blue boxes that the outer loop renews: frozen within an iteration, but not what they were at the start."
+    learned = {"reward": f.model for f, name in zip(models.rewards, config.reward_funcs) if name == "learned"}
+    return learned | ({"reference": models.reference} if config.ref_model_sync_steps and models.reference is not None else {})
+
+def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, keep: int = 2, renewed: dict = {}):
     "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed."
-    tensors = {"generator": generator.get_state()}
+    tensors = {"generator": generator.get_state()} | {f"{name}.weights.{k}": p.detach() for name, model in renewed.items() for k, p in model.named_parameters()}
     for name, (model, optimizer) in _trained(models).items():
         tensors |= {f"{name}.weights.{k}": p.detach() for k, p in model.named_parameters()}
         tensors |= {f"{name}.optimizer.{i}.{k}": x for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
@@ -140,14 +146,15 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
     "(step, path) of every whole checkpoint, oldest first."
     return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json"))
 
-# %% ../nbs/13_training.ipynb #61349d01
-def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator) -> int:
+# %% ../nbs/13_training.ipynb #cd2dcc99
+def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict = {}) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
     tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
     generator.set_state(tensors["generator"])
-    for name, (model, optimizer) in _trained(models).items():
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
             for k, p in model.named_parameters(): p.copy_(tensors[f"{name}.weights.{k}"])
+    for name, (_, optimizer) in _trained(models).items():
         state = {}
         for key, x in tensors.items():
             if key.startswith(f"{name}.optimizer."): i, k = key.removeprefix(f"{name}.optimizer.").split("."); state.setdefault(int(i), {})[k] = x
@@ -212,12 +219,39 @@ def open_run(
     config = make_config(**saved | ({"task": None} if task else {}) | ({"reward_funcs": None} if reward_funcs else {}))
     task = task or load_task(config.task, digits=config.digits)
     policy, tokenizer = load_policy(str(directory / "model"), device)
-    return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(reward_funcs or config.reward_funcs, task, device))
+    names = [str(directory / "reward_model") if name == "learned" else name for name in reward_funcs or config.reward_funcs]
+    return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
 
 # %% ../nbs/13_training.ipynb #1465f550
 def _read_metrics(directory: Path) -> pd.DataFrame:
     "metrics.jsonl as a table, one row a step."
     return pd.DataFrame(map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())).set_index("step")
+
+# %% ../nbs/13_training.ipynb #29f60a6f
+def outer_iteration(
+    config: Config,
+    task: Task,  # its rule is the judge of preferences
+    models: Models,
+    generator: torch.Generator,
+    step: int,  # the step that is about to begin
+    preferences: list[dict],  # of earlier iterations (step, prompt, chosen, rejected); the new ones are added
+    replay: float = 0.1,  # share of older preferences in what is trained on
+) -> dict[str, float]:
+    "Begin an outer iteration of DeepSeekMath's algorithm 1 (2402.03300, sec. 4.1.4) if one is due at this step."
+    if step > 1 and not (config.ref_model_sync_steps and (step - 1) % config.ref_model_sync_steps == 0): return {}
+    if step > 1 and models.reference is not None: models.reference.load_state_dict(models.policy.state_dict())
+    learned = next((f for f, name in zip(models.rewards, config.reward_funcs) if name == "learned" and isinstance(f, RewardModel)), None)
+    if learned is None: return {}
+    began, seed = time.perf_counter(), config.seed * 1_000_003 + config.max_steps + step  # not the seed of a step's queries
+    rollout = generate(models.policy, models.tokenizer, task.queries("train", config.reward_model_prompts, seed), 8, config, generator)
+    fresh = preference_pairs(rollout, task.is_right)
+    if not fresh: return {"reward_model/pairs": 0}  # nothing to prefer: the policy is always right, or never
+    older = random.Random(seed).sample(preferences, min(len(preferences), round(len(fresh) * replay / (1 - replay))))
+    prompts, chosen, rejected = zip(*((q.prompt, good, bad) for q, good, bad in fresh))
+    agrees = sum(a > b for a, b in zip(learned(prompts, chosen), learned(prompts, rejected))) / len(fresh)
+    train_reward_model(learned, fresh + [(Query(p["prompt"]), p["chosen"], p["rejected"]) for p in older], config.reward_model_steps, seed=seed)
+    preferences += [{"step": step, "prompt": q.prompt, "chosen": good, "rejected": bad} for q, good, bad in fresh]
+    return {"reward_model/accuracy_before": agrees, "reward_model/pairs": len(fresh) + len(older), "reward_model/time": time.perf_counter() - began}
 
 # %% ../nbs/13_training.ipynb #20c44bde
 def train(
@@ -242,15 +276,17 @@ def train(
     models = build_models(config, task, reward_funcs)
     _check_prompts(config, task, models)
     schedulers, generator = build_schedulers(config, models), torch.Generator(models.policy.device).manual_seed(config.seed)
-    start, rows, lines = _resume(directory, models, schedulers, generator) if config.resume else (0, [], [])
+    done = _resume(directory, models, schedulers, generator, _renewed(config, models)) if config.resume else _Done()
     directory.mkdir(parents=True, exist_ok=config.output_dir is not None)
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
-    write_atomically(directory / "metrics.jsonl", "".join(lines))
-    try: _steps(config, task, models, schedulers, generator, directory, start, rows, progress)
-    finally: _write_completions(directory, rows)
-    scratch = directory / ".model.tmp"
-    models.policy.save_pretrained(scratch); models.tokenizer.save_pretrained(scratch)
-    _replace_directory(scratch, directory / "model")
+    write_atomically(directory / "metrics.jsonl", "".join(done.lines))
+    try: _steps(config, task, models, schedulers, generator, directory, done, progress)
+    finally: _write_completions(directory, done.rows)
+    for name, model in {"reward_model": _renewed(config, models).get("reward"), "model": models.policy}.items():  # model/ last: it says that the run is finished
+        if model is None: continue
+        scratch = directory / f".{name}.tmp"
+        model.save_pretrained(scratch); models.tokenizer.save_pretrained(scratch)
+        _replace_directory(scratch, directory / name)
     run = Run(directory, config, _read_metrics(directory), models.policy, models.tokenizer, task, models.rewards)
     write_atomically(directory / "summary.txt", run.summary().to_string() + "\n")
     return run
@@ -258,7 +294,7 @@ def train(
 # %% ../nbs/13_training.ipynb #a0979105
 def _record(config: Config, task: Task, reward_funcs: list[RewardFunction] | None) -> dict:
     "What config.json says: the options, and the names of a task and of reward functions that were passed as objects."
-    custom = {"reward_funcs": [getattr(f, "__name__", type(f).__name__) for f in reward_funcs]} if reward_funcs else {}
+    custom = {"reward_funcs": [name_of(f) for f in reward_funcs]} if reward_funcs else {}
     return asdict(config) | {"task": task.name} | custom
 
 def _check_same(directory: Path, record: dict):
@@ -280,42 +316,59 @@ def _write_completions(directory: Path, rows: list[dict]):
     "completions.parquet, whole."
     write_atomically(directory / "completions.parquet", pd.DataFrame(rows).to_parquet(None, index=False))
 
-def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator) -> tuple[int, list[dict], list[str]]:
-    "(step to go on after, rows of completions, lines of metrics) of the newest checkpoint; a fresh start without one."
+def _lines(path: Path, start: int) -> list[str]:
+    "Whole lines of a JSON-lines file up to a step; none if it is not there."
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+
+@dataclass
+class _Done:
+    "What a run has behind it."
+    step: int = 0
+    rows: list[dict] = field(default_factory=list)  # of completions.parquet
+    lines: list[str] = field(default_factory=list)  # of metrics.jsonl
+    preferences: list[dict] = field(default_factory=list)  # of preferences.jsonl
+
+def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
+    "Up to the newest checkpoint, which is put back into the models; a fresh start without one."
     found = checkpoints(directory)
-    if not found: return 0, [], []
-    start = load_checkpoint(found[-1][1], models, schedulers, generator)
+    if not found: return _Done()
+    step = load_checkpoint(found[-1][1], models, schedulers, generator, renewed)
     rows = pd.read_parquet(directory / "completions.parquet")
-    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return start, rows[rows["step"] <= start].to_dict("records"), [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+    return _Done(step, rows[rows["step"] <= step].to_dict("records"), _lines(directory / "metrics.jsonl", step),
+                 list(map(json.loads, _lines(directory / "preferences.jsonl", step))))
 
 # %% ../nbs/13_training.ipynb #e986405b
 def _precision(config: Config, device: torch.device):
     "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", cache_enabled=False)
 
-# %% ../nbs/13_training.ipynb #7fe35a50
-def _steps(config, task, models, schedulers, generator, directory, start, rows, progress):
-    "Steps start+1 ... max_steps, each with its line of metrics."
-    device = models.policy.device
+# %% ../nbs/13_training.ipynb #cf6ae5fc
+def _steps(config, task, models, schedulers, generator, directory, done, progress):
+    "The steps up to max_steps, each with its line of metrics."
+    device, rows = models.policy.device, done.rows
+    completions = json.loads(done.lines[-1])["num_completions"] if done.lines else 0
     accuracy = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length)
     with open(directory / "metrics.jsonl", "a") as log, _precision(config, device):
-        initial = {} if start else {"eval/initial_accuracy": accuracy()}
-        bar = tqdm(range(start + 1, config.max_steps + 1), initial=start, total=config.max_steps, desc=config.algorithm, disable=not progress)
+        initial = {} if done.step else {"eval/initial_accuracy": accuracy()}
+        bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress)
         for step in bar:
+            outer = outer_iteration(config, task, models, generator, step, done.preferences)
+            if done.preferences: write_atomically(directory / "preferences.jsonl", "".join(json.dumps(p) + "\n" for p in done.preferences))
             began = time.perf_counter()
-            queries = task.queries("train", config.num_prompts, seed=config.seed * 1_000_003 + step)
+            queries = task.queries("train", config.num_prompts * (1 + getattr(config, "dynamic_sampling", 0)), seed=config.seed * 1_000_003 + step)
             rollout, metrics = STEPS[config.algorithm](models, queries, config, generator)
-            metrics = {"step": step} | rollout_metrics(rollout) | metrics | initial | {"learning_rate": schedulers[0].get_last_lr()[0]}
+            completions += metrics.pop("num_sampled", len(rollout))
+            metrics = {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
             for scheduler in schedulers: scheduler.step()
-            metrics |= {"num_completions": step * len(rollout), "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
+            metrics |= {"num_completions": completions, "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
             if step % config.eval_steps == 0 or step == config.max_steps: metrics["eval/accuracy"] = accuracy()
             rows += table(rollout, step)
             metrics = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
             log.write(json.dumps(metrics) + "\n"); log.flush()
             if config.save_steps and step % config.save_steps == 0:
                 _write_completions(directory, rows)
-                save_checkpoint(directory, step, models, schedulers, generator)
+                save_checkpoint(directory, step, models, schedulers, generator, renewed=_renewed(config, models))
             bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), "accuracy": metrics.get("eval/accuracy")}); initial = {}
 
 # %% ../nbs/13_training.ipynb #16ff257c

@@ -18,18 +18,20 @@ from .rollout import Rollout
 
 # %% ../nbs/07_value.ipynb #9a2ebbdf
 class ValueModel(nn.Module):
-    "V_psi: a copy of the policy's trunk with a scalar head; trained, and separate from the policy (as the figure draws it)."
+    "V_psi: a scalar head on a copy of the policy's trunk (a model of its own, as the figure draws it), or on the policy's own trunk."
     def __init__(self,
-        policy: PreTrainedModel,  # its trunk is copied, not shared
+        policy: PreTrainedModel,
+        shared: bool = False,  # on the policy's own trunk, whose parameters stay the policy's: only the head is a parameter here
     ):
         super().__init__()
-        self.trunk = copy.deepcopy(policy.base_model)
+        if shared: object.__setattr__(self, "trunk", policy.base_model)  # not registered as a part of this module
+        else: self.trunk = copy.deepcopy(policy.base_model)
         self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1).to(policy.device, policy.dtype)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
 
     def forward(self, rollout: Rollout) -> Float[Tensor, "N T"]:
         "Value before each completion token, in units of reward; 0 on padding. Dropout is off."
-        hidden = self.eval().trunk(**model_inputs(rollout)).last_hidden_state
+        hidden = self.eval().trunk.eval()(**model_inputs(rollout)).last_hidden_state
         start = rollout.prompt_ids.shape[1] - 1  # the last prompt token: what is known before the first completion token
         values = self.head(hidden[:, start:-1]).squeeze(-1)
         return values.masked_fill(~rollout.completion_mask, 0.0)
