@@ -39,7 +39,7 @@ class Config:
     model: str = option(default="tiny", help="policy: tiny, smollm2, a directory or a hub id")
     task: str = option(default="add", help="add, target or add_chat")
     digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query")
-    reward_funcs: list[str] = option(default_factory=lambda: ["accuracy"], help="accuracy, process, format, brevity, overlong, learned, or the path of a reward model")
+    reward_funcs: list[str] = option(default_factory=lambda: ["accuracy"], help="accuracy, brevity, format, overlong, process, learned, or the path of a reward model")
     reward_weights: list[float] | None = option(default=None, help="one weight a reward function (default: all 1)")
     num_prompts: PositiveInt = option(default=16, help="queries a step")
     num_iterations: PositiveInt = option(default=1, help="mu: updates on one sampling")

@@ -37,12 +37,17 @@ def name_of(f: RewardFunction) -> str:
     "The name that metrics and errors call it by."
     return getattr(f, "__name__", type(f).__name__)
 
+# %% ../nbs/06_reward.ipynb #4593931c
+def _queries(prompts: list, columns: dict) -> list[Query]:
+    "The queries again, from what a reward function is given; what is not a list is no column (TRL passes its trainer's state, too)."
+    columns = {name: values for name, values in columns.items() if isinstance(values, (list, tuple))}
+    return [Query(prompt, {name: values[i] for name, values in columns.items()}) for i, prompt in enumerate(prompts)]
+
 # %% ../nbs/06_reward.ipynb #327eb663
 def accuracy_reward(task: Task) -> RewardFunction:
     "1 for a right answer of that task, else 0; reads the query's own columns."
     def accuracy(prompts, completions, **columns):
-        rows = [Query(prompt, {name: values[i] for name, values in columns.items()}) for i, prompt in enumerate(prompts)]
-        return [float(task.is_right(text_of(completion), query)) for completion, query in zip(completions, rows)]
+        return [float(task.is_right(text_of(completion), query)) for completion, query in zip(completions, _queries(prompts, columns))]
     return accuracy
 
 # %% ../nbs/06_reward.ipynb #f0298176
@@ -83,8 +88,8 @@ def process_reward(
         return len(ids) - 1 if characters >= len(texts[-1]) else next(t for t, text in enumerate(texts) if len(text) >= characters)
     def process(prompts, completions, completion_ids, **columns):
         result = []
-        for i, (completion, ids) in enumerate(zip(completions, completion_ids)):
-            text, query = text_of(completion), Query(prompts[i], {name: values[i] for name, values in columns.items()})
+        for completion, ids, query in zip(completions, completion_ids, _queries(prompts, columns)):
+            text = text_of(completion)
             steps = task.steps(text, query) if task.steps else [(len(text), float(task.is_right(text, query)))]
             result.append([(last_token(ids, end), score) for end, score in steps])
         return result
@@ -94,7 +99,7 @@ def process_reward(
 def _number(name: str, i: int, score) -> float:
     "One score as a float; what is not a finite number is refused."
     if hasattr(score, "item") and getattr(score, "ndim", 0) == 0: score = score.item()
-    if not isinstance(score, Real): raise TypeError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a number, None or a list of (end, score)")
+    if not isinstance(score, Real): raise TypeError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a number or None (or a list of steps, (end, score))")
     if not abs(score) <= torch.finfo(torch.float32).max: raise ValueError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a finite number or None")
     return float(score)
 
@@ -107,9 +112,10 @@ def _checked(name: str, scores, lengths: list[int]) -> list:
     if not isinstance(scores, list) or len(scores) != n:
         raise ValueError(f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}")
     def steps(i, pairs):
-        for pair in pairs:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], Integral) or not 0 <= pair[0] < lengths[i]:
-                raise ValueError(f"reward function {name!r} returned the step {pair!r} for completion {i}; allowed: (end, score) with end in 0..{lengths[i] - 1}")
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], Integral) for pair in pairs):
+            raise TypeError(f"reward function {name!r} returned {pairs!r} for completion {i}; allowed: a number, None or a list of steps, (end, score)")
+        outside = [end for end, _ in pairs if not 0 <= end < lengths[i]]
+        if outside: raise ValueError(f"reward function {name!r} returned a step that ends at token {outside[0]} of completion {i}; allowed: 0..{lengths[i] - 1}")
         return [(int(end), _number(name, i, score)) for end, score in pairs]
     return [None if x is None else steps(i, x) if isinstance(x, (list, tuple)) else _number(name, i, x) for i, x in enumerate(scores)]
 
@@ -271,8 +277,8 @@ def preference_pairs(
         pairs += [(query, right[j % len(right)], o) for j, o in enumerate(wrong) if right]
     return pairs
 
-# %% ../nbs/06_reward.ipynb #54426ec1
-RULES = ("accuracy", "process", "format", "brevity", "overlong", "learned")
+# %% ../nbs/06_reward.ipynb #18612b0b
+RULES = ("accuracy", "brevity", "format", "overlong", "process", "learned")
 
 def load_rewards(
     names: list[str | RewardFunction],  # of RULES, the path or hub id of a reward model, or a callable
@@ -283,13 +289,13 @@ def load_rewards(
     max_completion_length: int = 16,  # for "overlong"
 ) -> list[RewardFunction]:
     "Reward functions by name."
-    rules = {"accuracy": lambda: accuracy_reward(task), "process": lambda: process_reward(task, tokenizer), "format": lambda: format_reward(task.form),
-             "brevity": brevity_reward, "overlong": lambda: overlong_reward(max_completion_length), "learned": lambda: RewardModel.from_policy(policy, tokenizer)}
+    rules = {"accuracy": lambda: accuracy_reward(task), "brevity": brevity_reward, "format": lambda: format_reward(task.form), "overlong": lambda: overlong_reward(max_completion_length),
+             "process": lambda: process_reward(task, tokenizer), "learned": lambda: RewardModel.from_policy(policy, tokenizer)}
     missing = [name for name in names if (name in ("process", "learned") and tokenizer is None) or (name == "learned" and policy is None)]
     if missing: raise ValueError(f"reward_funcs {', '.join(missing)} need the policy and its tokenizer, got None")
     def load(name):
         if callable(name) or name in rules: return name if callable(name) else rules[name]()
         try: return RewardModel.from_pretrained(name, device)
-        except ValueError as error: raise ValueError(f"reward_funcs must be of {', '.join(rules)}, or the path of a reward model; {error}") from error
+        except ValueError as error: raise ValueError(f"reward_funcs must be of {', '.join(RULES)}, or the path of a reward model; {error}") from error
     if not names: raise ValueError("reward_funcs must name at least one reward function, got none")
     return [load(name) for name in names]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from grpo_nb import training
 from grpo_nb.algorithm import CONFIGS, RECIPES, SCHEDULERS, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward, train_reward_model
 from grpo_nb.task import Query, load_task
@@ -125,7 +126,8 @@ def test_max_tokens_per_micro_batch_is_no_hyper_parameter(tmp_path):
 
 # Bug 26: resume ----------------------------------------------------------------------------------------------------------
 
-RESUMED = {"grpo": {"algorithm": "grpo"}, "ppo": {"algorithm": "ppo", "kl_target": 0.001, "beta": 0.1}}
+RESUMED = {"grpo": {"algorithm": "grpo"}, "ppo": {"algorithm": "ppo", "kl_target": 0.001, "beta": 0.1}, "head": {"algorithm": "ppo", "value_model": "head"},
+           "dapo": {"recipe": "dapo", "num_generations": 4}, "iterative": {"recipe": "iterative", "num_generations": 4, "ref_model_sync_steps": 2, "reward_model_prompts": 8, "reward_model_steps": 2}}
 LONG = {"num_prompts": 8, "max_steps": 5, "eval_steps": 2, "save_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_iterations": 2}
 
 
@@ -164,17 +166,29 @@ def test_learning_rate_follows_the_schedule(straight):
     assert lines[0]["kl"] < 1e-6 < lines[1]["kl"]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("after", [1, 3])
-def test_resume(tmp_path, straight, algorithm, after):
-    "Bug 26: k steps, stop, resume, N - k steps = N steps, with cosine schedule, warm-up, mu = 2 and adaptive beta."
-    directory, options = tmp_path / "run", LONG | RESUMED[algorithm]
-    with pytest.raises(KeyboardInterrupt): run(directory, functions=[interrupted(after)], **options)
+@pytest.mark.parametrize("name, after", [("grpo", 1), ("grpo", 3), ("ppo", 1), ("ppo", 3), ("head", 2), ("dapo", 2), ("iterative", 2), ("iterative", 3)])
+def test_resume(tmp_path, straight, monkeypatch, name, after):
+    """Bug 26: k steps, stop, resume, N - k steps = N steps, with cosine schedule, warm-up, mu = 2 and adaptive beta; with a value head,
+    refilled steps, and an outer loop (renewed at steps 3 and 5) whose reward model has just been trained when the run stops."""
+    directory, options, calls = tmp_path / "run", LONG | RESUMED[name], []
+    def stops(step):
+        def inner(*arguments):
+            calls.append(1)
+            if len(calls) > after: raise KeyboardInterrupt
+            return step(*arguments)
+        return inner
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training, "STEPS", {algorithm: stops(step) for algorithm, step in training.STEPS.items()})
+        run(directory, **options)
     assert checkpoints(directory)[-1][0] == len(read_metrics(directory)) == after
     torch.manual_seed(1234)  # another process would have another global generator
     run(directory, resume=True, **options)
-    same_run(directory, straight(algorithm))
-    if algorithm == "ppo": assert len({line["beta"] for line in read_metrics(directory)}) == 5
+    same_run(directory, straight(name))
+    if name == "ppo": assert len({line["beta"] for line in read_metrics(directory)}) == 5
+    if name == "iterative":
+        kept = [[json.loads(line)["step"] for line in (path / "preferences.jsonl").read_text().splitlines()] for path in (directory, straight(name))]
+        assert kept[0] == kept[1] and set(kept[0]) == {1, 3, 5}
+        assert (directory / "reward_model/model.safetensors").read_bytes() == (straight(name) / "reward_model/model.safetensors").read_bytes()
 
 
 def test_resume_after_a_kill(tmp_path, straight):
@@ -224,18 +238,20 @@ def test_a_finished_run_is_not_resumed(finished, capsys):
 # Bug 28: every documented option runs ------------------------------------------------------------------------------------
 
 BASE = {"num_prompts": 4, "max_steps": 2, "reward_funcs": ["accuracy", "brevity"], "num_iterations": 3, "learning_rate": 1e-3, "temperature": 2.0, "max_completion_length": 6, "eval_size": 5}
+LEARNED = {"reward_funcs": ["learned"], "reward_model_prompts": 6, "reward_model_steps": 1}
 SHARED = {  # field: values that are not the default, or (value, other options that it needs)
-    "model": ["tiny"], "task": ["add", "target"], "digits": [1, 2, 3], "reward_funcs": [["accuracy"], ["brevity"]],
-    "reward_weights": [[0.5, 2.0]], "num_prompts": [3], "num_iterations": [1], "beta": [0.0, 0.5],
+    "model": ["tiny"], "task": ["add", "target"], "digits": [1, 2, 3], "reward_funcs": [["accuracy"], ["brevity"], ["process", "format"], ["overlong"]],
+    "reward_weights": [[0.5, 2.0]], "num_prompts": [3], "num_iterations": [1], "beta": [0.0, 0.5], "ref_model_sync_steps": [(1, {"learning_rate": 1e-2})],
+    "reward_model_prompts": [(12, LEARNED)], "reward_model_steps": [(3, LEARNED)],
     "epsilon": [0.02], "epsilon_high": [0.02], "delta": [1.02], "objective": ["clip", "cispo"], "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo"],
     "importance_sampling_level": ["token", "sequence"], "mask_truncated_completions": [(True, {"max_completion_length": 3})], "entropy_coef": [0.1],
     "max_completion_length": [2], "temperature": [0.5], "top_p": [0.5], "top_k": [2], "learning_rate": [1e-5], "lr_scheduler_type": list(SCHEDULERS),
     "warmup_steps": [5], "max_grad_norm": [0.01], "max_steps": [1], "eval_steps": [1], "eval_size": [3], "save_steps": [1],
     "seed": [1], "device": ["auto", "cpu"], "dtype": ["float32", "bfloat16"], "max_tokens_per_micro_batch": [1], "resume": [True]}
 OPTIONS = {
-    "grpo": SHARED | {"algorithm": ["grpo"], "num_generations": [2], "scale_rewards": ["group", "batch", "none"], "baseline": ["mean", "leave_one_out"],
+    "grpo": SHARED | {"algorithm": ["grpo"], "num_generations": [2], "dynamic_sampling": [(2, {"reward_funcs": ["accuracy"]})], "scale_rewards": ["group", "batch", "none"], "baseline": ["mean", "leave_one_out"],
                       "use_bias_correction_kl": [True]},
-    "ppo": SHARED | {"algorithm": ["ppo"], "gamma": [0.5], "lam": [0.0, 1.0], "vf_coef": [0.01], "cliprange_value": [0.001], "value_learning_rate": [1e-5],
+    "ppo": SHARED | {"algorithm": ["ppo"], "gamma": [0.5], "lam": [0.0, 1.0], "value_model": ["separate", "head"], "vf_coef": [0.01], "whiten_rewards": [True], "cliprange_value": [0.001], "value_learning_rate": [1e-5],
                      "whiten_advantages": [False], "kl_target": [0.001]}}
 CASES = [(algorithm, name, value) for algorithm, options in OPTIONS.items() for name, values in options.items() for value in values]
 TWINS = {"dapo": "bnpo", "constant_with_warmup": "constant"}  # two names of one thing
@@ -295,6 +311,7 @@ def test_models_from_directories(tmp_path, finished, tokenizer):
 def test_recipe(tmp_path, recipe):
     "Bug 28: each recipe runs, and sets what it says."
     options = {"num_generations": 4} if RECIPES[recipe]["algorithm"] == "grpo" else {"algorithm": "ppo"}
+    if recipe == "iterative": options |= {"reward_model_prompts": 8, "reward_model_steps": 2}
     config = run(tmp_path / "run", recipe=recipe, **options).config
     assert all(getattr(config, name) == value for name, value in (RECIPES[recipe] | options).items())
 
