@@ -193,6 +193,19 @@ def test_value_gradient_does_not_depend_on_the_cut(llama, rollout):
     close(cut_loss, loss)
 
 
+def test_weights_do_not_depend_on_the_cut(llama, rollout):
+    "Bug 6: one step a rollout, on the whole gradient and nothing of the step before, clipped once: the same weights from one piece and from three."
+    weights = []
+    for budget in (10_000, 1):
+        model = copy.deepcopy(llama)
+        for parameter in model.parameters(): parameter.grad = torch.full_like(parameter, 1.0 / budget)  # left by another step
+        update(model, torch.optim.SGD(model.parameters(), lr=0.1), rollout, short_config(max_grad_norm=0.01, max_tokens_per_micro_batch=budget), beta=0.1)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    before = torch.cat([parameter.detach().flatten() for parameter in llama.parameters()])
+    close((weights[0] - before).norm(), 0.1 * 0.01, 1e-6)
+    close(*weights)
+
+
 # Groups ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -226,9 +239,10 @@ def test_a_group_of_one_is_refused():
     ((1, 0, 0, 0), {"scale_rewards": "none"}, (0.75, -0.25, -0.25, -0.25)),
     ((1, 0, 0, 0), {"scale_rewards": "none", "baseline": "leave_one_out"}, (1, -1 / 3, -1 / 3, -1 / 3)),
     ((1, 0, 0, 0), {}, (0.75 / 0.5001, *[-0.25 / 0.5001] * 3)),
-    ((1, 0, 3, 3), {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"}, (0.5 / 1.5, -0.5 / 1.5, 0, 0))])  # std of the batch: 1.5
+    ((1, 0, 3, 3), {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"}, (0.5 / 1.5, -0.5 / 1.5, 0, 0)),  # std of the batch: 1.5
+    ((0, 2, 4, math.nan), {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"}, (-1 / 2, 1 / 2, 0, 0))])  # 0, 2, 4: std 2
 def test_group_advantages(rewards, options, advantages):
-    "Bugs 10, 25: ddof 1, RLOO, no scaling, and the standard deviation of the batch."
+    "Bugs 10, 22, 25: ddof 1, RLOO, no scaling, and the standard deviation of the batch, of which a row without a score is no part."
     close(group_advantages(torch.tensor(rewards, dtype=DOUBLE), **{"num_generations": 4} | options), advantages)
 
 
@@ -328,13 +342,17 @@ def test_sampling_with_padding_is_sampling_without(model, tokenizer):
 
 @pytest.mark.parametrize("options", [{}, {"importance_sampling_level": "sequence"}, {"loss_type": "dr_grpo"}, {"objective": "cispo", "loss_type": "dapo"}], ids=str)
 def test_padding_changes_nothing(model, tokenizer, options):
-    "Bug 14: more padding, full of junk, changes no loss, no gradient and no metric; `select` cuts it off again."
+    "Bug 14: more padding, full of junk, changes no loss, no gradient and no metric, whether the model sees it or `select` cuts it off first, as `update` does."
     rollout = random_rollout(model, tokenizer)
     rollout = replace(rollout, advantages=rollout.advantages[:, None] * rollout.completion_mask)
     wide = padded(rollout)
     (m, g), (n, h) = step_of(model, rollout, **options), step_of(model, wide, **options)
     close(h, g)
     close(list(n.values()), list(m.values()))
+    totals = {"num_sequences": torch.tensor(9), "num_tokens": rollout.completion_mask.sum()}
+    (loss, sums), (wide_loss, wide_sums) = (piece_loss(model, r, short_config(**options), 0.1, totals) for r in (rollout, wide))
+    close([wide_loss.detach(), *wide_sums.values()], [loss.detach(), *sums.values()])
+    for a, b in zip(*(torch.autograd.grad(x, tuple(model.parameters())) for x in (wide_loss, loss))): close(a, b)
     again = wide.select([0, 1, 2])
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "ref_logprobs", "values", "advantages", "returns"):
         assert getattr(again, name).equal(getattr(rollout, name)), name
@@ -414,6 +432,15 @@ def test_bfloat16_samples_are_scored_again(tokenizer):
         logprobs = token_logprobs(model, rollout)
     assert own.completion_ids.equal(rollout.completion_ids) and (own.logprobs - logprobs).abs().max() > 1e-3
     close(logprobs, rollout.logprobs, 1e-6)
+
+
+def test_log_probs_of_a_bfloat16_model_are_float32(tokenizer):
+    "Bug 16: the softmax of bfloat16 logits is taken in float32 (bfloat16 has three digits): the probabilities of all tokens sum to 1."
+    model, V = random_model(dtype=torch.bfloat16), len(VOCABULARY)
+    rollout = replace(as_rollout(tokenizer, [Query("1+2=")], [""] * V), completion_ids=torch.arange(V)[:, None])
+    logprobs = token_logprobs(model, rollout)
+    assert logprobs.dtype == torch.float32
+    close(logprobs.detach().double().exp().sum(), 1.0, 1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
@@ -498,6 +525,14 @@ def test_value_clip(V, old, R, loss, slope):
 def test_adaptive_beta(observed, factor):
     "Ziegler et al.: the error is cut at 20 % and the step scaled by n / horizon (256 / 10 000)."
     close(adapt_beta(0.1, observed, 6.0, 256), 0.1 * factor)
+
+
+def test_adaptive_beta_observes_whole_completions(rollout):
+    "The target is nats a completion: k1 summed over its tokens, then the mean over completions (here 2 / 9, not 2 / tokens)."
+    ref = rollout.logprobs.clone()
+    ref[0, 0] -= 2.0
+    for target, factor in ((2 / 9, 1.0), (2.2 / 9, 1 - 0.2 / 2.2 * 9 / 10_000)):
+        close(next_beta(0.1, replace(rollout, ref_logprobs=ref), target), 0.1 * factor)
 
 
 # Completions that carry no loss ------------------------------------------------------------------------------------------
@@ -596,6 +631,14 @@ def test_loss_0_is_not_gradient_0():
     loss = aggregate(policy_loss(logprobs, torch.zeros(2, 1, dtype=DOUBLE), torch.tensor([1.0, -1.0]).double(), mask)[0], mask)
     loss.backward()
     assert loss.item() == 0 and logprobs.grad.flatten().tolist() == [-0.5, 0.5]
+
+
+def test_an_update_with_loss_0_moves_the_policy(llama, rollout):
+    "Bug 24, end to end: without an update rho = 1, and A = (1, 0, -1) in every group gives a loss of exactly 0; the policy learns all the same."
+    rollout = replace(rollout, advantages=torch.tensor([1.0, 0.0, -1.0] * 3).double(), ref_logprobs=None)
+    rollout.logprobs = token_logprobs(llama, rollout).detach()
+    metrics, g = step_of(llama, rollout)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] > 1e-2 and g.norm() > 1e-2
 
 
 @pytest.mark.parametrize("budget", [10_000, 1])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import typing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pandas as pd
 import pytest
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from grpo_nb.algorithm import CONFIGS, RECIPES, SCHEDULERS, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward, train_reward_model
-from grpo_nb.task import Query, load_task
+from grpo_nb.task import Query, is_heldout, load_task
 from grpo_nb.training import chat, checkpoints, evaluate, main, open_run, parse_arguments, train
 from helpers import python, read_metrics, reproducible, short_config
 
@@ -101,6 +101,14 @@ def test_the_reference_does_not_move(tiny, finished):
     start = tiny[0].state_dict()
     assert any(not start[name].equal(x) for name, x in finished.policy.state_dict().items())
     assert finished.metrics["kl"][1] < 1e-6 < finished.metrics["kl"][3]
+
+
+def test_evaluation_is_held_out(tiny):
+    "What the accuracy is measured on is never trained on, and the same every time."
+    task, asked = load_task("add"), []
+    spy = replace(task, is_right=lambda completion, query: asked.append(query) or task.is_right(completion, query))
+    assert evaluate(*tiny, spy, 40, 8) == evaluate(*tiny, spy, 40, 8)
+    assert len(asked) == 80 and asked[:40] == asked[40:] and all(map(is_heldout, asked))
 
 
 # Same seed ---------------------------------------------------------------------------------------------------------------
