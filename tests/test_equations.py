@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from statistics import stdev
 from types import SimpleNamespace
 
 import pytest
@@ -251,6 +252,8 @@ def test_process_advantages():
     result = process_advantages([[0.2, 0.8], [0.5], []], [[1, 3], [2], []], 3, [5, 3, 2], eps=0.0)
     z = 0.3 / 0.3  # the step rewards .2, .5, .8 have mean .5 and std .3
     close(result, [[-z + z, -z + z, z, z, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 1e-6)
+    two = process_advantages([[0.2, 0.8], [0.5], [], [7.0], [8.0], [9.0]], [[1, 3], [2], [], [0], [0], [0]], 3, [5, 3, 2, 1, 1, 1], eps=0.0)
+    close(two, [*result.tolist(), *([x, 0, 0, 0, 0] for x in (-1, 0, 1))], 1e-6)  # another group changes nothing
     rollout = SimpleNamespace(step_rewards=[[0.2, 0.8], [0.5]], step_ends=[[0, 1], [0]], num_generations=2, rewards=torch.zeros(2),
                               completion_mask=torch.tensor([[True, True], [True, False]]))
     close(group_box(rollout, short_config()).double(), [[0, 1], [0, 0]], 1e-3)
@@ -297,13 +300,13 @@ def test_eos_carries_gradient(llama):
 
 
 def test_several_eos_tokens(llama, tokenizer):
-    "Bug 12: every id of the generation config ends a completion, which is then not truncated; one that runs on is."
+    "Bug 12: every id of the generation config ends a completion, also as its first token, which is then not truncated; one that runs on is."
     second, (a, b, c) = VOCABULARY.index(")"), ids_of("789")
     llama.generation_config.eos_token_id = [EOS, second]
     model = with_logits(llama, chain({ids_of("=")[0]: a, ids_of(":")[0]: b, b: second, ids_of("+")[0]: c, c: c}))
     assert eos_token_ids(model, tokenizer) == [EOS, second]
-    rollout = sample(model, tokenizer, [Query("1="), Query("2:"), Query("3+")], 1, 4)
-    assert rollout.completion_mask.sum(1).tolist() == [2, 2, 4] and rollout.truncated.tolist() == [False, False, True]
+    rollout = sample(model, tokenizer, [Query("1="), Query("2:"), Query("3+"), Query("4-")], 1, 4)
+    assert rollout.completion_mask.sum(1).tolist() == [2, 2, 4, 1] and rollout.truncated.tolist() == [False, False, True, False]
     assert rollout.completion_ids[1, :2].tolist() == [b, second]
 
 
@@ -412,9 +415,9 @@ def test_sampler_and_trainer_agree(kind, tokenizer, options):
 
 
 @pytest.mark.parametrize("options, kept", [({}, 5), ({"top_k": 2}, 2), ({"top_k": 1}, 1), ({"top_p": 0.5}, 1), ({"top_p": 0.51}, 2), ({"top_p": 0.95}, 4),
-                                           ({"top_k": 3, "top_p": 0.6}, 2), ({"top_k": 99}, 5)], ids=str)
+                                           ({"top_k": 3, "top_p": 0.6}, 2), ({"top_k": 3, "top_p": 0.52}, 1), ({"top_k": 99}, 5)], ids=str)
 def test_draw(options, kept):
-    "Bug 16: which tokens top-k and top-p leave (by hand), and that they are drawn in proportion to their probability."
+    "Bug 16: which tokens top-k and top-p leave (by hand; top-p is a share of what top-k left), and that they are drawn in proportion to their probability."
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
     tokens = draw(probabilities.log().expand(8000, 5), generator=torch.Generator().manual_seed(0), **options)
     share = torch.bincount(tokens, minlength=5) / 8000
@@ -445,7 +448,7 @@ def test_log_probs_of_a_bfloat16_model_are_float32(tokenizer):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_no_box_forgets(tokenizer, algorithm):
-    "Bug 17: with dropout 0.1 everywhere and every model in training mode, a step still has rho = 1, KL = 0 and V = its copy's V."
+    "Bugs 15, 17: with dropout 0.1 everywhere, every model in training mode and T = 0.6, a step still has rho = 1, KL = 0 and V = its copy's V."
     policy = random_model(dropout=0.1, dtype=torch.float32).train()
     models = Models(policy, tokenizer, torch.optim.SGD(policy.parameters(), lr=0.0), [lambda completions, **_: [float(len(c)) for c in completions]],
                     reference=copy.deepcopy(policy).train(), beta=0.1)
@@ -453,7 +456,7 @@ def test_no_box_forgets(tokenizer, algorithm):
         models.value = ValueModel(policy).train()
         torch.nn.init.normal_(models.value.head.weight)
         models.value_optimizer = torch.optim.SGD(models.value.parameters(), lr=0.0)
-    rollout, metrics = STEPS[algorithm](models, [Query("1+2="), Query("345+6=")], short_config(algorithm=algorithm), torch.Generator().manual_seed(0))
+    rollout, metrics = STEPS[algorithm](models, [Query("1+2="), Query("345+6=")], short_config(algorithm=algorithm, temperature=0.6), torch.Generator().manual_seed(0))
     close(metrics["ratio"], 1.0, 1e-5)
     close(metrics["kl"], 0.0, 1e-5)
     if algorithm == "ppo": close(models.value.train()(rollout).detach(), rollout.values, 1e-5)
@@ -667,6 +670,7 @@ def test_rewards_of_a_step():
     rollout = SimpleNamespace(rewards=rewards, scored=~rewards.isnan(), num_generations=3, completion_mask=torch.ones(12, 4, dtype=torch.bool), truncated=torch.arange(12) < 3)
     metrics = rollout_metrics(rollout)
     close([metrics["frac_reward_zero_std"], metrics["reward"], metrics["completions/mean_length"], metrics["completions/clipped_ratio"]], [0.75, 6.1 / 9, 4, 0.25], 1e-6)
+    close(metrics["reward_std"], stdev([0.7] * 3 + [1, 0, 1, 1, 1, 0]), 1e-6)
 
 
 def test_entropy_bonus(llama, rollout):
@@ -718,7 +722,7 @@ QUERIES = [Query("1+2="), Query("345+6="), Query("7:")]
 
 def test_ppo_step(tokenizer):
     "The upper half: r and beta KL make token rewards, GAE makes advantages, the loss has no KL of its own."
-    models, config = boxes(tokenizer, "ppo"), short_config(algorithm="ppo", lam=1.0, whiten_advantages=False, beta=0.1)
+    models, config = boxes(tokenizer, "ppo"), short_config(algorithm="ppo", lam=1.0, whiten_advantages=False, beta=0.1, vf_coef=0.5)
     rollout, metrics = STEPS["ppo"](models, QUERIES, config, torch.Generator().manual_seed(0))
     assert len(rollout) == 3 and rollout.num_generations == 1
     close(rollout.ref_logprobs, token_logprobs(models.reference, rollout).detach())

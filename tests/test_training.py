@@ -172,6 +172,12 @@ def test_learning_rate_follows_the_schedule(straight):
     assert lines[0]["kl"] < 1e-6 < lines[1]["kl"]
 
 
+def test_the_value_model_follows_the_schedule_too(straight):
+    "After four steps both optimisers are at (1 + cos 120)/2 = 1/4 of their own rate; a schedule that is built and not stepped would leave one at 0."
+    policy, value = json.loads((straight("ppo") / "checkpoint-4/trainer.json").read_text())["schedulers"]
+    for schedule, rate in ((policy, 1e-4), (value, 1e-3)): assert abs(schedule["_last_lr"][0] - rate / 4) < 1e-12
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("after", [1, 3])
 def test_resume(tmp_path, straight, algorithm, after):
