@@ -21,6 +21,7 @@ from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, eos_token_ids, token_logprobs
 from grpo_nb.reference import adapt_beta, kl, kl_in_reward, next_beta, reference_logprobs, token_rewards
 from grpo_nb.reward import RewardModel, bradley_terry_loss, combine, judge, score
+from grpo_nb.rollout import table
 from grpo_nb.sampling import draw, generate, sample
 from grpo_nb.task import Query
 from grpo_nb.training import rollout_metrics
@@ -252,8 +253,8 @@ def test_process_advantages():
     result = process_advantages([[0.2, 0.8], [0.5], []], [[1, 3], [2], []], 3, [5, 3, 2], eps=0.0)
     z = 0.3 / 0.3  # the step rewards .2, .5, .8 have mean .5 and std .3
     close(result, [[-z + z, -z + z, z, z, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 1e-6)
-    two = process_advantages([[0.2, 0.8], [0.5], [], [7.0], [8.0], [9.0]], [[1, 3], [2], [], [0], [0], [0]], 3, [5, 3, 2, 1, 1, 1], eps=0.0)
-    close(two, [*result.tolist(), *([x, 0, 0, 0, 0] for x in (-1, 0, 1))], 1e-6)  # another group changes nothing
+    three = process_advantages([[], [], [], [0.2, 0.8], [0.5], [], [7.0], [8.0], [9.0]], [[], [], [], [1, 3], [2], [], [0], [0], [0]], 3, [1, 1, 1, 5, 3, 2, 1, 1, 1], eps=0.0)
+    close(three, [*([x, 0, 0, 0, 0] for x in (0, 0, 0)), *result.tolist(), *([x, 0, 0, 0, 0] for x in (-1, 0, 1))], 1e-6)  # other groups change nothing
     rollout = SimpleNamespace(step_rewards=[[0.2, 0.8], [0.5]], step_ends=[[0, 1], [0]], num_generations=2, rewards=torch.zeros(2),
                               completion_mask=torch.tensor([[True, True], [True, False]]))
     close(group_box(rollout, short_config()).double(), [[0, 1], [0, 0]], 1e-3)
@@ -683,13 +684,18 @@ def test_entropy_bonus(llama, rollout):
 
 
 def test_gradients_are_clipped_to_max_grad_norm(llama, rollout):
-    "The step is as long as `max_grad_norm`, the metric is the norm before."
-    optimizer = torch.optim.SGD(llama.parameters(), lr=1.0)
-    before = torch.cat([p.detach().flatten().clone() for p in llama.parameters()])
-    metrics = update(llama, optimizer, rollout, short_config(max_grad_norm=0.01))
-    after = torch.cat([p.detach().flatten() for p in llama.parameters()])
-    close((after - before).norm(), 0.01, 1e-6)
-    assert metrics["grad_norm"] > 0.05
+    "The step of policy and value model is as long as `max_grad_norm`, each of its own; the metric is the norm before."
+    value = ValueModel(llama)
+    torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (llama, value)]
+    def weights(): return [torch.cat([p.detach().flatten().clone() for p in model.parameters()]) for model in (llama, value)]
+    before = weights()
+    metrics = update(llama, optimizers[0], rollout, short_config(algorithm="ppo", max_grad_norm=0.01), value_model=value, value_optimizer=optimizers[1])
+    for model, a, b, name in zip((llama, value), before, weights(), ("grad_norm", "value_grad_norm")):
+        close((b - a).norm(), 0.01, 1e-6)
+        close(gradient(model).norm(), 0.01, 1e-6)
+        assert metrics[name] > 0.05
+    assert metrics["grad_norm"] != metrics["value_grad_norm"]
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -701,6 +707,15 @@ def test_num_iterations_is_the_number_of_steps(llama, rollout, iterations):
     metrics = update(many, optimizers[1], rollout, short_config(num_iterations=iterations))
     for a, b in zip(one.parameters(), many.parameters()): assert a.equal(b)
     close(metrics["loss"], sum(m["loss"] for m in singles) / iterations)
+
+
+def test_the_table_averages_over_real_tokens(rollout):
+    "Bug 14 in completions.parquet: the advantage of a completion is the mean over its tokens, whatever stands in the padding."
+    rows = table(replace(rollout, advantages=rollout.values + 7.0 * ~rollout.completion_mask), step=1)
+    for i, row in enumerate(rows):
+        n = int(rollout.completion_mask[i].sum())
+        assert row["tokens"] == n
+        close(row["advantage"], sum(rollout.values[i, :n].tolist()) / n)
 
 
 # The two halves ----------------------------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ def test_the_seed_decides(tmp_path, algorithm):
     assert a == b != c
     frames = [pd.read_parquet(tmp_path / name / "completions.parquet") for name in "abc"]
     assert frames[0].equals(frames[1]) and not frames[0].equals(frames[2])
+    assert set(frames[0]["query"][frames[0]["step"] == 2]) != set(frames[2]["query"][frames[2]["step"] == 1])  # the next seed is not the same data one step later
     assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
 
 
@@ -311,6 +312,15 @@ def test_recipe(tmp_path, recipe):
     options = {"num_generations": 4} if RECIPES[recipe]["algorithm"] == "grpo" else {"algorithm": "ppo"}
     config = run(tmp_path / "run", recipe=recipe, **options).config
     assert all(getattr(config, name) == value for name, value in (RECIPES[recipe] | options).items())
+
+
+def test_recipes_are_what_the_papers_say():
+    "Bug 28: against the papers (in RECIPES), not against the table itself; the bounds of GSPO are 3e-4 and 4e-4, Dr. GRPO has no std, RLOO no group mean."
+    papers = {"deepseekmath": ("group", "mean", "grpo", "token", "clip", 0.04, 0.2, None), "dr_grpo": ("none", "mean", "dr_grpo", "token", "clip", 0.0, 0.2, None),
+              "gspo": ("group", "mean", "grpo", "sequence", "clip", 0.0, 3e-4, 4e-4), "cispo": ("group", "mean", "dapo", "token", "cispo", 0.0, 0.2, 4.0),
+              "rloo": ("none", "leave_one_out", "grpo", "token", "clip", 0.01, 0.2, None)}
+    names = ("scale_rewards", "baseline", "loss_type", "importance_sampling_level", "objective", "beta", "epsilon", "epsilon_high")
+    for recipe, values in papers.items(): assert tuple(getattr(make_config(recipe=recipe), name) for name in names) == values, recipe
 
 
 def test_bfloat16_samples_from_the_weights_that_it_trains(tmp_path):
