@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from statistics import stdev
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, eos_token_ids, token_logprobs
 from grpo_nb.reference import adapt_beta, kl, kl_in_reward, next_beta, reference_logprobs, token_rewards
 from grpo_nb.reward import RewardModel, bradley_terry_loss, combine, judge, score
+from grpo_nb.rollout import table
 from grpo_nb.sampling import draw, generate, sample
 from grpo_nb.task import Query
 from grpo_nb.training import rollout_metrics
@@ -193,6 +195,19 @@ def test_value_gradient_does_not_depend_on_the_cut(llama, rollout):
     close(cut_loss, loss)
 
 
+def test_weights_do_not_depend_on_the_cut(llama, rollout):
+    "Bug 6: one step a rollout, on the whole gradient and nothing of the step before, clipped once: the same weights from one piece and from three."
+    weights = []
+    for budget in (10_000, 1):
+        model = copy.deepcopy(llama)
+        for parameter in model.parameters(): parameter.grad = torch.full_like(parameter, 1.0 / budget)  # left by another step
+        update(model, torch.optim.SGD(model.parameters(), lr=0.1), rollout, short_config(max_grad_norm=0.01, max_tokens_per_micro_batch=budget), beta=0.1)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    before = torch.cat([parameter.detach().flatten() for parameter in llama.parameters()])
+    close((weights[0] - before).norm(), 0.1 * 0.01, 1e-6)
+    close(*weights)
+
+
 # Groups ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -226,9 +241,10 @@ def test_a_group_of_one_is_refused():
     ((1, 0, 0, 0), {"scale_rewards": "none"}, (0.75, -0.25, -0.25, -0.25)),
     ((1, 0, 0, 0), {"scale_rewards": "none", "baseline": "leave_one_out"}, (1, -1 / 3, -1 / 3, -1 / 3)),
     ((1, 0, 0, 0), {}, (0.75 / 0.5001, *[-0.25 / 0.5001] * 3)),
-    ((1, 0, 3, 3), {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"}, (0.5 / 1.5, -0.5 / 1.5, 0, 0))])  # std of the batch: 1.5
+    ((1, 0, 3, 3), {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"}, (0.5 / 1.5, -0.5 / 1.5, 0, 0)),  # std of the batch: 1.5
+    ((0, 2, 4, math.nan), {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"}, (-1 / 2, 1 / 2, 0, 0))])  # 0, 2, 4: std 2
 def test_group_advantages(rewards, options, advantages):
-    "Bugs 10, 25: ddof 1, RLOO, no scaling, and the standard deviation of the batch."
+    "Bugs 10, 22, 25: ddof 1, RLOO, no scaling, and the standard deviation of the batch, of which a row without a score is no part."
     close(group_advantages(torch.tensor(rewards, dtype=DOUBLE), **{"num_generations": 4} | options), advantages)
 
 
@@ -237,6 +253,8 @@ def test_process_advantages():
     result = process_advantages([[0.2, 0.8], [0.5], []], [[1, 3], [2], []], 3, [5, 3, 2], eps=0.0)
     z = 0.3 / 0.3  # the step rewards .2, .5, .8 have mean .5 and std .3
     close(result, [[-z + z, -z + z, z, z, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 1e-6)
+    three = process_advantages([[], [], [], [0.2, 0.8], [0.5], [], [7.0], [8.0], [9.0]], [[], [], [], [1, 3], [2], [], [0], [0], [0]], 3, [1, 1, 1, 5, 3, 2, 1, 1, 1], eps=0.0)
+    close(three, [*([x, 0, 0, 0, 0] for x in (0, 0, 0)), *result.tolist(), *([x, 0, 0, 0, 0] for x in (-1, 0, 1))], 1e-6)  # other groups change nothing
     rollout = SimpleNamespace(step_rewards=[[0.2, 0.8], [0.5]], step_ends=[[0, 1], [0]], num_generations=2, rewards=torch.zeros(2),
                               completion_mask=torch.tensor([[True, True], [True, False]]))
     close(group_box(rollout, short_config()).double(), [[0, 1], [0, 0]], 1e-3)
@@ -283,13 +301,13 @@ def test_eos_carries_gradient(llama):
 
 
 def test_several_eos_tokens(llama, tokenizer):
-    "Bug 12: every id of the generation config ends a completion, which is then not truncated; one that runs on is."
+    "Bug 12: every id of the generation config ends a completion, also as its first token, which is then not truncated; one that runs on is."
     second, (a, b, c) = VOCABULARY.index(")"), ids_of("789")
     llama.generation_config.eos_token_id = [EOS, second]
     model = with_logits(llama, chain({ids_of("=")[0]: a, ids_of(":")[0]: b, b: second, ids_of("+")[0]: c, c: c}))
     assert eos_token_ids(model, tokenizer) == [EOS, second]
-    rollout = sample(model, tokenizer, [Query("1="), Query("2:"), Query("3+")], 1, 4)
-    assert rollout.completion_mask.sum(1).tolist() == [2, 2, 4] and rollout.truncated.tolist() == [False, False, True]
+    rollout = sample(model, tokenizer, [Query("1="), Query("2:"), Query("3+"), Query("4-")], 1, 4)
+    assert rollout.completion_mask.sum(1).tolist() == [2, 2, 4, 1] and rollout.truncated.tolist() == [False, False, True, False]
     assert rollout.completion_ids[1, :2].tolist() == [b, second]
 
 
@@ -328,13 +346,17 @@ def test_sampling_with_padding_is_sampling_without(model, tokenizer):
 
 @pytest.mark.parametrize("options", [{}, {"importance_sampling_level": "sequence"}, {"loss_type": "dr_grpo"}, {"objective": "cispo", "loss_type": "dapo"}], ids=str)
 def test_padding_changes_nothing(model, tokenizer, options):
-    "Bug 14: more padding, full of junk, changes no loss, no gradient and no metric; `select` cuts it off again."
+    "Bug 14: more padding, full of junk, changes no loss, no gradient and no metric, whether the model sees it or `select` cuts it off first, as `update` does."
     rollout = random_rollout(model, tokenizer)
     rollout = replace(rollout, advantages=rollout.advantages[:, None] * rollout.completion_mask)
     wide = padded(rollout)
     (m, g), (n, h) = step_of(model, rollout, **options), step_of(model, wide, **options)
     close(h, g)
     close(list(n.values()), list(m.values()))
+    totals = {"num_sequences": torch.tensor(9), "num_tokens": rollout.completion_mask.sum()}
+    (loss, sums), (wide_loss, wide_sums) = (piece_loss(model, r, short_config(**options), 0.1, totals) for r in (rollout, wide))
+    close([wide_loss.detach(), *wide_sums.values()], [loss.detach(), *sums.values()])
+    for a, b in zip(*(torch.autograd.grad(x, tuple(model.parameters())) for x in (wide_loss, loss))): close(a, b)
     again = wide.select([0, 1, 2])
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "logprobs", "ref_logprobs", "values", "advantages", "returns"):
         assert getattr(again, name).equal(getattr(rollout, name)), name
@@ -394,9 +416,9 @@ def test_sampler_and_trainer_agree(kind, tokenizer, options):
 
 
 @pytest.mark.parametrize("options, kept", [({}, 5), ({"top_k": 2}, 2), ({"top_k": 1}, 1), ({"top_p": 0.5}, 1), ({"top_p": 0.51}, 2), ({"top_p": 0.95}, 4),
-                                           ({"top_k": 3, "top_p": 0.6}, 2), ({"top_k": 99}, 5)], ids=str)
+                                           ({"top_k": 3, "top_p": 0.6}, 2), ({"top_k": 3, "top_p": 0.52}, 1), ({"top_k": 99}, 5)], ids=str)
 def test_draw(options, kept):
-    "Bug 16: which tokens top-k and top-p leave (by hand), and that they are drawn in proportion to their probability."
+    "Bug 16: which tokens top-k and top-p leave (by hand; top-p is a share of what top-k left), and that they are drawn in proportion to their probability."
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
     tokens = draw(probabilities.log().expand(8000, 5), generator=torch.Generator().manual_seed(0), **options)
     share = torch.bincount(tokens, minlength=5) / 8000
@@ -416,9 +438,18 @@ def test_bfloat16_samples_are_scored_again(tokenizer):
     close(logprobs, rollout.logprobs, 1e-6)
 
 
+def test_log_probs_of_a_bfloat16_model_are_float32(tokenizer):
+    "Bug 16: the softmax of bfloat16 logits is taken in float32 (bfloat16 has three digits): the probabilities of all tokens sum to 1."
+    model, V = random_model(dtype=torch.bfloat16), len(VOCABULARY)
+    rollout = replace(as_rollout(tokenizer, [Query("1+2=")], [""] * V), completion_ids=torch.arange(V)[:, None])
+    logprobs = token_logprobs(model, rollout)
+    assert logprobs.dtype == torch.float32
+    close(logprobs.detach().double().exp().sum(), 1.0, 1e-5)
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_no_box_forgets(tokenizer, algorithm):
-    "Bug 17: with dropout 0.1 everywhere and every model in training mode, a step still has rho = 1, KL = 0 and V = its copy's V."
+    "Bugs 15, 17: with dropout 0.1 everywhere, every model in training mode and T = 0.6, a step still has rho = 1, KL = 0 and V = its copy's V."
     policy = random_model(dropout=0.1, dtype=torch.float32).train()
     models = Models(policy, tokenizer, torch.optim.SGD(policy.parameters(), lr=0.0), [lambda completions, **_: [float(len(c)) for c in completions]],
                     reference=copy.deepcopy(policy).train(), beta=0.1)
@@ -426,7 +457,7 @@ def test_no_box_forgets(tokenizer, algorithm):
         models.value = ValueModel(policy).train()
         torch.nn.init.normal_(models.value.head.weight)
         models.value_optimizer = torch.optim.SGD(models.value.parameters(), lr=0.0)
-    rollout, metrics = STEPS[algorithm](models, [Query("1+2="), Query("345+6=")], short_config(algorithm=algorithm), torch.Generator().manual_seed(0))
+    rollout, metrics = STEPS[algorithm](models, [Query("1+2="), Query("345+6=")], short_config(algorithm=algorithm, temperature=0.6), torch.Generator().manual_seed(0))
     close(metrics["ratio"], 1.0, 1e-5)
     close(metrics["kl"], 0.0, 1e-5)
     if algorithm == "ppo": close(models.value.train()(rollout).detach(), rollout.values, 1e-5)
@@ -498,6 +529,14 @@ def test_value_clip(V, old, R, loss, slope):
 def test_adaptive_beta(observed, factor):
     "Ziegler et al.: the error is cut at 20 % and the step scaled by n / horizon (256 / 10 000)."
     close(adapt_beta(0.1, observed, 6.0, 256), 0.1 * factor)
+
+
+def test_adaptive_beta_observes_whole_completions(rollout):
+    "The target is nats a completion: k1 summed over its tokens, then the mean over completions (here 2 / 9, not 2 / tokens)."
+    ref = rollout.logprobs.clone()
+    ref[0, 0] -= 2.0
+    for target, factor in ((2 / 9, 1.0), (2.2 / 9, 1 - 0.2 / 2.2 * 9 / 10_000)):
+        close(next_beta(0.1, replace(rollout, ref_logprobs=ref), target), 0.1 * factor)
 
 
 # Completions that carry no loss ------------------------------------------------------------------------------------------
@@ -598,6 +637,14 @@ def test_loss_0_is_not_gradient_0():
     assert loss.item() == 0 and logprobs.grad.flatten().tolist() == [-0.5, 0.5]
 
 
+def test_an_update_with_loss_0_moves_the_policy(llama, rollout):
+    "Bug 24, end to end: without an update rho = 1, and A = (1, 0, -1) in every group gives a loss of exactly 0; the policy learns all the same."
+    rollout = replace(rollout, advantages=torch.tensor([1.0, 0.0, -1.0] * 3).double(), ref_logprobs=None)
+    rollout.logprobs = token_logprobs(llama, rollout).detach()
+    metrics, g = step_of(llama, rollout)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] > 1e-2 and g.norm() > 1e-2
+
+
 @pytest.mark.parametrize("budget", [10_000, 1])
 def test_metrics_are_those_of_the_whole_step(llama, tokenizer, budget):
     "Bug 27: every metric from its definition over all tokens that carry loss, whatever the pieces."
@@ -624,6 +671,7 @@ def test_rewards_of_a_step():
     rollout = SimpleNamespace(rewards=rewards, scored=~rewards.isnan(), num_generations=3, completion_mask=torch.ones(12, 4, dtype=torch.bool), truncated=torch.arange(12) < 3)
     metrics = rollout_metrics(rollout)
     close([metrics["frac_reward_zero_std"], metrics["reward"], metrics["completions/mean_length"], metrics["completions/clipped_ratio"]], [0.75, 6.1 / 9, 4, 0.25], 1e-6)
+    close(metrics["reward_std"], stdev([0.7] * 3 + [1, 0, 1, 1, 1, 0]), 1e-6)
 
 
 def test_entropy_bonus(llama, rollout):
@@ -636,13 +684,18 @@ def test_entropy_bonus(llama, rollout):
 
 
 def test_gradients_are_clipped_to_max_grad_norm(llama, rollout):
-    "The step is as long as `max_grad_norm`, the metric is the norm before."
-    optimizer = torch.optim.SGD(llama.parameters(), lr=1.0)
-    before = torch.cat([p.detach().flatten().clone() for p in llama.parameters()])
-    metrics = update(llama, optimizer, rollout, short_config(max_grad_norm=0.01))
-    after = torch.cat([p.detach().flatten() for p in llama.parameters()])
-    close((after - before).norm(), 0.01, 1e-6)
-    assert metrics["grad_norm"] > 0.05
+    "The step of policy and value model is as long as `max_grad_norm`, each of its own; the metric is the norm before."
+    value = ValueModel(llama)
+    torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (llama, value)]
+    def weights(): return [torch.cat([p.detach().flatten().clone() for p in model.parameters()]) for model in (llama, value)]
+    before = weights()
+    metrics = update(llama, optimizers[0], rollout, short_config(algorithm="ppo", max_grad_norm=0.01), value_model=value, value_optimizer=optimizers[1])
+    for model, a, b, name in zip((llama, value), before, weights(), ("grad_norm", "value_grad_norm")):
+        close((b - a).norm(), 0.01, 1e-6)
+        close(gradient(model).norm(), 0.01, 1e-6)
+        assert metrics[name] > 0.05
+    assert metrics["grad_norm"] != metrics["value_grad_norm"]
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -654,6 +707,15 @@ def test_num_iterations_is_the_number_of_steps(llama, rollout, iterations):
     metrics = update(many, optimizers[1], rollout, short_config(num_iterations=iterations))
     for a, b in zip(one.parameters(), many.parameters()): assert a.equal(b)
     close(metrics["loss"], sum(m["loss"] for m in singles) / iterations)
+
+
+def test_the_table_averages_over_real_tokens(rollout):
+    "Bug 14 in completions.parquet: the advantage of a completion is the mean over its tokens, whatever stands in the padding."
+    rows = table(replace(rollout, advantages=rollout.values + 7.0 * ~rollout.completion_mask), step=1)
+    for i, row in enumerate(rows):
+        n = int(rollout.completion_mask[i].sum())
+        assert row["tokens"] == n
+        close(row["advantage"], sum(rollout.values[i, :n].tolist()) / n)
 
 
 # The two halves ----------------------------------------------------------------------------------------------------------
@@ -675,7 +737,7 @@ QUERIES = [Query("1+2="), Query("345+6="), Query("7:")]
 
 def test_ppo_step(tokenizer):
     "The upper half: r and beta KL make token rewards, GAE makes advantages, the loss has no KL of its own."
-    models, config = boxes(tokenizer, "ppo"), short_config(algorithm="ppo", lam=1.0, whiten_advantages=False, beta=0.1)
+    models, config = boxes(tokenizer, "ppo"), short_config(algorithm="ppo", lam=1.0, whiten_advantages=False, beta=0.1, vf_coef=0.5)
     rollout, metrics = STEPS["ppo"](models, QUERIES, config, torch.Generator().manual_seed(0))
     assert len(rollout) == 3 and rollout.num_generations == 1
     close(rollout.ref_logprobs, token_logprobs(models.reference, rollout).detach())

@@ -1,6 +1,10 @@
 "The tasks: a parser against Python's own, a split that never leaks, and answers that their own task finds right."
+import os
 import random
 import re
+import subprocess
+import sys
+from ast import literal_eval
 
 import pytest
 from hypothesis import given
@@ -45,6 +49,15 @@ def test_the_split_does_not_leak(name, digits):
     assert not {query.key for query in train} & {query.key for query in heldout}
     assert not any(map(is_heldout, train)) and all(map(is_heldout, heldout))
     assert task.queries("train", 300, seed=1) == train and (digits == 1 or task.queries("train", 300, seed=2) != train)
+
+
+@pytest.mark.parametrize("salt", [1, 2])
+def test_the_split_is_the_same_in_every_process(salt):
+    "A key is held out if its CRC-32 is a multiple of 5, whatever Python's salt of `hash`: a resumed run must not train on what it is tested with."
+    source = "import zlib; from grpo_nb.task import load_task; print([(q.key, zlib.crc32(q.key.encode()) % 5 == 0) for s in ('train', 'heldout') for q in load_task('add').queries(s, 20)])"
+    done = subprocess.run([sys.executable, "-c", source], env={**os.environ, "PYTHONHASHSEED": str(salt)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [heldout for _, heldout in literal_eval(done.stdout)] == [False] * 20 + [True] * 20
 
 
 def test_a_sum_and_its_mirror_are_one_question():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import typing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pandas as pd
 import pytest
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from grpo_nb import training
 from grpo_nb.algorithm import CONFIGS, RECIPES, SCHEDULERS, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward, train_reward_model
-from grpo_nb.task import Query, load_task
+from grpo_nb.task import Query, is_heldout, load_task
 from grpo_nb.training import chat, checkpoints, evaluate, main, open_run, parse_arguments, train
 from helpers import python, read_metrics, reproducible, short_config
 
@@ -104,6 +104,14 @@ def test_the_reference_does_not_move(tiny, finished):
     assert finished.metrics["kl"][1] < 1e-6 < finished.metrics["kl"][3]
 
 
+def test_evaluation_is_held_out(tiny):
+    "What the accuracy is measured on is never trained on, and the same every time."
+    task, asked = load_task("add"), []
+    spy = replace(task, is_right=lambda completion, query: asked.append(query) or task.is_right(completion, query))
+    assert evaluate(*tiny, spy, 40, 8) == evaluate(*tiny, spy, 40, 8)
+    assert len(asked) == 80 and asked[:40] == asked[40:] and all(map(is_heldout, asked))
+
+
 # Same seed ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -115,6 +123,7 @@ def test_the_seed_decides(tmp_path, algorithm):
     assert a == b != c
     frames = [pd.read_parquet(tmp_path / name / "completions.parquet") for name in "abc"]
     assert frames[0].equals(frames[1]) and not frames[0].equals(frames[2])
+    assert set(frames[0]["query"][frames[0]["step"] == 2]) != set(frames[2]["query"][frames[2]["step"] == 1])  # the next seed is not the same data one step later
     assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
 
 
@@ -164,6 +173,12 @@ def test_learning_rate_follows_the_schedule(straight):
     lines = read_metrics(straight("grpo"))
     for line, share in zip(lines, (0, 0.5, 1, 0.75, 0.25)): assert abs(line["learning_rate"] - share * 1e-4) < 1e-12
     assert lines[0]["kl"] < 1e-6 < lines[1]["kl"]
+
+
+def test_the_value_model_follows_the_schedule_too(straight):
+    "After four steps both optimisers are at (1 + cos 120)/2 = 1/4 of their own rate; a schedule that is built and not stepped would leave one at 0."
+    policy, value = json.loads((straight("ppo") / "checkpoint-4/trainer.json").read_text())["schedulers"]
+    for schedule, rate in ((policy, 1e-4), (value, 1e-3)): assert abs(schedule["_last_lr"][0] - rate / 4) < 1e-12
 
 
 @pytest.mark.parametrize("name, after", [("grpo", 1), ("grpo", 3), ("ppo", 1), ("ppo", 3), ("head", 2), ("dapo", 2), ("iterative", 2), ("iterative", 3)])
@@ -314,6 +329,15 @@ def test_recipe(tmp_path, recipe):
     if recipe == "iterative": options |= {"reward_model_prompts": 8, "reward_model_steps": 2}
     config = run(tmp_path / "run", recipe=recipe, **options).config
     assert all(getattr(config, name) == value for name, value in (RECIPES[recipe] | options).items())
+
+
+def test_recipes_are_what_the_papers_say():
+    "Bug 28: against the papers (in RECIPES), not against the table itself; the bounds of GSPO are 3e-4 and 4e-4, Dr. GRPO has no std, RLOO no group mean."
+    papers = {"deepseekmath": ("group", "mean", "grpo", "token", "clip", 0.04, 0.2, None), "dr_grpo": ("none", "mean", "dr_grpo", "token", "clip", 0.0, 0.2, None),
+              "gspo": ("group", "mean", "grpo", "sequence", "clip", 0.0, 3e-4, 4e-4), "cispo": ("group", "mean", "dapo", "token", "cispo", 0.0, 0.2, 4.0),
+              "rloo": ("none", "leave_one_out", "grpo", "token", "clip", 0.01, 0.2, None)}
+    names = ("scale_rewards", "baseline", "loss_type", "importance_sampling_level", "objective", "beta", "epsilon", "epsilon_high")
+    for recipe, values in papers.items(): assert tuple(getattr(make_config(recipe=recipe), name) for name in names) == values, recipe
 
 
 def test_bfloat16_samples_from_the_weights_that_it_trains(tmp_path):
