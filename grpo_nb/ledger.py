@@ -250,7 +250,7 @@ def check_kl_mean(estimator: str) -> tuple[float, None]:
 
 _enumerate = "enumeration of 7 tokens"
 _kl_mean_rows = [
-    Check("E[k1]", r"\mathbb E_\pi[k_1]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_1=-d,\ d=\log\tfrac{\pi_\text{ref}}\pi", "Schulman 2020", "reference.kl", _enumerate, partial(check_kl_mean, "k1")),
+    Check("E[k1]", r"\mathbb E_\pi[k_1]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_1=-d", "Schulman 2020", "reference.kl", _enumerate, partial(check_kl_mean, "k1")),
     Check("E[k2]", r"\mathbb E_\pi[k_2]=\tfrac12\mathbb E_\pi[d^2],\ k_2=\tfrac12d^2\ \text{(biased)}", "Schulman 2020", "reference.kl", _enumerate, partial(check_kl_mean, "k2")),
     Check("E[k3]", r"\mathbb E_\pi[k_3]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_3=e^d-d-1", "Schulman 2020; 2402.03300, eq. 4", "reference.kl", _enumerate, partial(check_kl_mean, "k3"))]
 
@@ -282,7 +282,7 @@ def check_kl_in_reward() -> tuple[float, None]:
              for score, new, ref in zip(b.rewards.tolist(), ragged(b.logprobs, b.mask), ragged(b.ref, b.mask))]
     return disagreement([ours[b.mask], ours[~b.mask]], [*truth, [0.0] * int((~b.mask).sum())])
 
-_kl_reward_row = Check("KL in the reward", r"r_t=\mathbb 1[t=\lvert o\rvert]\,r_\varphi(q,o)-\beta\log\frac{\pi_\theta(o_t)}{\pi_\text{ref}(o_t)}", "2402.03300, eq. 2; 2203.02155",
+_kl_reward_row = Check("KL in the reward", r"r_t=\mathbf 1[t=\lvert o\rvert]\,r_\varphi(q,o)-\beta\log\frac{\pi_\theta(o_t)}{\pi_\text{ref}(o_t)}", "2402.03300, eq. 2; 2203.02155",
                        "reference.kl_in_reward", "definition", check_kl_in_reward)
 
 # %% ../nbs/16_ledger.ipynb #a9ab6ab3
@@ -396,10 +396,10 @@ def check_policy_gradient(advantage: str, objective: str = "clip") -> tuple[None
 
 _J, _all = r"\mathbb E_o\big[\nabla\textstyle\sum_t\ell_t\big]=-%s\nabla J", "enumeration of 85 answers"
 _gradient_rows = [
-    Check("policy gradient", _J % "", "policy gradient theorem", "policy_loss, token_logprobs", _all, partial(check_policy_gradient, "reward")),
-    Check("policy gradient, CISPO", _J % "", "policy gradient theorem", "policy_loss, token_logprobs", _all, partial(check_policy_gradient, "reward", "cispo")),
-    Check("policy gradient, leave-one-out", _J % "" + r",\ G=2", "RLOO 2402.14740, sec. 3", "group_advantages, policy_loss", "enumeration of 7,225 pairs", partial(check_policy_gradient, "leave_one_out")),
-    Check("policy gradient, mean", _J % r"(1-\tfrac1G)" + r",\ G=2", "follows from the row above", "group_advantages, policy_loss", "enumeration of 7,225 pairs", partial(check_policy_gradient, "mean"))]
+    Check("policy gradient", _J % "", "policy gradient theorem", "objective.policy_loss", _all, partial(check_policy_gradient, "reward")),
+    Check("policy gradient, CISPO", _J % "", "policy gradient theorem", "objective.policy_loss", _all, partial(check_policy_gradient, "reward", "cispo")),
+    Check("policy gradient, leave-one-out", _J % "" + r",\ G=2", "RLOO 2402.14740, sec. 3", "group.group_advantages", "enumeration of 7,225 pairs", partial(check_policy_gradient, "leave_one_out")),
+    Check("policy gradient, mean", _J % r"(1-\tfrac1G)" + r",\ G=2", "follows from the row above", "group.group_advantages", "enumeration of 7,225 pairs", partial(check_policy_gradient, "mean"))]
 
 # %% ../nbs/16_ledger.ipynb #7099b161
 def check_micro_batches() -> tuple[float, float]:
@@ -535,9 +535,10 @@ def check_trl_advantages(scale: str) -> tuple[float, None]:
         errors.append(disagreement(group_advantages(rewards, 4, scale), trl_advantages(rewards, 4, scale))[0])
     return max(errors), None
 
-_trl_group_rows = [Check(f"advantage, {scale}, TRL", rf"\hat A_i=\frac{{r_i-\bar r}}{{{std}}}", "2402.03300, sec. 4.1.2", "group.group_advantages",
-                         "TRL: _generate_and_score_completions", partial(check_trl_advantages, scale), 1e-10 if scale == "none" else 1e-7)
-                   for scale, std in [("group", r"\operatorname{std}r+10^{-4}"), ("batch", r"\operatorname{std}_\text{batch}r+10^{-4}"), ("none", "1")]]
+_trl_group_rows = [Check(f"advantage, {scale}, TRL", formula, source, "group.group_advantages", "TRL: its trainer's advantages", partial(check_trl_advantages, scale), tolerance)
+                   for scale, formula, source, tolerance in [("group", r"\frac{r_i-\bar r}{\operatorname{std}r+10^{-4}}", "2402.03300, sec. 4.1.2", 1e-7),
+                                                             ("batch", r"\frac{r_i-\bar r}{\operatorname{std}_\text{batch}r+10^{-4}}", "Lite PPO 2508.08221", 1e-7),
+                                                             ("none", r"r_i-\bar r", "Dr. GRPO 2503.20783, sec. 3", 1e-10)]]
 
 # %% ../nbs/16_ledger.ipynb #d9475fc6
 def near_reward(prompts, completions, answer: list[str], **_) -> list[float]:
@@ -626,8 +627,8 @@ def check_one_step(num_iterations: int = 1, beta: float = 0.04) -> tuple[float, 
 
 _formula = r"\theta'=\operatorname{AdamW}\big(\theta,\ \nabla L_\text{GRPO}\big)"
 _step_rows = [
-    Check("one step, TRL", _formula, "2402.03300, algorithm 1", "update.update", "TRL: GRPOTrainer.train, float32", check_one_step, 1e-6),
-    Check("three steps on one sampling, TRL", _formula + r",\ \mu=3,\ \beta=0.5", "2402.03300, algorithm 1", "update.update", "TRL: GRPOTrainer.train, float32", partial(check_one_step, 3, 0.5), 1e-6)]
+    Check("one step, TRL", _formula, "2402.03300, algorithm 1", "update.update", "TRL: its trainer, float32", check_one_step, 1e-6),
+    Check("three steps on one sampling, TRL", _formula + r",\ \mu=3,\ \beta=0.5", "2402.03300, algorithm 1", "update.update", "TRL: its trainer, float32", partial(check_one_step, 3, 0.5), 1e-6)]
 
 # %% ../nbs/16_ledger.ipynb #cb4435df
 CHECKS: list[Check] = [*_token_rows, *_ratio_rows, *_objective_rows, *_aggregate_rows, *_kl_mean_rows, *_kl_gradient_rows, _kl_reward_row, _beta_row,
@@ -636,7 +637,7 @@ CHECKS: list[Check] = [*_token_rows, *_ratio_rows, *_objective_rows, *_aggregate
 
 # %% ../nbs/16_ledger.ipynb #a10be729
 def run_checks(
-    checks: list[Check] | None = None,  # None: all
+    checks: list | None = None,  # of `Check`; None: all
 ) -> pd.DataFrame:  # name, formula, source, code, how, tolerance, value, gradient, holds, note
     "Run every row."
     return pd.DataFrame([check.measure() for check in (CHECKS if checks is None else checks)])
@@ -648,9 +649,11 @@ def as_markdown(
     "The ledger as a Markdown table with its formulas; errors that are not allowed are bold."
     def error(row, name):
         if pd.isna(row[name]): return "–"
-        return f"{row[name]:.0e}" if row[name] <= row["tolerance"] else f"**{row[name]:.0e}**"
-    lines = ["| what | formula | source | code | truth | value | gradient | allowed |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        text = f"{row[name]:.0e}" if row[name] else "0"
+        return text if row[name] <= row["tolerance"] else f"**{text}**"
+    lines = ["| what, source | formula | code, truth | value | gradient | allowed |", "| --- | --- | --- | --- | --- | --- |"]
     for _, row in table.iterrows():
-        errors = f"{row['note']} | | " if row["note"] else f"{error(row, 'value')} | {error(row, 'gradient')} | {row['tolerance']:.0e} "
-        lines.append(f"| {row['name']} | ${row['formula']}$ | {row['source']} | `{row['code']}` | {row['how']} | {errors}|")
+        errors = [row["note"], "", ""] if row["note"] else [error(row, "value"), error(row, "gradient"), f"{row['tolerance']:.0e}"]
+        cells = [f"{row['name']}<br>*{row['source']}*", f"${row['formula']}$", f"`{row['code']}`<br>{row['how'].replace('_', chr(92) + '_')}", *errors]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
