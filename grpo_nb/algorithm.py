@@ -121,7 +121,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ppo": {"algorithm": "ppo"},  # InstructGPT, 2203.02155
     "deepseekmath": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64},  # 2402.03300, sec. 4.2
     "deepseekmath_process": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64, "reward_funcs": ["process"]},  # sec. 4.1.3
-    "iterative": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64, "reward_funcs": ["learned"], "ref_model_sync_steps": 25},  # sec. 4.1.4, algorithm 1
+    "iterative": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64, "reward_funcs": ["learned"], "ref_model_sync_steps": 10},  # sec. 4.1.4, algorithm 1
     "dr_grpo": {"algorithm": "grpo", "scale_rewards": "none", "loss_type": "dr_grpo", "beta": 0.0},  # 2503.20783
     "dapo": {"algorithm": "grpo", "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "dynamic_sampling": 4, "reward_funcs": ["accuracy", "overlong"], "beta": 0.0},  # 2503.14476
     "gspo": {"algorithm": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.0},  # 2507.18071, sec. 5.1

@@ -7,12 +7,12 @@ __all__ = ['SAME_NAME', 'CHECKS', 'OracleMissing', 'Check', 'disagreement', 'ran
            'rollout_of', 'small_rollout', 'every_completion', 'step_by_step', 'import_trl', 'check_logprobs',
            'check_ratio', 'check_objective', 'check_aggregate', 'check_kl_mean', 'check_kl_gradient',
            'check_kl_in_reward', 'check_adaptive_beta', 'check_gae', 'check_whiten', 'check_value_loss',
-           'check_bradley_terry', 'check_group_advantages', 'check_process_advantages', 'check_policy_gradient',
-           'check_micro_batches', 'check_slope', 'trl_loss', 'check_trl_loss', 'check_trl_pieces', 'trl_advantages',
-           'check_trl_advantages', 'near_reward', 'trl_steps', 'replay', 'silence', 'weights_apart', 'check_one_step',
-           'run_checks', 'as_markdown']
+           'check_bradley_terry', 'check_overlong', 'check_group_advantages', 'check_process_advantages',
+           'check_policy_gradient', 'check_micro_batches', 'check_slope', 'trl_loss', 'check_trl_loss',
+           'check_trl_pieces', 'trl_advantages', 'check_trl_advantages', 'near_reward', 'trl_steps', 'replay',
+           'silence', 'weights_apart', 'check_one_step', 'run_checks', 'as_markdown']
 
-# %% ../nbs/16_ledger.ipynb #5b5bbd5c
+# %% ../nbs/16_ledger.ipynb #9f5ee1b4
 import contextlib
 import io
 import itertools
@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../nbs/16_ledger.ipynb #7eba6425
+# %% ../nbs/16_ledger.ipynb #c79288c6
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -42,13 +42,13 @@ from .group import group_advantages, process_advantages
 from .objective import aggregate, policy_loss, ratio
 from .policy import encode_prompts, load_policy, token_logprobs
 from .reference import adapt_beta, kl, kl_in_reward, reference_logprobs
-from .reward import bradley_terry_loss
+from .reward import bradley_terry_loss, overlong_reward
 from .rollout import Rollout
 from .task import Query, load_task
 from .update import piece_loss, update
 from .value import value_loss
 
-# %% ../nbs/16_ledger.ipynb #a183f993
+# %% ../nbs/16_ledger.ipynb #a82c9800
 class OracleMissing(ImportError):
     "The package that knows the truth of a row is not installed."
 
@@ -72,7 +72,7 @@ class Check:
         holds = bool(errors) and all(error <= self.tolerance for error in errors)  # NaN is not <=
         return row | {"value": value, "gradient": gradient, "holds": holds, "note": ""}
 
-# %% ../nbs/16_ledger.ipynb #d3595b8d
+# %% ../nbs/16_ledger.ipynb #25adda6e
 def disagreement(
     ours,  # a tensor, or numbers in nested lists
     truth,  # the same numbers, in the same order
@@ -91,7 +91,7 @@ def disagreement(
               if x.requires_grad else torch.zeros(sum(leaf.numel() for leaf in leaves)).to(ours) for x in (ours, truth)]
     return value, (slopes[0] - slopes[1]).abs().max().item()
 
-# %% ../nbs/16_ledger.ipynb #34d2d132
+# %% ../nbs/16_ledger.ipynb #df540fc4
 def random_batch(seed: int = 0) -> SimpleNamespace:  # mask, old, logprobs, ref, advantages, rewards, values, old_values, returns
     "Two groups of three completions of 1 to 5 tokens, float64; `logprobs` and `values` with gradient."
     generator = torch.Generator().manual_seed(seed)
@@ -102,12 +102,12 @@ def random_batch(seed: int = 0) -> SimpleNamespace:  # mask, old, logprobs, ref,
                            ref=old + normal(6, 5, scale=0.4), advantages=normal(6), rewards=normal(6), token_rewards=normal(6, 5),
                            values=normal(6, 5).requires_grad_(), old_values=normal(6, 5), returns=normal(6, 5))
 
-# %% ../nbs/16_ledger.ipynb #02df79c0
+# %% ../nbs/16_ledger.ipynb #41a24785
 def ragged(x: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> list[list[Tensor]]:
     "The real entries of each row as scalars that remember their gradient."
     return [[x[i, t] for t in range(n)] for i, n in enumerate(mask.sum(1).tolist())]
 
-# %% ../nbs/16_ledger.ipynb #226eb157
+# %% ../nbs/16_ledger.ipynb #8e437e6f
 def small_policy(vocabulary: int = 5, seed: int = 0) -> PreTrainedModel:
     "A GPT-2 with random weights in float64, whose distributions are far from uniform. Token 0 is padding, token 1 is EOS."
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=16, pad_token_id=0, eos_token_id=1, bos_token_id=None))
@@ -117,7 +117,7 @@ def small_policy(vocabulary: int = 5, seed: int = 0) -> PreTrainedModel:
             if parameter.dim() > 1: parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
     return model.double().eval()
 
-# %% ../nbs/16_ledger.ipynb #f1c8322e
+# %% ../nbs/16_ledger.ipynb #907ab0e0
 def rollout_of(
     prompts: list[list[int]],
     completions: list[list[int]],  # the same number for each prompt, groups contiguous
@@ -129,7 +129,7 @@ def rollout_of(
                    torch.arange(T) < torch.tensor([[len(c)] for c in completions]), [str(c) for c in completions],
                    torch.zeros(N, dtype=torch.bool), N // len(prompts))
 
-# %% ../nbs/16_ledger.ipynb #ab89fe8c
+# %% ../nbs/16_ledger.ipynb #6b185b4c
 def small_rollout(model: PreTrainedModel, seed: int = 0) -> Rollout:
     "Two prompts of unequal length, three completions each; off-policy, with a reference and advantages, all of it random."
     generator = torch.Generator().manual_seed(seed)
@@ -138,13 +138,13 @@ def small_rollout(model: PreTrainedModel, seed: int = 0) -> Rollout:
     def moved(scale): return logprobs + scale * (2 * torch.rand(logprobs.shape, generator=generator, dtype=torch.float64) - 1) * rollout.completion_mask
     return replace(rollout, logprobs=moved(0.6), ref_logprobs=moved(1.0), advantages=torch.randn(6, generator=generator, dtype=torch.float64))
 
-# %% ../nbs/16_ledger.ipynb #a062aa68
+# %% ../nbs/16_ledger.ipynb #6ca5054f
 def every_completion(vocabulary: int = 5, length: int = 3) -> Rollout:
     "Every answer to one prompt that ends with EOS or at the length limit, as one group."
     ids = itertools.product(range(vocabulary), repeat=length)
     return rollout_of([[2, 3]], sorted({row[:row.index(1) + 1] if 1 in row else row for row in ids}))
 
-# %% ../nbs/16_ledger.ipynb #59b2ac56
+# %% ../nbs/16_ledger.ipynb #7e13e3ac
 def step_by_step(
     model: PreTrainedModel,
     rollout: Rollout,
@@ -157,7 +157,7 @@ def step_by_step(
             ids = torch.cat([prompt, rollout.completion_ids[i, :t]])[None]
             yield i, t, model(ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
 
-# %% ../nbs/16_ledger.ipynb #cd80387c
+# %% ../nbs/16_ledger.ipynb #a3de0ca1
 def import_trl():
     "The module `trl`; `OracleMissing` if it is not installed. It is an oracle and no requirement of the library."
     try: import trl.trainer.utils
@@ -166,7 +166,7 @@ def import_trl():
         raise OracleMissing("TRL is not installed: pip install trl") from None
     return trl
 
-# %% ../nbs/16_ledger.ipynb #d1c28f68
+# %% ../nbs/16_ledger.ipynb #ea510fbd
 def check_logprobs(quantity: str, truth: str) -> tuple[float, float]:
     "Log-probs or entropies of a batch with padding at temperature 0.7, and their gradient in the weights."
     model, T = small_policy(), 0.7
@@ -188,7 +188,7 @@ _token_rows = [
     Check("entropy", _entropy, "Shannon 1948, sec. 6", "policy.token_logprobs", "definition, each prefix alone", partial(check_logprobs, "entropy", "definition")),
     Check("entropy, TRL", _entropy, "Shannon 1948, sec. 6", "policy.token_logprobs", "TRL: entropy_from_logits", partial(check_logprobs, "entropy", "trl"))]
 
-# %% ../nbs/16_ledger.ipynb #ffd025eb
+# %% ../nbs/16_ledger.ipynb #bc9e74f8
 def check_ratio(level: str) -> tuple[float, float]:
     "A quotient of probabilities; for a sequence the geometric mean of its tokens' (GSPO)."
     b, truth = random_batch(), []
@@ -201,7 +201,7 @@ _ratio_rows = [
     Check("ratio", r"\rho_t=\frac{\pi_\theta(o_t)}{\pi_\text{old}(o_t)}", "PPO 1707.06347, sec. 3", "objective.ratio", "definition", partial(check_ratio, "token")),
     Check("sequence ratio", r"s_i=\Big(\frac{\pi_\theta(o_i)}{\pi_\text{old}(o_i)}\Big)^{1/\lvert o_i\rvert}", "GSPO 2507.18071, eq. 7", "objective.ratio", "definition: geometric mean", partial(check_ratio, "sequence"))]
 
-# %% ../nbs/16_ledger.ipynb #809e4c7c
+# %% ../nbs/16_ledger.ipynb #617c70fb
 def check_objective(low: float = 0.2, high: float = 0.2, delta: float | None = None, objective: str = "clip") -> tuple[float, float]:
     "The per-token policy loss, by cases."
     b, truth = random_batch(), []
@@ -222,7 +222,7 @@ _objective_rows = [
     Check("dual clip", r"-\min\big(\min(\rho,\delta)A,\ \operatorname{clip}(\rho,1-\varepsilon,1+\varepsilon)A\big)", "1912.09729, with δ for c", "objective.policy_loss", _cases, partial(check_objective, delta=1.3)),
     Check("CISPO", r"-\operatorname{sg}\big[\min(\rho,1+\varepsilon_\text{high})\big]A\log\pi_\theta", "MiniMax-M1 2506.13585, eq. 4", "objective.policy_loss", "definition, weight held fixed", partial(check_objective, objective="cispo"))]
 
-# %% ../nbs/16_ledger.ipynb #d20c41c4
+# %% ../nbs/16_ledger.ipynb #19b165d2
 def check_aggregate(loss_type: str) -> tuple[float, float]:
     "Per-token losses to one number, over plain lists."
     b = random_batch()
@@ -239,7 +239,7 @@ _aggregate_rows = [
     Check("bnpo", r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\ell_{i,t}", "TRL's name; over the whole step, as dapo", "objective.aggregate", "definition", partial(check_aggregate, "bnpo")),
     Check("dr_grpo", r"\frac1{N\,L_\text{max}}\sum_i\sum_t\ell_{i,t}", "Dr. GRPO 2503.20783, sec. 3", "objective.aggregate", "definition", partial(check_aggregate, "dr_grpo"))]
 
-# %% ../nbs/16_ledger.ipynb #0900b80a
+# %% ../nbs/16_ledger.ipynb #0231bbc0
 def check_kl_mean(estimator: str) -> tuple[float, None]:
     "The expectation of an estimator under pi."
     z, p_ref = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -254,7 +254,7 @@ _kl_mean_rows = [
     Check("E[k2]", r"\mathbb E_\pi[k_2]=\tfrac12\mathbb E_\pi[d^2],\ k_2=\tfrac12d^2\ \text{(biased)}", "Schulman 2020", "reference.kl", _enumerate, partial(check_kl_mean, "k2")),
     Check("E[k3]", r"\mathbb E_\pi[k_3]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_3=e^d-d-1", "Schulman 2020; 2402.03300, eq. 4", "reference.kl", _enumerate, partial(check_kl_mean, "k3"))]
 
-# %% ../nbs/16_ledger.ipynb #81c3af3a
+# %% ../nbs/16_ledger.ipynb #b5d2264f
 def check_kl_gradient(estimator: str, truth: str, weighted: bool = False) -> tuple[None, float]:
     "The expectation of an estimator's gradient in the logits of pi; `weighted`: of rho times the estimator."
     z, z_ref = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -273,7 +273,7 @@ _kl_gradient_rows = [
     Check("E[grad k3]", r"\mathbb E_\pi[\nabla k_3]=\nabla\mathrm{KL}(\pi_\text{ref}\Vert\pi)", "by hand, above", "reference.kl", _closed, partial(check_kl_gradient, "k3", "KL(ref, pi)")),
     Check("E[grad rho k3]", r"\mathbb E_\pi[\nabla(\rho\,k_3)]=\nabla\mathrm{KL}(\pi\Vert\pi_\text{ref})", "by hand, above", "reference.kl", _closed, partial(check_kl_gradient, "k3", "KL(pi, ref)", True))]
 
-# %% ../nbs/16_ledger.ipynb #ed8164ce
+# %% ../nbs/16_ledger.ipynb #c92e15d5
 def check_kl_in_reward() -> tuple[float, None]:
     "Token rewards of PPO: the price of the KL on each token, the score on the last."
     b, beta = random_batch(), 0.3
@@ -285,7 +285,7 @@ def check_kl_in_reward() -> tuple[float, None]:
 _kl_reward_row = Check("KL in the reward", r"r_t=\mathbf 1[t=\lvert o\rvert]\,r_\varphi(q,o)-\beta\log\frac{\pi_\theta(o_t)}{\pi_\text{ref}(o_t)}", "2402.03300, eq. 2; 2203.02155",
                        "reference.kl_in_reward", "definition", check_kl_in_reward)
 
-# %% ../nbs/16_ledger.ipynb #a9ab6ab3
+# %% ../nbs/16_ledger.ipynb #c9b511e2
 def check_adaptive_beta() -> tuple[float, None]:
     "beta = 0.1, target 6 nats, 256 completions of a horizon of 10,000: a step is at most 0.2 * 0.0256 = 0.512 %."
     by_hand = {6.0: 0.1, 6.6: 0.100256, 600.0: 0.100512, 0.0: 0.099488}  # 10 % too much; far too much; nothing
@@ -293,7 +293,7 @@ def check_adaptive_beta() -> tuple[float, None]:
 
 _beta_row = Check("adaptive β", r"\beta\leftarrow\beta\Big(1+\operatorname{clip}\big(\tfrac{\mathrm{KL}}{\mathrm{KL}_\text{target}}-1,\pm0.2\big)\tfrac nh\Big)", "Ziegler 1909.08593, sec. 2.2", "reference.adapt_beta", "four numbers by hand", check_adaptive_beta)
 
-# %% ../nbs/16_ledger.ipynb #329d23ad
+# %% ../nbs/16_ledger.ipynb #a9bef2c6
 def check_gae(gamma: float, lam: float) -> tuple[float, None]:
     "Advantages and returns from their definition."
     b = random_batch()
@@ -311,7 +311,7 @@ _gae_rows = [
     Check("GAE", r"\hat A_t=\sum_{l\ge0}(\gamma\lambda)^l\delta_{t+l},\ \delta_t=r_t+\gamma V_{t+1}-V_t", "1506.02438, eq. 16", "gae.gae", "definition: double sum", partial(check_gae, 0.9, 0.95)),
     Check("GAE, λ = 1", r"\hat A_t=\sum_{l\ge0}\gamma^l r_{t+l}-V_t,\quad R_t=\hat A_t+V_t", "1506.02438, eq. 18", "gae.gae", "definition: rewards to come", partial(check_gae, 0.9, 1.0))]
 
-# %% ../nbs/16_ledger.ipynb #3a6e23b3
+# %% ../nbs/16_ledger.ipynb #b8869e8a
 def check_whiten(shift_mean: bool) -> tuple[float, None]:
     "Against the standard library's mean and standard deviation (ddof 1) of the real entries."
     b = random_batch()
@@ -324,7 +324,7 @@ _whiten_rows = [
     Check("whitening", r"\frac{x-\bar x}{\operatorname{std}x+10^{-8}}", "after the code of 1909.08593", "gae.whiten", "module statistics", partial(check_whiten, True)),
     Check("whitening, mean kept", r"\frac{x-\bar x}{\operatorname{std}x+10^{-8}}+\bar x", "after the code of 1909.08593", "gae.whiten", "module statistics", partial(check_whiten, False))]
 
-# %% ../nbs/16_ledger.ipynb #89494b37
+# %% ../nbs/16_ledger.ipynb #927cd79b
 def check_value_loss(eps: float = 0.2) -> tuple[float, float]:
     "Token by token: a value further than eps from the old one is only told off for the larger of its two errors."
     b = random_batch()
@@ -336,7 +336,7 @@ def check_value_loss(eps: float = 0.2) -> tuple[float, float]:
 
 _value_row = Check("clipped value loss", r"\tfrac12\max\big((V-R)^2,(\operatorname{clip}(V,V_\text{old}\pm\varepsilon_v)-R)^2\big)", "PPO2; InstructGPT 2203.02155", "value.value_loss", "definition, by cases", check_value_loss)
 
-# %% ../nbs/16_ledger.ipynb #52bca314
+# %% ../nbs/16_ledger.ipynb #970831bd
 def check_bradley_terry() -> tuple[float, float]:
     "The probability that the better answer wins, as a quotient."
     scores = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
@@ -345,7 +345,16 @@ def check_bradley_terry() -> tuple[float, float]:
 
 _reward_row = Check("Bradley–Terry", r"-\log\sigma(r_w-r_l)=-\log\frac{e^{r_w}}{e^{r_w}+e^{r_l}}", "InstructGPT 2203.02155, eq. 1", "reward.bradley_terry_loss", "definition: quotient", check_bradley_terry)
 
-# %% ../nbs/16_ledger.ipynb #cac10e2c
+# %% ../nbs/16_ledger.ipynb #cefd21e8
+def check_overlong() -> tuple[float, None]:
+    "The three cases of the penalty, for each length up to past the limit."
+    limit, cache = 16, 4
+    truth = [0.0 if n <= limit - cache else (limit - cache - n) / cache if n <= limit else -1.0 for n in range(20)]
+    return disagreement(overlong_reward(limit, cache)([""] * 20, [""] * 20, completion_ids=[[0] * n for n in range(20)]), truth)
+
+_overlong_row = Check("soft overlong penalty", r"\min\big(0,\max(-1,\tfrac{L_\text{max}-L_\text{cache}-\lvert o\rvert}{L_\text{cache}})\big)", "DAPO 2503.14476, eq. 13", "reward.overlong_reward", "by cases", check_overlong)
+
+# %% ../nbs/16_ledger.ipynb #d92680f1
 def check_group_advantages(scale: str, baseline: str = "mean") -> tuple[float, None]:
     "Mean and standard deviation (ddof 1) from the standard library, or the mean of the others."
     groups, truth = [[0.0, 1.0, 0.25, 0.7], [2.0, 1.5, -1.0, 0.3]], []
@@ -363,18 +372,21 @@ _group_rows = [
     Check("no std", r"\hat A_i=r_i-\bar r", "Dr. GRPO 2503.20783, sec. 3", "group.group_advantages", _statistics, partial(check_group_advantages, "none")),
     Check("leave-one-out", r"\hat A_i=r_i-\frac1{G-1}\sum_{j\ne i}r_j", "RLOO 2402.14740, sec. 3", "group.group_advantages", _statistics, partial(check_group_advantages, "none", "leave_one_out"))]
 
-# %% ../nbs/16_ledger.ipynb #a3ad1683
+# %% ../nbs/16_ledger.ipynb #c842adfa
 def check_process_advantages() -> tuple[float, None]:
     "All step rewards of the group are normalised together; a token gets those of the steps that end at or after it."
     rewards, ends, lengths = [[0.2, 0.8, 0.1], [0.5], [], [1.0, 0.4]], [[0, 2, 4], [1], [], [1, 3]], [5, 3, 2, 4]
     pooled = sum(rewards, [])
     z = [[(r - statistics.fmean(pooled)) / (statistics.stdev(pooled) + 1e-4) for r in row] for row in rewards]
     truth = [[sum(x for x, end in zip(z[i], ends[i]) if end >= t) if t < lengths[i] else 0.0 for t in range(5)] for i in range(4)]
-    return disagreement(process_advantages(rewards, ends, 4, lengths).double(), truth)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # that of the result: numbers in lists have none
+    try: return disagreement(process_advantages(rewards, ends, 4, lengths), truth)
+    finally: torch.set_default_dtype(usual)
 
-_process_row = Check("process advantage", r"\hat A_{i,t}=\sum_{\text{end}(j)\ge t}\tilde r_{i,j}", "2402.03300, sec. 4.1.3", "group.process_advantages", "definition; float32 out", check_process_advantages, 1e-6)
+_process_row = Check("process advantage", r"\hat A_{i,t}=\sum_{\text{end}(j)\ge t}\tilde r_{i,j}", "2402.03300, sec. 4.1.3", "group.process_advantages", "definition", check_process_advantages)
 
-# %% ../nbs/16_ledger.ipynb #d9223898
+# %% ../nbs/16_ledger.ipynb #835b0ff0
 def check_policy_gradient(advantage: str, objective: str = "clip") -> tuple[None, float]:
     "The expected gradient of the loss in the weights, over all answers or all pairs of answers, against the gradient of the expected reward."
     model, rollout = small_policy(), every_completion()
@@ -401,7 +413,7 @@ _gradient_rows = [
     Check("policy gradient, leave-one-out", _J % "" + r",\ G=2", "RLOO 2402.14740, sec. 3", "group.group_advantages", "enumeration of 7,225 pairs", partial(check_policy_gradient, "leave_one_out")),
     Check("policy gradient, mean", _J % r"(1-\tfrac1G)" + r",\ G=2", "follows from the row above", "group.group_advantages", "enumeration of 7,225 pairs", partial(check_policy_gradient, "mean"))]
 
-# %% ../nbs/16_ledger.ipynb #7099b161
+# %% ../nbs/16_ledger.ipynb #61dfe47e
 def check_micro_batches() -> tuple[float, float]:
     "Loss and gradient of `update` in one piece and one group at a time, for every way to aggregate."
     results = {}
@@ -418,7 +430,7 @@ def check_micro_batches() -> tuple[float, float]:
 
 _pieces_row = Check("micro-batches", r"\nabla\sum_{\text{pieces}}L_p=\nabla L", "linearity", "update.update", "one piece against two", check_micro_batches)
 
-# %% ../nbs/16_ledger.ipynb #f6bca6af
+# %% ../nbs/16_ledger.ipynb #5bb8aacf
 def check_slope(h: float = 1e-5) -> tuple[None, float]:
     "The gradient of clip, KL, entropy bonus and aggregation through a model, against a central difference; relative error."
     model = small_policy()
@@ -436,7 +448,7 @@ def check_slope(h: float = 1e-5) -> tuple[None, float]:
 
 _slope_row = Check("slope of the loss", r"\frac{L(\theta+hv)-L(\theta-hv)}{2h}\approx v\cdot\nabla L", "calculus", "update.piece_loss", "finite differences, relative", check_slope, 1e-6)
 
-# %% ../nbs/16_ledger.ipynb #dac06bf0
+# %% ../nbs/16_ledger.ipynb #0872fcbc
 def trl_loss(
     logprobs: Float[Tensor, "N T"],  # with gradient
     old_logprobs: Float[Tensor, "N T"],
@@ -467,7 +479,7 @@ def trl_loss(
               "old_per_token_logps": old_logprobs, "ref_per_token_logps": ref_logprobs, "num_items_in_batch": mask.sum() if num_items is None else torch.tensor(num_items)}
     return import_trl().GRPOTrainer._compute_loss(trainer, None, inputs)
 
-# %% ../nbs/16_ledger.ipynb #8c738ac6
+# %% ../nbs/16_ledger.ipynb #f7772554
 def check_trl_loss(loss_type: str) -> tuple[float, float]:
     "The loss of `update` through a model against TRL's, in 36 settings of ratio, KL, bounds and advantages."
     model, worst = small_policy(), (0.0, 0.0)
@@ -492,7 +504,7 @@ _trl_rows = [Check(f"{name}, TRL", formula, source, "update.piece_loss", "TRL: _
     ("dr_grpo", r"\frac1{N\,L_\text{max}}\sum_i\sum_t\big(\ell_{i,t}+\beta\,k_3\big)", "2503.20783, sec. 3"),
     ("cispo", r"-\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\operatorname{sg}[\min(\rho,c)]A\log\pi_\theta", "2506.13585, eq. 4")]]
 
-# %% ../nbs/16_ledger.ipynb #9345d10c
+# %% ../nbs/16_ledger.ipynb #be6de96e
 def check_trl_pieces(loss_type: str) -> tuple[float, float]:
     "The step in one piece here, and one group at a time in TRL."
     model = small_policy()
@@ -506,7 +518,7 @@ def check_trl_pieces(loss_type: str) -> tuple[float, float]:
 _trl_pieces_rows = [Check(f"{name} in pieces, TRL", r"L=\sum_{\text{pieces}}L_p", "linearity", "update.piece_loss", "TRL: _compute_loss of each piece", partial(check_trl_pieces, name))
                     for name in ("grpo", "dapo", "dr_grpo")]
 
-# %% ../nbs/16_ledger.ipynb #0711c6e7
+# %% ../nbs/16_ledger.ipynb #bfb12510
 def trl_advantages(
     rewards: Float[Tensor, "N"],  # NaN: not scored
     num_generations: int,
@@ -525,7 +537,7 @@ def trl_advantages(
         _metrics=defaultdict(partial(defaultdict, list)), _logs=logs, _pending_extra_logs={}, _pending_metrics={})
     return import_trl().GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": "?"}] * N)["advantages"]
 
-# %% ../nbs/16_ledger.ipynb #f64a88b4
+# %% ../nbs/16_ledger.ipynb #6a9e87b5
 def check_trl_advantages(scale: str) -> tuple[float, None]:
     "Twenty random batches of two groups, with ties and rows without a score."
     generator, errors = torch.Generator().manual_seed(0), []
@@ -540,12 +552,12 @@ _trl_group_rows = [Check(f"advantage, {scale}, TRL", formula, source, "group.gro
                                                              ("batch", r"\frac{r_i-\bar r}{\operatorname{std}_\text{batch}r+10^{-4}}", "Lite PPO 2508.08221", 1e-7),
                                                              ("none", r"r_i-\bar r", "Dr. GRPO 2503.20783, sec. 3", 1e-10)]]
 
-# %% ../nbs/16_ledger.ipynb #d9475fc6
+# %% ../nbs/16_ledger.ipynb #60d817e1
 def near_reward(prompts, completions, answer: list[str], **_) -> list[float]:
     "One point for each character of the answer in its place, less a quarter for each character written."
     return [sum(a == b for a, b in zip(text, right)) - len(text) / 4 for text, right in zip(completions, answer)]
 
-# %% ../nbs/16_ledger.ipynb #caef1c69
+# %% ../nbs/16_ledger.ipynb #38e8798c
 SAME_NAME = ["num_generations", "num_iterations", "beta", "epsilon", "epsilon_high", "delta", "scale_rewards", "loss_type", "importance_sampling_level",
              "use_bias_correction_kl", "max_completion_length", "temperature", "top_p", "top_k", "learning_rate", "lr_scheduler_type", "max_grad_norm", "seed"]
 
@@ -570,7 +582,7 @@ def trl_steps(
     (inputs, sample), = samples
     return inputs, sample, dict(trainer.model.named_parameters())
 
-# %% ../nbs/16_ledger.ipynb #9f6f6ff9
+# %% ../nbs/16_ledger.ipynb #5cffb8dc
 def replay(
     inputs: list[dict],  # prompts and answers, one a completion
     sample: dict[str, Tensor],  # ids and masks of what was sampled
@@ -592,7 +604,7 @@ def replay(
     update(policy, optimizer, rollout, config, beta=config.beta)
     return dict(policy.named_parameters())
 
-# %% ../nbs/16_ledger.ipynb #8e510071
+# %% ../nbs/16_ledger.ipynb #3a5857a2
 @contextlib.contextmanager
 def silence():
     "No output, warnings or progress bars; torch's generator is left as it was."
@@ -604,7 +616,7 @@ def silence():
         finally:
             if bars: transformers_logging.enable_progress_bar()
 
-# %% ../nbs/16_ledger.ipynb #f57e4562
+# %% ../nbs/16_ledger.ipynb #b3169ab0
 def weights_apart(
     config: GRPOConfig,
     **other,  # settings that this library has instead, to see whether they show
@@ -618,7 +630,7 @@ def weights_apart(
     def largest(a, b): return max((a[name] - b[name]).abs().max().item() for name in start)
     return largest(ours, theirs), largest(theirs, start)
 
-# %% ../nbs/16_ledger.ipynb #e227c27d
+# %% ../nbs/16_ledger.ipynb #52c3a65c
 def check_one_step(num_iterations: int = 1, beta: float = 0.04) -> tuple[float, None]:
     "The largest difference of a weight after the same steps of TRL and of this library, in float32; NaN if TRL's step moved nothing."
     apart, moved = weights_apart(make_config(num_generations=8, num_iterations=num_iterations, beta=beta, temperature=1.5,
@@ -630,19 +642,19 @@ _step_rows = [
     Check("one step, TRL", _formula, "2402.03300, algorithm 1", "update.update", "TRL: its trainer, float32", check_one_step, 1e-6),
     Check("three steps on one sampling, TRL", _formula + r",\ \mu=3,\ \beta=0.5", "2402.03300, algorithm 1", "update.update", "TRL: its trainer, float32", partial(check_one_step, 3, 0.5), 1e-6)]
 
-# %% ../nbs/16_ledger.ipynb #cb4435df
+# %% ../nbs/16_ledger.ipynb #317fb03a
 CHECKS: list[Check] = [*_token_rows, *_ratio_rows, *_objective_rows, *_aggregate_rows, *_kl_mean_rows, *_kl_gradient_rows, _kl_reward_row, _beta_row,
-                       *_gae_rows, *_whiten_rows, _value_row, _reward_row, *_group_rows, _process_row, *_gradient_rows, _pieces_row, _slope_row,
+                       *_gae_rows, *_whiten_rows, _value_row, _reward_row, _overlong_row, *_group_rows, _process_row, *_gradient_rows, _pieces_row, _slope_row,
                        *_trl_rows, *_trl_pieces_rows, *_trl_group_rows, *_step_rows]
 
-# %% ../nbs/16_ledger.ipynb #a10be729
+# %% ../nbs/16_ledger.ipynb #9ad72188
 def run_checks(
     checks: list | None = None,  # of `Check`; None: all
 ) -> pd.DataFrame:  # name, formula, source, code, how, tolerance, value, gradient, holds, note
     "Run every row."
     return pd.DataFrame([check.measure() for check in (CHECKS if checks is None else checks)])
 
-# %% ../nbs/16_ledger.ipynb #df9439b7
+# %% ../nbs/16_ledger.ipynb #6c774d96
 def as_markdown(
     table: pd.DataFrame,  # of `run_checks`
 ) -> str:

@@ -110,7 +110,7 @@ def plot_comparison(
 # %% ../nbs/15_plots.ipynb #86806313
 def trained_parameters(run: Run) -> int:
     "Weights with a gradient: those of the policy and, for PPO, of the value model that stood beside it."
-    models = [run.policy] + ([ValueModel(run.policy)] if run.config.algorithm == "ppo" else [])
+    models = [run.policy] + ([ValueModel(run.policy, shared=run.config.value_model == "head")] if run.config.algorithm == "ppo" else [])
     return sum(p.numel() for model in models for p in model.parameters())
 
 # %% ../nbs/15_plots.ipynb #bc61d52e

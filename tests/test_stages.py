@@ -236,6 +236,15 @@ def test_a_head_on_the_trunk_adds_its_gradient_to_the_policy(tokenizer):
     assert of_value.abs().max() > 1e-3
 
 
+def test_a_separate_value_model_leaves_the_policy_alone(rollout):
+    "Its own weights: the value loss gives the policy no gradient, and training it does not move the policy."
+    policy = random_model("llama")
+    value = ValueModel(policy)
+    torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
+    value_loss(value(rollout), rollout.values, rollout.returns, rollout.completion_mask).backward()
+    assert gradient(policy).abs().max() == 0 and gradient(value).abs().max() > 1e-3
+
+
 def test_a_head_trains_and_is_judged_like_a_model(tmp_path):
     "A run of PPO with a head: the critic's own parameters are its head's, and the value loss falls."
     run = train(short_config(algorithm="ppo", value_model="head", vf_coef=0.1, num_prompts=32, max_steps=12, beta=0.0, output_dir=str(tmp_path / "run")), progress=False)
