@@ -1,4 +1,5 @@
 "The notebooks: saved with their outputs, none of them an error; and the ones that are run with parameters run."
+import json
 import re
 
 import nbformat
@@ -12,7 +13,7 @@ from helpers import ROOT, read_metrics
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 EXPERIMENTS = ROOT / "nbs" / "experiments"
-TRAIN, COMPARE = EXPERIMENTS / "train.ipynb", EXPERIMENTS / "compare.ipynb"
+TRAIN, COMPARE, RECIPES = (EXPERIMENTS / f"{name}.ipynb" for name in ("train", "compare", "recipes"))
 
 
 def name_of(path):
@@ -76,7 +77,23 @@ def test_train_notebook(tmp_path, monkeypatch, algorithm):
     assert "held-out accuracy after" in shown and "image/png" in shown
 
 
-@pytest.mark.skipif(not COMPARE.exists(), reason="there is no compare notebook yet")
+def test_recipes_notebook(tmp_path, monkeypatch):
+    "Recipes by name, each with the same number of completions; one that is not there is refused before anything is trained."
+    run(RECIPES, tmp_path, monkeypatch, recipes=["dapo", "rloo", "ppo"], max_steps=2, completions_per_step=32, output_dir=str(tmp_path / "runs"))
+    lengths = {path.parent.name: len(pd.read_parquet(path)) for path in (tmp_path / "runs").rglob("completions.parquet")}
+    assert lengths["rloo-seed0"] == lengths["ppo-seed0"] == 64 and "dapo-seed0" in lengths
+    with pytest.raises(papermill.PapermillExecutionError, match="'dapoo' is not a recipe"): run(RECIPES, tmp_path, monkeypatch, recipes=["dapoo"], output_dir=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_train_notebook_with_a_recipe(tmp_path, monkeypatch):
+    "`-p recipe dapo` is all it takes; what is given beside it wins."
+    run(TRAIN, tmp_path, monkeypatch, recipe="dapo", max_steps=2, num_prompts=4, num_generations=4, eval_size=10, device="cpu", output_dir=str(tmp_path / "run"))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["epsilon_high"] == 0.28 and config["dynamic_sampling"] == 4 and config["num_generations"] == 4
+    assert read_metrics(tmp_path / "run")[-1]["num_completions"] >= 32
+
+
 def test_compare_notebook(tmp_path, monkeypatch):
     run(COMPARE, tmp_path, monkeypatch, seeds=1, max_steps=2, completions_per_step=16, num_generations=4, output_dir=str(tmp_path / "runs"))
     runs = {path.parent for path in (tmp_path / "runs").rglob("config.json")}

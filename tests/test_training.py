@@ -335,9 +335,13 @@ def test_recipes_are_what_the_papers_say():
     "Bug 28: against the papers (in RECIPES), not against the table itself; the bounds of GSPO are 3e-4 and 4e-4, Dr. GRPO has no std, RLOO no group mean."
     papers = {"deepseekmath": ("group", "mean", "grpo", "token", "clip", 0.04, 0.2, None), "dr_grpo": ("none", "mean", "dr_grpo", "token", "clip", 0.0, 0.2, None),
               "gspo": ("group", "mean", "grpo", "sequence", "clip", 0.0, 3e-4, 4e-4), "cispo": ("group", "mean", "dapo", "token", "cispo", 0.0, 0.2, 4.0),
-              "rloo": ("none", "leave_one_out", "grpo", "token", "clip", 0.01, 0.2, None)}
+              "rloo": ("none", "leave_one_out", "grpo", "token", "clip", 0.01, 0.2, None), "dapo": ("group", "mean", "dapo", "token", "clip", 0.0, 0.2, 0.28)}
     names = ("scale_rewards", "baseline", "loss_type", "importance_sampling_level", "objective", "beta", "epsilon", "epsilon_high")
     for recipe, values in papers.items(): assert tuple(getattr(make_config(recipe=recipe), name) for name in names) == values, recipe
+    dapo, process, iterative = (make_config(recipe=recipe) for recipe in ("dapo", "deepseekmath_process", "iterative"))
+    assert dapo.dynamic_sampling > 0 and dapo.reward_funcs == ["accuracy", "overlong"]
+    assert process.reward_funcs == ["process"] and iterative.reward_funcs == ["learned"] and iterative.ref_model_sync_steps > 0
+    assert (process.beta, process.num_generations) == (iterative.beta, iterative.num_generations) == (0.04, 64)
 
 
 def test_bfloat16_samples_from_the_weights_that_it_trains(tmp_path):
