@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 from . import gae, group
 from .policy import resolve_device, resolve_dtype
 from .reference import next_beta, reference_logprobs, token_rewards
-from .reward import RewardFunction, score
+from .reward import RewardFunction, RewardModel, score
 from .rollout import Rollout
 from .sampling import generate
 from .task import TASKS, Query
@@ -44,9 +44,9 @@ class Config:
     num_prompts: PositiveInt = option(default=16, help="queries a step")
     num_iterations: PositiveInt = option(default=1, help="mu: updates on one sampling")
     beta: NonNegativeFloat = option(default=0.01, help="price of the KL to the reference; 0: no reference model")
-    ref_model_sync_steps: NonNegativeInt = option(default=0, help="outer iterations: every so many steps the policy becomes the reference, and a learned reward model is trained on; 0: never")
-    reward_model_prompts: PositiveInt = option(default=2000, help="queries that a learned reward model gets fresh preferences from, each time it is trained")
-    reward_model_steps: PositiveInt = option(default=150, help="gradient steps of it, each time")
+    ref_model_sync_steps: NonNegativeInt = option(default=0, help="outer iterations: every so many steps the policy becomes the reference, and a learned reward model is trained on; 0: one iteration")
+    reward_model_prompts: PositiveInt = option(default=2000, help="of a learned reward model: queries that fresh preferences are made from, each time")
+    reward_model_steps: PositiveInt = option(default=150, help="of a learned reward model: gradient steps, each time")
     epsilon: Share = option(default=0.2, help="rho is clipped below at 1 - epsilon")
     epsilon_high: PositiveFloat | None = option(default=None, help="and above at 1 + epsilon_high (default: epsilon)")
     delta: Annotated[float, Field(gt=1)] | None = option(default=None, help="dual clip: upper bound on rho, also where A < 0")
@@ -77,6 +77,7 @@ class Config:
     def __post_init__(self):
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"reward_weights must have one weight for each of the {len(self.reward_funcs)} reward_funcs, got {len(self.reward_weights)}")
+        if self.reward_funcs.count("learned") > 1: raise ValueError(f"reward_funcs may hold one \"learned\", got {self.reward_funcs}")
         if not self.reward_funcs: raise ValueError("reward_funcs must name at least one reward function, got none")
         if self.task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
         if self.lr_scheduler_type not in SCHEDULERS: raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULERS)}; got {self.lr_scheduler_type!r}")
@@ -164,6 +165,7 @@ class Models:
     value: ValueModel | None = None  # trained; PPO only
     value_optimizer: torch.optim.Optimizer | None = None
     beta: float = 0.0  # of PPO; it moves if kl_target is set
+    learned: RewardModel | None = None  # the one of `rewards` that an outer iteration trains
 
 # %% ../nbs/12_algorithm.ipynb #5726c0b8
 def ppo_step(
@@ -192,9 +194,9 @@ def grpo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of GRPO: q -> o_1 ... o_G -> r_1 ... r_G -> group computation -> update (DeepSeekMath 2402.03300, fig. 4, bottom)."
-    def outputs(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator)
-    def rewards(rollout): return score(rollout, models.rewards, config.reward_weights)
-    rollout, metrics = group.dynamic_sampling(outputs, rewards, queries, config)                  # q -> o_1 ... o_G -> r_1 ... r_G
+    def sample_groups(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator)
+    def score_groups(rollout): return score(rollout, models.rewards, config.reward_weights)
+    rollout, metrics = group.dynamic_sampling(sample_groups, score_groups, queries, config)       # q -> o_1 ... o_G -> r_1 ... r_G
     rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature)      # reference model
     rollout.advantages = group.advantages(rollout, config)                                        # group computation -> A_1 ... A_G
     metrics |= update(models.policy, models.optimizer, rollout, config, beta=config.beta)         # KL in the loss

@@ -83,15 +83,16 @@ def process_reward(
     tokenizer: PreTrainedTokenizerBase,  # of the policy
 ) -> RewardFunction:
     "A score at the end of each step, by the rule of the task; the last step ends at the last token, EOS included."
-    def last_token(ids, characters):
-        texts = tokenizer.batch_decode([ids[:t + 1] for t in range(len(ids))], skip_special_tokens=True)
-        return len(ids) - 1 if characters >= len(texts[-1]) else next(t for t, text in enumerate(texts) if len(text) >= characters)
+    def in_tokens(steps, text, ids):
+        if all(end >= len(text) for end, _ in steps): return [(len(ids) - 1, score) for _, score in steps]
+        lengths = list(map(len, tokenizer.batch_decode([ids[:t + 1] for t in range(len(ids))], skip_special_tokens=True)))  # characters after each token
+        return [(len(ids) - 1 if end >= len(text) else next(t for t, n in enumerate(lengths) if n >= end), score) for end, score in steps]
     def process(prompts, completions, completion_ids, **columns):
         result = []
         for completion, ids, query in zip(completions, completion_ids, _queries(prompts, columns)):
             text = text_of(completion)
             steps = task.steps(text, query) if task.steps else [(len(text), float(task.is_right(text, query)))]
-            result.append([(last_token(ids, end), score) for end, score in steps])
+            result.append(in_tokens(steps, text, ids))
         return result
     return process
 
@@ -178,7 +179,7 @@ def score(
 ) -> dict[str, float]:  # mean of each function over the completions that it judged
     "The reward stage: fills `rollout.rewards` and `rollout.scored`, and the step rewards if a function gives them."
     judged = judge(reward_funcs, rollout)
-    total = lambda x: math.nan if x is None else sum(score for _, score in x) if isinstance(x, list) else x
+    total = lambda x: math.nan if x is None else math.fsum(score for _, score in x) if isinstance(x, list) else x
     scores = torch.tensor([[total(x) for x in column] for column in judged], device=rollout.completion_ids.device).T
     rollout.rewards = combine(scores, weights)
     rollout.scored = ~rollout.rewards.isnan()
@@ -230,7 +231,8 @@ class RewardModel:
     def scores(self, queries: list[Query], completions: list[str]) -> Float[Tensor, "N"]:
         "Scores of one completion a query, differentiable (it is what training the model uses)."
         rollout = as_rollout(self.tokenizer, queries, completions, self.model.device)
-        return self.model(**model_inputs(rollout)).logits.squeeze(-1)
+        with torch.autocast(self.model.device.type, enabled=False):  # a score in bfloat16 has three digits: answers would tie
+            return self.model(**model_inputs(rollout)).logits.squeeze(-1)
 
     @torch.no_grad()
     def __call__(self, prompts, completions, **columns) -> list[float]:
@@ -246,7 +248,7 @@ def train_reward_model(
     steps: int = 300,
     batch_size: int = 64,  # pairs a step
     learning_rate: float = 3e-4,
-    seed: int = 0,
+    seed: int | str = 0,
 ) -> list[float]:  # loss of each step
     "Fit a reward model to preferences with AdamW; it is frozen again afterwards."
     if not pairs: raise ValueError("pairs must hold at least one preference, got none")
@@ -268,7 +270,7 @@ def preference_pairs(
     rollout: Rollout,
     is_right: Callable[[str, Query], bool],  # the judge: (answer, query) -> right?
 ) -> list[tuple[Query, str, str]]:  # (query, preferred answer, other answer)
-    "Right answers of each group beside wrong ones, each answer at most once; a group that is all right or all wrong gives none."
+    "Each distinct wrong answer of a group once, beside a right one; a group that is all right or all wrong gives none."
     pairs, G = [], rollout.num_generations
     for i, query in enumerate(rollout.queries):
         answers = dict.fromkeys(rollout.completions[i * G:(i + 1) * G])  # distinct, in order

@@ -51,7 +51,7 @@ class Task:
     def queries(self,
         split: str,  # "train" | "heldout"
         n: int,  # how many
-        seed: int = 0,  # the same seed gives the same queries
+        seed: int | str = 0,  # the same seed gives the same queries
     ) -> list[Query]:
         "Draw `n` queries of one side of the split; none comes twice before all have come once."
         if split not in ("train", "heldout"): raise ValueError(f'split must be "train" or "heldout", got {split!r}')
@@ -87,8 +87,8 @@ def add(
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*\+\s*([0-9]{1,9})\s*=?\s*", text)
         return found and sum_query(int(found[1]), int(found[2]))
     def steps(completion, query):
-        right, n = query.columns["answer"], len(completion)
-        return [(i, float(right.startswith(completion[:i]))) for i in range(1, n)] + [(n, float(completion == right))]
+        right, end = query.columns["answer"], len(completion)
+        return [(i, float(right.startswith(completion[:i]))) for i in range(1, end)] + [(end, float(completion == right))]
     return Task("add", n * n, lambda i: sum_query(_number(i // n, digits), _number(i % n, digits)),
                 is_right=lambda completion, query: completion == query.columns["answer"],
                 solve=lambda query, rng: query.columns["answer"], parse=parse, form="[0-9]+", steps=steps)

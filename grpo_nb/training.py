@@ -30,10 +30,10 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import encode_prompts, load_policy, token_logprobs
-from .group import has_variance
-from .reward import RewardFunction, RewardModel, load_rewards, name_of, preference_pairs, score, train_reward_model
+from .group import informative
+from .reward import RewardFunction, load_rewards, name_of, preference_pairs, score, train_reward_model
 from .rollout import Rollout, table
-from .sampling import check_context, generate, sample
+from .sampling import check_context, sample
 from .task import Query, Task, load_task
 from .value import ValueModel
 
@@ -59,7 +59,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
                "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
                "completions/clipped_ratio": rollout.truncated.float().mean().item()}
     if rollout.num_generations > 1:
-        metrics["frac_reward_zero_std"] = 1 - has_variance(rewards, rollout.num_generations).float().mean().item()
+        metrics["frac_reward_zero_std"] = 1 - informative(rollout).float().mean().item()
     return metrics
 
 # %% ../nbs/13_training.ipynb #27909b8e
@@ -100,11 +100,13 @@ def prepare_directory(config: Config) -> Path:
 # %% ../nbs/13_training.ipynb #e91dcfc6
 def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None) -> Models:
     "Load or make every box of the figure that the config asks for."
-    torch.manual_seed(config.seed)  # of the value model's initialisation
+    torch.manual_seed(config.seed)  # of new heads
     policy, tokenizer = load_policy(config.model, config.device)
-    rewards = load_rewards(reward_funcs or config.reward_funcs, task, config.device, policy, tokenizer, config.max_completion_length)
+    names = reward_funcs or config.reward_funcs
+    rewards = load_rewards(names, task, config.device, policy, tokenizer, config.max_completion_length)
     policy.requires_grad_(True)
-    models = Models(policy, tokenizer, torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0), rewards, beta=config.beta)
+    models = Models(policy, tokenizer, torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0), rewards, beta=config.beta,
+                    learned=next((f for f, name in zip(rewards, names) if name == "learned"), None))
     if config.beta > 0: models.reference = copy.deepcopy(policy).requires_grad_(False)
     if config.algorithm == "ppo":
         models.value = ValueModel(policy, shared=config.value_model == "head")
@@ -125,10 +127,10 @@ def _trained(models: Models) -> dict:
 
 def _renewed(config: Config, models: Models) -> dict:
     "The blue boxes that the outer loop renews: frozen within an iteration, but not what they were at the start."
-    learned = {"reward": f.model for f, name in zip(models.rewards, config.reward_funcs) if name == "learned"}
+    learned = {} if models.learned is None else {"reward": models.learned.model}
     return learned | ({"reference": models.reference} if config.ref_model_sync_steps and models.reference is not None else {})
 
-def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, keep: int = 2, renewed: dict = {}):
+def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, renewed: dict, keep: int = 2):
     "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed."
     tensors = {"generator": generator.get_state()} | {f"{name}.weights.{k}": p.detach() for name, model in renewed.items() for k, p in model.named_parameters()}
     for name, (model, optimizer) in _trained(models).items():
@@ -146,8 +148,8 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
     "(step, path) of every whole checkpoint, oldest first."
     return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json"))
 
-# %% ../nbs/13_training.ipynb #cd2dcc99
-def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict = {}) -> int:
+# %% ../nbs/13_training.ipynb #42476d0c
+def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
     tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
     generator.set_state(tensors["generator"])
@@ -184,7 +186,7 @@ class Run:
 
     @property
     def completions(self) -> pd.DataFrame:
-        "Every completion that was sampled."
+        "Every completion that was trained on."
         return pd.read_parquet(self.directory / "completions.parquet")
 
     def summary(self) -> pd.Series:
@@ -236,22 +238,30 @@ def outer_iteration(
     step: int,  # the step that is about to begin
     preferences: list[dict],  # of earlier iterations (step, prompt, chosen, rejected); the new ones are added
     replay: float = 0.1,  # share of older preferences in what is trained on
+    num_answers: int = 8,  # answers to each query that preferences are made from
 ) -> dict[str, float]:
-    "Begin an outer iteration of DeepSeekMath's algorithm 1 (2402.03300, sec. 4.1.4) if one is due at this step."
+    """Begin an outer iteration of DeepSeekMath's algorithm 1 (2402.03300, sec. 4.1.4) if one is due at this step.
+
+    `ValueError` if the first one finds nothing to prefer: an untrained reward model would be optimised against."""
     if step > 1 and not (config.ref_model_sync_steps and (step - 1) % config.ref_model_sync_steps == 0): return {}
     if step > 1 and models.reference is not None: models.reference.load_state_dict(models.policy.state_dict())
-    learned = next((f for f, name in zip(models.rewards, config.reward_funcs) if name == "learned" and isinstance(f, RewardModel)), None)
+    learned = models.learned
     if learned is None: return {}
-    began, seed = time.perf_counter(), config.seed * 1_000_003 + config.max_steps + step  # not the seed of a step's queries
-    rollout = generate(models.policy, models.tokenizer, task.queries("train", config.reward_model_prompts, seed), 8, config, generator)
-    fresh = preference_pairs(rollout, task.is_right)
-    if not fresh: return {"reward_model/pairs": 0}  # nothing to prefer: the policy is always right, or never
+    began, seed = time.perf_counter(), f"preferences {config.seed} {step}"  # a step's queries have a number for a seed
+    queries, fresh = task.queries("train", config.reward_model_prompts, seed), []
+    for start in range(0, len(queries), 64):
+        rollout = sample(models.policy, models.tokenizer, queries[start:start + 64], num_answers, config.max_completion_length, config.temperature, generator=generator)
+        fresh += preference_pairs(rollout, task.is_right)
+    sampled = len(queries) * num_answers
+    if not fresh and step == 1: raise ValueError(f"reward_funcs: \"learned\" found no preference among {len(queries)} queries: the policy answers all rightly, or all wrongly")
+    if not fresh: return {"reward_model/pairs": 0, "reward_model/completions": sampled}  # the reward model stays as it is
     older = random.Random(seed).sample(preferences, min(len(preferences), round(len(fresh) * replay / (1 - replay))))
     prompts, chosen, rejected = zip(*((q.prompt, good, bad) for q, good, bad in fresh))
     agrees = sum(a > b for a, b in zip(learned(prompts, chosen), learned(prompts, rejected))) / len(fresh)
     train_reward_model(learned, fresh + [(Query(p["prompt"]), p["chosen"], p["rejected"]) for p in older], config.reward_model_steps, seed=seed)
     preferences += [{"step": step, "prompt": q.prompt, "chosen": good, "rejected": bad} for q, good, bad in fresh]
-    return {"reward_model/accuracy_before": agrees, "reward_model/pairs": len(fresh) + len(older), "reward_model/time": time.perf_counter() - began}
+    return {"reward_model/accuracy_before": agrees, "reward_model/pairs": len(fresh) + len(older), "reward_model/completions": sampled,
+            "reward_model/time": time.perf_counter() - began}
 
 # %% ../nbs/13_training.ipynb #20c44bde
 def train(
@@ -353,12 +363,12 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
         initial = {} if done.step else {"eval/initial_accuracy": accuracy()}
         bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress)
         for step in bar:
-            outer = outer_iteration(config, task, models, generator, step, done.preferences)
-            if done.preferences: write_atomically(directory / "preferences.jsonl", "".join(json.dumps(p) + "\n" for p in done.preferences))
             began = time.perf_counter()
+            outer = outer_iteration(config, task, models, generator, step, done.preferences)
+            if outer: write_atomically(directory / "preferences.jsonl", "".join(json.dumps(p) + "\n" for p in done.preferences))
             queries = task.queries("train", config.num_prompts * (1 + getattr(config, "dynamic_sampling", 0)), seed=config.seed * 1_000_003 + step)
             rollout, metrics = STEPS[config.algorithm](models, queries, config, generator)
-            completions += metrics.pop("num_sampled", len(rollout))
+            completions += metrics.pop("num_sampled", len(rollout)) + outer.get("reward_model/completions", 0)
             metrics = {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
             for scheduler in schedulers: scheduler.step()
             metrics |= {"num_completions": completions, "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
@@ -368,7 +378,7 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
             log.write(json.dumps(metrics) + "\n"); log.flush()
             if config.save_steps and step % config.save_steps == 0:
                 _write_completions(directory, rows)
-                save_checkpoint(directory, step, models, schedulers, generator, renewed=_renewed(config, models))
+                save_checkpoint(directory, step, models, schedulers, generator, _renewed(config, models))
             bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), "accuracy": metrics.get("eval/accuracy")}); initial = {}
 
 # %% ../nbs/13_training.ipynb #16ff257c

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_nb.algorithm import STEPS
+from grpo_nb import sampling, training
+from grpo_nb.algorithm import RECIPES, STEPS
 from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import whiten
 from grpo_nb.group import advantages as group_box
-from grpo_nb.group import dynamic_sampling, has_variance, process_advantages
+from grpo_nb.group import dynamic_sampling, group_advantages, has_variance, informative, process_advantages
 from grpo_nb.policy import as_rollout
 from grpo_nb.reference import token_rewards
 from grpo_nb.reward import RewardModel, format_reward, overlong_reward, preference_pairs, process_reward, score
@@ -26,7 +27,7 @@ from grpo_nb.task import Query, load_task
 from grpo_nb.training import build_models, outer_iteration, train
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel, value_loss
-from helpers import character_tokenizer, gradient, random_model, random_rollout, read_metrics, short_config
+from helpers import character_tokenizer, gradient, random_model, random_rollout, read_metrics, reproducible, short_config
 
 DOUBLE = torch.float64
 
@@ -147,6 +148,23 @@ def test_process_advantages_by_definition(steps, scale, baseline):
                 centred = r - (math.fsum(pool) / len(pool) if baseline == "mean" else (math.fsum(pool) - r) / (len(pool) - 1))
                 total += centred / {"group": std(pool), "batch": std(everything), "none": 1.0}[scale]
             close(result[i, t], total, 1e-5 * max(1, abs(total)))
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=3), min_size=6, max_size=6))
+def test_a_group_is_informative_if_an_advantage_is_not_zero(steps):
+    "For steps and for outcomes alike: what dynamic sampling keeps is what has a gradient. A group of equal sums of different steps has one."
+    rollout = SimpleNamespace(num_generations=3, rewards=torch.tensor([sum(s) for s in steps]), step_rewards=steps)
+    A = process_advantages(steps, [list(range(len(s))) for s in steps], 3, [3] * 6).view(2, -1)
+    assert (A.abs().amax(1) > 0).tolist() == informative(rollout).tolist()
+    outcomes = group_advantages(rollout.rewards, 3).view(2, -1)
+    assert (outcomes.abs().amax(1) > 0).tolist() == informative(SimpleNamespace(num_generations=3, rewards=rollout.rewards, step_rewards=None)).tolist()
+
+
+def test_steps_that_nobody_gave(tokenizer):
+    "Empty lists of steps for all: judged, worth 0, and no advantage; no crash on integers."
+    rollout = as_rollout(tokenizer, [Query("1+2=")], ["3", "4"])
+    assert score(rollout, [lambda **_: [[], []]]) == {"rewards/<lambda>/mean": 0.0}
+    assert rollout.rewards.tolist() == [0, 0] and rollout.scored.all() and group_box(rollout, short_config()).abs().sum() == 0
 
 
 def test_process_supervision_is_chosen_by_the_reward(tokenizer):
@@ -284,12 +302,70 @@ def test_outer_iteration():
 
 
 def test_without_an_outer_loop_nothing_is_renewed():
-    models = SimpleNamespace(reference=None, rewards=[])
+    models = SimpleNamespace(reference=None, rewards=[], learned=None)
     for step in (1, 2, 100): assert outer_iteration(short_config(), None, models, None, step, []) == {}
 
 
+def test_nothing_to_prefer_is_an_error_at_the_start(tmp_path):
+    "An untrained reward model is not optimised against; nothing is left half done."
+    task = replace(load_task("add"), is_right=lambda completion, query: False)
+    with pytest.raises(ValueError, match="no preference among 8 queries"):
+        train(short_config(reward_funcs=["learned"], reward_model_prompts=8, output_dir=str(tmp_path / "run")), task, progress=False)
+
+
+def test_a_reward_in_place_of_the_learned_one(tmp_path):
+    "Functions given as objects replace those of the config: nothing is learned, and a name among them is a name."
+    config = short_config(recipe="iterative", num_generations=4, reward_model_prompts=8, reward_model_steps=1, output_dir=str(tmp_path / "a"))
+    run = train(config, reward_funcs=[lambda completions, **_: [float(len(c)) for c in completions]], progress=False)
+    assert "reward_model/pairs" not in run.metrics and not (run.directory / "reward_model").exists()
+    models = build_models(short_config(), load_task("add"), ["accuracy", "learned"])
+    assert models.learned is models.rewards[1] and build_models(short_config(), load_task("add")).learned is None
+    with pytest.raises(ValueError, match='one "learned"'): short_config(reward_funcs=["learned", "learned"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
+    "`num_completions` is what was sampled with temperature, for every recipe: refills and preferences included, evaluation (greedy) not."
+    drawn, sample = [], sampling.sample
+    def spy(*arguments, **options):
+        rollout = sample(*arguments, **options)
+        if options.get("top_k") != 1: drawn.append(len(rollout))
+        return rollout
+    for module in (sampling, training): monkeypatch.setattr(module, "sample", spy)
+    options = {"num_generations": 4, "reward_model_prompts": 10, "reward_model_steps": 1, "ref_model_sync_steps": 1} if recipe == "iterative" else {"num_generations": 4} if recipe != "ppo" else {"algorithm": "ppo"}
+    run = train(short_config(recipe=recipe, max_steps=2, output_dir=str(tmp_path / "run"), **options), progress=False)
+    assert run.metrics["num_completions"].iloc[-1] == sum(drawn) >= 2 * 4
+
+
+def test_more_steps_later_is_more_steps_at_once(tmp_path):
+    "The outer loop does not depend on `max_steps`: two steps and two more, with a reward model that is trained on in between."
+    options = dict(recipe="iterative", num_generations=4, ref_model_sync_steps=2, reward_model_prompts=8, reward_model_steps=2, save_steps=2)
+    for name, steps in {"once": [4], "twice": [2, 4]}.items():
+        for n in steps:
+            run = train(short_config(**options, max_steps=n, resume=n == 4 and name == "twice", eval_steps=2, output_dir=str(tmp_path / name)), progress=False)
+            if n == 2: (tmp_path / name / "model").rename(tmp_path / "set aside")
+    a, b = (tmp_path / name for name in ("once", "twice"))
+    assert [reproducible(line) for line in read_metrics(a)] == [reproducible(line) for line in read_metrics(b)]
+    for name in ("model/model.safetensors", "reward_model/model.safetensors", "preferences.jsonl"): assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_scores_do_not_depend_on_autocast(tiny):
+    "A reward model scores in its own precision, also inside a bfloat16 run."
+    reward = RewardModel.from_policy(*tiny)
+    answers = ["1", "22", "333"]
+    plain = reward(prompts=["1+2="] * 3, completions=answers)
+    with torch.autocast("cpu", torch.bfloat16): assert reward(prompts=["1+2="] * 3, completions=answers) == plain
+
+
+@pytest.mark.parametrize("recipe", ["dapo", "iterative", "deepseekmath_process"])
+def test_recipes_in_bfloat16(tmp_path, recipe):
+    small = {"reward_model_prompts": 8, "reward_model_steps": 1} if recipe == "iterative" else {}
+    run = train(short_config(recipe=recipe, num_generations=4, dtype="bfloat16", max_steps=2, output_dir=str(tmp_path / "run"), **small), progress=False)
+    assert all(p.isfinite().all() for p in run.policy.parameters())
+
+
 def test_preferences_of_a_run_can_be_read(tmp_path):
-    run = train(short_config(recipe="iterative", num_generations=4, max_steps=3, ref_model_sync_steps=2, reward_model_prompts=20, reward_model_steps=2, output_dir=str(tmp_path / "run")), progress=False)
+    run = train(short_config(recipe="iterative", num_prompts=8, num_generations=8, max_steps=3, ref_model_sync_steps=2, reward_model_prompts=20, reward_model_steps=2, output_dir=str(tmp_path / "run")), progress=False)
     lines = [json.loads(line) for line in (run.directory / "preferences.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == {1, 3} and set(lines[0]) == {"step", "prompt", "chosen", "rejected"}
     assert run.metrics["kl"][3] < 1e-6 < run.metrics["kl"][2]  # at step 3 the policy has just become the reference
