@@ -670,9 +670,10 @@ def as_markdown(
         if row[name] is None: return "–"
         text = f"{row[name]:.0e}" if row[name] else "0"
         return text if row[name] <= row["tolerance"] else f"**{text}**"
-    lines = ["| what, source | formula | code, truth | value | gradient | allowed |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| what, source | formula | code, truth | error in value,<br>in gradient |", "| --- | --- | --- | --- |"]
     for _, row in table.iterrows():
-        errors = [row["note"], "", ""] if row["note"] else [error(row, "value"), error(row, "gradient"), f"{row['tolerance']:.0e}"]
-        cells = [f"{row['name']}<br>*{row['source']}*", f"${row['formula']}$", f"`{row['code']}`<br>{row['how'].replace('_', chr(92) + '_')}", *errors]
+        allowed = f"; allowed {row['tolerance']:.0e}" if row["tolerance"] > 1e-10 else ""
+        errors = row["note"] or f"{error(row, 'value')}<br>{error(row, 'gradient')}"
+        cells = [f"{row['name']}<br>*{row['source']}*", f"${row['formula']}$", f"`{row['code']}`<br>{row['how'].replace('_', chr(92) + '_')}{allowed}", errors]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -95,5 +95,21 @@ def test_rows_notice(monkeypatch, name, wrong, rows):
 def test_markdown():
     "One line a row; an error that is not allowed is bold; a dash where nothing is compared."
     text = as_markdown(run_checks([TOY, replace(TOY, run=lambda: (None, 0.5))]))
-    row = "| toy<br>*school* | $x^2$ | `pow`<br>by hand | {} | {} | 1e-10 |"
+    row = "| toy<br>*school* | $x^2$ | `pow`<br>by hand | {}<br>{} |"
     assert text.splitlines()[2:] == [row.format("0", "–"), row.format("–", "**5e-01**")]
+    assert "by hand; allowed 1e-03 | **nan**<br>– |" in as_markdown(run_checks([replace(TOY, run=lambda: (math.nan, None), tolerance=1e-3)]))
+
+
+def test_nan_in_one_of_many_settings_is_seen(monkeypatch):
+    "Python's max would lose it: a row that tries many settings must not."
+    pytest.importorskip("trl")
+    from grpo_nb import ledger
+    right, calls = ledger.piece_loss, []
+    def piece_loss(*arguments):
+        calls.append(1)
+        loss, sums = right(*arguments)
+        return (loss * math.nan if len(calls) == 17 else loss), sums
+    monkeypatch.setattr(ledger, "piece_loss", piece_loss)
+    check, = (check for check in CHECKS if check.name == "grpo, TRL")
+    row = check.measure()
+    assert len(calls) == 36 and math.isnan(row["value"]) and row["holds"] is False
