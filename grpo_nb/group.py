@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['has_variance', 'group_advantages', 'process_advantages', 'advantages', 'informative', 'dynamic_sampling']
 
-# %% ../nbs/09_group.ipynb #7b4eeb08
-from collections.abc import Callable
-
+# %% ../nbs/09_group.ipynb #80ebff82
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -101,8 +99,7 @@ def advantages(
     "The box of the figure: outcome supervision, or process supervision where the rollout has step rewards."
     if rollout.step_rewards is None:
         return group_advantages(rollout.rewards, rollout.num_generations, config.scale_rewards, config.baseline)
-    n_tokens = rollout.completion_mask.sum(1).tolist()
-    result = process_advantages(rollout.step_rewards, rollout.step_ends, rollout.num_generations, n_tokens, config.scale_rewards, config.baseline)
+    result = process_advantages(rollout.step_rewards, rollout.step_ends, rollout.num_generations, rollout.completion_mask.sum(1).tolist(), config.scale_rewards, config.baseline)
     return F.pad(result, (0, rollout.completion_mask.shape[1] - result.shape[1])).to(rollout.rewards)
 
 # %% ../nbs/09_group.ipynb #b1461991
@@ -114,8 +111,8 @@ def informative(rollout) -> Bool[Tensor, "B"]:
 
 # %% ../nbs/09_group.ipynb #e0811926
 def dynamic_sampling(
-    sample: Callable,  # queries -> rollout
-    score: Callable,  # rollout -> metrics; fills `rewards`
+    sample,  # a function: queries -> rollout
+    score,  # a function: rollout -> metrics; fills `rewards`
     queries: list,  # with spare ones behind the first `num_prompts` if groups are to be replaced
     config,  # `dynamic_sampling`: how many times the step may be refilled (0: never), `num_prompts`
 ) -> tuple:  # (rollout, metrics)

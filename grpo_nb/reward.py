@@ -87,13 +87,10 @@ def process_reward(
         if all(end >= len(text) for end, _ in steps): return [(len(ids) - 1, score) for _, score in steps]
         lengths = list(map(len, tokenizer.batch_decode([ids[:t + 1] for t in range(len(ids))], skip_special_tokens=True)))  # characters after each token
         return [(len(ids) - 1 if end >= len(text) else next(t for t, n in enumerate(lengths) if n >= end), score) for end, score in steps]
+    def steps(text, query): return task.steps(text, query) if task.steps else [(len(text), float(task.is_right(text, query)))]
     def process(prompts, completions, completion_ids, **columns):
-        result = []
-        for completion, ids, query in zip(completions, completion_ids, _queries(prompts, columns)):
-            text = text_of(completion)
-            steps = task.steps(text, query) if task.steps else [(len(text), float(task.is_right(text, query)))]
-            result.append(in_tokens(steps, text, ids))
-        return result
+        texts = map(text_of, completions)
+        return [in_tokens(steps(text, query), text, ids) for text, ids, query in zip(texts, completion_ids, _queries(prompts, columns))]
     return process
 
 # %% ../nbs/06_reward.ipynb #28da6fa5
@@ -107,8 +104,7 @@ def _number(name: str, i: int, score) -> float:
 def _checked(name: str, scores, lengths: list[int]) -> list:
     "What one function returned: for each completion a float, None, or the (end, score) of its steps."
     n = len(lengths)
-    if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"):
-        raise TypeError(f"reward function {name!r} must return a list of {n} numbers, got {type(scores).__name__}")
+    if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"): raise TypeError(f"reward function {name!r} must return a list of {n} numbers, got {type(scores).__name__}")
     scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
     if not isinstance(scores, list) or len(scores) != n:
         raise ValueError(f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}")
@@ -183,9 +179,8 @@ def score(
     scores = torch.tensor([[total(x) for x in column] for column in judged], device=rollout.completion_ids.device).T
     rollout.rewards = combine(scores, weights)
     rollout.scored = ~rollout.rewards.isnan()
-    rollout.step_rewards = rollout.step_ends = None
-    if any(isinstance(x, list) for column in judged for x in column):
-        rollout.step_rewards, rollout.step_ends = combine_steps(judged, weights, rollout.completion_mask.sum(1).tolist())
+    has_steps = any(isinstance(x, list) for column in judged for x in column)
+    rollout.step_rewards, rollout.step_ends = combine_steps(judged, weights, rollout.completion_mask.sum(1).tolist()) if has_steps else (None, None)
     return {f"rewards/{name_of(f)}/mean": column.nanmean().item() for f, column in zip(reward_funcs, scores.T)}
 
 # %% ../nbs/06_reward.ipynb #58823d1a
