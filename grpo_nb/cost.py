@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .algorithm import Config
+from .policy import LOGITS, completions_per_row
 
 # %% ../nbs/14_cost.ipynb #2cc5d5ce
 @dataclass(frozen=True)
@@ -90,14 +91,16 @@ def flops(
     "FLOPs of one training step by box (DeepSeekMath 2402.03300, fig. 4); 0 for a box that the algorithm does not have."
     P, T, B = prompt_length, completion_length, config.num_prompts
     N, mu, ppo = B * getattr(config, "num_generations", 1), config.num_iterations, config.algorithm == "ppo"
-    scoring = forward_flops(size, N, P + T, P + T, T + 1)
+    k = completions_per_row(N // B, P, T, size.hidden)
+    scoring = forward_flops(size, N // k, P + k * T, P + k * T, k * T)
+    again = 2 * size.vocabulary * N * T * (N * T * size.vocabulary / size.hidden > LOGITS)  # the projection, in the backward pass
     value = forward_flops(size, N, P + T, P + T, T, scalar=True) * ppo
     prompts = forward_flops(size, B, P, P, 1)  # once per query
     new_tokens = forward_flops(size, N, T - 1, P + T / 2, T - 1)
     return {"policy: sample": prompts + new_tokens + scoring * (config.dtype == "bfloat16"),
             "reference": scoring * (config.beta > 0),
             "reward": forward_flops(reward, N, P + T, P + T, P + T, scalar=True) if reward else 0,
-            "value: predict": value, "policy: update": 3 * mu * scoring, "value: update": 3 * mu * value}
+            "value: predict": value, "policy: update": mu * (3 * scoring + again), "value: update": 3 * mu * value}
 
 # %% ../nbs/14_cost.ipynb #4aeb8632
 def cost_table(

@@ -106,8 +106,7 @@ def _checked(name: str, scores, lengths: list[int]) -> list:
     n = len(lengths)
     if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"): raise TypeError(f"reward function {name!r} must return a list of {n} numbers, got {type(scores).__name__}")
     scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
-    if not isinstance(scores, list) or len(scores) != n:
-        raise ValueError(f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}")
+    if not isinstance(scores, list) or len(scores) != n: raise ValueError(f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}")
     def steps(i, pairs):
         if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], Integral) for pair in pairs):
             raise TypeError(f"reward function {name!r} returned {pairs!r} for completion {i}; allowed: a number, None or a list of steps, (end, score)")
@@ -127,10 +126,8 @@ def judge(
     G = rollout.num_generations
     queries = [query for query in rollout.queries for _ in range(G)]
     prompts = [query.prompt for query in queries]
-    completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                   for prompt, text in zip(prompts, rollout.completions)]
-    names = sorted({name for query in rollout.queries for name in query.columns})
-    columns = {name: [query.columns.get(name) for query in queries] for name in names}
+    completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, rollout.completions)]
+    columns = {name: [query.columns.get(name) for query in queries] for name in sorted({name for query in queries for name in query.columns})}
     ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask)]
     result = []
     for f in reward_funcs:
@@ -269,8 +266,7 @@ def preference_pairs(
     pairs, G = [], rollout.num_generations
     for i, query in enumerate(rollout.queries):
         answers = dict.fromkeys(rollout.completions[i * G:(i + 1) * G])  # distinct, in order
-        right = [o for o in answers if is_right(o, query)]
-        wrong = [o for o in answers if not is_right(o, query)]
+        right, wrong = ([o for o in answers if bool(is_right(o, query)) == side] for side in (True, False))
         pairs += [(query, right[j % len(right)], o) for j, o in enumerate(wrong) if right]
     return pairs
 

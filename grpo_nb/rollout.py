@@ -87,8 +87,7 @@ def select(
 # %% ../nbs/02_rollout.ipynb #4927932c
 def join(rollouts: list[Rollout]) -> Rollout:
     "Rollouts with one `num_generations` as one, groups in order; a field is kept if all of them have it."
-    first = rollouts[0]
-    sizes = [r.num_generations for r in rollouts]
+    first, sizes = rollouts[0], [r.num_generations for r in rollouts]
     if len(set(sizes)) > 1: raise ValueError(f"rollouts must have one num_generations, got {sizes}")
     def joined(name):
         values = [getattr(r, name) for r in rollouts]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .objective import aggregate, policy_loss
-from .policy import token_logprobs
+from .policy import completions_per_row, shares_prompt, token_logprobs
 from .reference import kl
 from .rollout import Rollout
 from .value import ValueModel, value_loss
@@ -22,19 +22,19 @@ from .value import ValueModel, value_loss
 # %% ../nbs/11_update.ipynb #de8f941a
 def micro_batches(
     rollout: Rollout,
-    max_tokens: int,  # prompt and completion tokens of one forward pass, padding included
+    max_tokens: int,  # tokens of one forward pass, padding included
+    hidden: int | None = None,  # width of a model that shares prompts; None: a row a completion
 ) -> list[list[int]]:  # groups of each piece
     "Cut a rollout into pieces of whole groups, longest groups together."
     if max_tokens < 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
-    G = rollout.num_generations
-    prompt = rollout.prompt_mask.sum(1).tolist()
-    completion = rollout.completion_mask.sum(1).view(-1, G).amax(1).tolist()
-    pieces, P, T = [[]], 0, 0
-    for g in sorted(range(len(prompt)), key=lambda g: (-prompt[g] - completion[g], g)):
-        P, T = max(P, prompt[g]), max(T, completion[g])
-        if pieces[-1] and (len(pieces[-1]) + 1) * G * (P + T) > max_tokens:
-            pieces.append([])
-            P, T = prompt[g], completion[g]
+    G, prompt, completion = rollout.num_generations, rollout.prompt_mask.sum(1).cpu(), rollout.completion_mask.sum(1).cpu().view(-1, rollout.num_generations)
+    k = hidden and completions_per_row(G, rollout.prompt_ids.shape[1], completion.float().mean().item(), hidden)
+    def tokens(groups):
+        p, n = prompt[groups], completion[groups]
+        return len(groups) * G // k * int((p[:, None] + n.view(len(groups), -1, k).sum(2)).max()) if k else len(groups) * G * int(p.max() + n.max())
+    pieces = [[]]
+    for g in sorted(range(len(prompt)), key=lambda g: (-tokens([g]), g)):
+        if pieces[-1] and tokens([*pieces[-1], g]) > max_tokens: pieces.append([])
         pieces[-1].append(g)
     return pieces
 
@@ -74,7 +74,8 @@ def update(
     if rollout.advantages is None: raise ValueError("rollout.advantages is None: compute advantages before the update")
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
-    pieces = micro_batches(rollout, config.max_tokens_per_micro_batch)
+    shared = shares_prompt(policy, rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1])
+    pieces = micro_batches(rollout, config.max_tokens_per_micro_batch, policy.config.get_text_config().hidden_size if shared else None)
     trained = [(policy, optimizer, "grad_norm")] + ([(value_model, value_optimizer, "value_grad_norm")] if value_model is not None else [])
     metrics = defaultdict(float)
     for _ in range(config.num_iterations if totals["num_tokens"] else 0):

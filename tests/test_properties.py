@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
-from grpo_nb.policy import token_logprobs
+from grpo_nb.policy import model_inputs, shared_rows, token_logprobs
 from grpo_nb.reference import kl, kl_in_reward
 from grpo_nb.rollout import Rollout
 from grpo_nb.update import micro_batches, update
@@ -256,17 +256,17 @@ def test_order_changes_no_gradient(llama, rollout, order):
     assert all(abs(m[name] - n[name]) < 1e-12 for name in m)
 
 
-@given(st.lists(st.integers(1, 6), min_size=9, max_size=9), st.integers(1, 200))
-def test_micro_batches_fit(lengths, budget):
-    "Every group is in one piece, and a piece of several groups is within the budget, its padding counted."
+@given(st.lists(st.integers(1, 6), min_size=9, max_size=9), st.integers(1, 200), st.booleans())
+def test_micro_batches_fit(lengths, budget, shared):
+    "Every group is in one piece, and a piece of several groups is within the budget, its padding counted, in either layout."
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     prompts = torch.arange(4) >= torch.tensor([[0], [2], [3]])
     whole = Rollout([None] * 3, prompts.long(), prompts, mask.long(), mask, ["?"] * 9, mask[:, 0], 3)
-    pieces = micro_batches(whole, budget)
+    pieces = micro_batches(whole, budget, 10**6 if shared else None)
     assert sorted(sum(pieces, [])) == [0, 1, 2]
     for groups in pieces:
-        piece = whole.select(groups)
-        assert len(groups) == 1 or 3 * len(groups) * (piece.prompt_ids.shape[1] + piece.completion_ids.shape[1]) <= budget
+        inputs = shared_rows(whole.select(groups), 10**6)[0] if shared else model_inputs(whole.select(groups))
+        assert len(groups) == 1 or inputs["input_ids"].numel() <= budget
 
 
 def test_select_cuts_whole_groups(rollout):
