@@ -150,8 +150,8 @@ def make_config(
         raise ValueError(f"{name} = {value!r} is not a parameter of {algorithm}; {hint}")
     try: return CONFIGS[algorithm](**given)
     except ValidationError as error:
-        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"].removeprefix("Value error, ")
-                                   for e in error.errors())) from None
+        said = (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"].removeprefix("Value error, ") for e in error.errors())
+        raise ValueError("; ".join(said)) from None
 
 # %% ../nbs/12_algorithm.ipynb #0ea49e29
 @dataclass

@@ -93,7 +93,9 @@ def flops(
     N, mu, ppo = B * getattr(config, "num_generations", 1), config.num_iterations, config.algorithm == "ppo"
     k = completions_per_row(N // B, P, T, size.hidden)
     scoring = forward_flops(size, N // k, P + k * T, P + k * T, k * T)
-    again = 2 * size.vocabulary * N * T * (N * T * size.vocabulary / size.hidden > LOGITS)  # the projection, in the backward pass
+    groups = max(1, config.max_tokens_per_micro_batch * k // (N // B * (P + k * T)))  # of a full micro-batch
+    pieces = min(groups, B) * N // B * T * size.vocabulary / size.hidden > LOGITS  # are its logits cut?
+    again = 2 * size.vocabulary * N * T * pieces  # the projection once more, in the backward pass
     value = forward_flops(size, N, P + T, P + T, T, scalar=True) * ppo
     prompts = forward_flops(size, B, P, P, 1)  # once per query
     new_tokens = forward_flops(size, N, T - 1, P + T / 2, T - 1)

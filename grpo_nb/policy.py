@@ -28,8 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 def resolve_device(device: str = "auto") -> torch.device:
     '"auto" (CUDA, else Apple MPS, else CPU), or a torch device by name; `ValueError` if this machine does not have it.'
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
         if resolved.type == "meta": raise RuntimeError("it holds no data")
@@ -124,7 +123,7 @@ def completions_per_row(
     "How many completions of a group share a row: as many as possible at no more than a quarter above the FLOPs of the cheapest cut."
     def cost(k):
         row = prompt_length + k * completion_length
-        return (6 * hidden * row + row ** 2) / k  # matrix products and attention, a completion and layer, in units of 4 hidden
+        return (6 * hidden * row + row ** 2) / k  # matrix products and attention: FLOPs per completion and layer, divided by 4 hidden
     costs = {k: cost(k) for k in range(1, G + 1) if G % k == 0}
     return max(k for k in costs if costs[k] <= 1.25 * min(costs.values()))
 
@@ -147,29 +146,32 @@ def shared_rows(
     def closed(x, fill): return torch.full((R, L), fill, device=device).index_put(index, x[real])
     ids, owner, position = closed(torch.cat([prompt_ids, rollout.completion_ids.reshape(R, k * T)], 1), 0), closed(owner.expand_as(real), -1), closed(position, 0)
     sees = ((owner[:, None] == 0) | (owner[:, None] == owner[..., None])) & torch.ones(L, L, dtype=torch.bool, device=device).tril()  # [R, L, L]
-    before = torch.cat([(length - 1)[..., None].expand(R, k, 1), place[:, -k * T:].reshape(R, k, T)[..., :-1]], 2)  # the token before each
+    before = torch.cat([(length - 1)[..., None].expand(R, k, 1), place[:, prompt_ids.shape[1]:].reshape(R, k, T)[..., :-1]], 2)[..., :T]  # the token before each
     before = (before + L * torch.arange(R, device=device)[:, None, None]).view(N, T)[rollout.completion_mask]
     return {"input_ids": ids, "attention_mask": sees[:, None] if k > 1 else (owner >= 0).long(), "position_ids": position, "use_cache": False}, before
 
 # %% ../nbs/03_policy.ipynb #423a350a
 def shares_prompt(model: PreTrainedModel, longest: int) -> bool:  # longest: tokens of prompt and completion
-    "Can this model compute a group in one row? Tried once a model; a warning if not."
-    if not isinstance(model, PreTrainedModel): return False
-    if longest > (getattr(model.config.get_text_config(), "sliding_window", None) or longest): return False
-    if not hasattr(model, "_shares_prompt"):
-        ids, yes = torch.arange(6, device=model.device) % model.config.get_text_config().vocab_size, torch.ones(2, 2, dtype=torch.bool, device=model.device)
+    "Can this model compute a group in one row? Tried once, with a warning if not; wrapped models, longer rows than a sliding window and capped logits: no."
+    config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    if config is None or longest > (getattr(config, "sliding_window", None) or longest) or getattr(config, "final_logit_softcapping", None): return False
+    key = (config._attn_implementation, model.dtype, model.device.type)  # what the answer depends on
+    if getattr(model, "_shares_prompt", (None,))[0] != key:
+        ids, yes = torch.arange(6, device=model.device) % config.vocab_size, torch.ones(2, 2, dtype=torch.bool, device=model.device)
         probe = Rollout([None], ids[None, :2], yes[:1], ids[2:].view(2, 2), yes, ["", ""], ~yes[0], 2)
         try:
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 each, (inputs, before) = model.eval()(**model_inputs(probe), logits_to_keep=3).logits[:, :-1].flatten(0, 1), shared_rows(probe, 10**6)
                 together = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before])
-            model._shares_prompt = bool((together - each).abs().max() <= (1e-3 if each.dtype != torch.bfloat16 else 5e-2) * each.abs().max())
-        except Exception: model._shares_prompt = False
-        if not model._shares_prompt: warnings.warn(f"{type(model).__name__} does not compute a group in one row; each completion gets a row of its own", stacklevel=2)
-    return model._shares_prompt
+            apart, allowed = ((together - each).abs().max() / each.abs().max()).item(), {torch.float64: 1e-5, torch.float32: 1e-3}.get(each.dtype, 5e-2)
+            model._shares_prompt, why = (key, apart <= allowed), f"its logits differ by {apart:.0e}"
+        except torch.OutOfMemoryError: raise
+        except Exception as error: model._shares_prompt, why = (key, False), f"{type(error).__name__}"
+        if not model._shares_prompt[1]: warnings.warn(f"{type(model).__name__} does not compute a group in one row ({why}); each completion gets a row of its own", stacklevel=2)
+    return model._shares_prompt[1]
 
-# %% ../nbs/03_policy.ipynb #5490d536
-LOGITS = 2**23  # numbers in one piece of the logits
+# %% ../nbs/03_policy.ipynb #29512921
+LOGITS = 2**25  # numbers in one piece of the logits
 
 def token_logprobs(
     model: PreTrainedModel,
@@ -177,22 +179,22 @@ def token_logprobs(
     temperature: float = 1.0,  # the one it was sampled with
     return_entropy: bool = False,  # also the entropy of the distribution at each token
 ) -> Float[Tensor, "N T"] | tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # nats; 0 on padding
-    """`log pi(o_t | q, o_<t)` of every completion token, differentiable; one prompt pass per row of a group.
+    """`log pi(o_t | q, o_<t)` of every completion token, differentiable; a prompt is computed once a row, not once a completion.
 
     `ValueError`: temperature not positive. The model is left in eval mode: with dropout, rho would be noise."""
     if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}")
     mask, ids, T, model = rollout.completion_mask, rollout.completion_ids[rollout.completion_mask], rollout.completion_ids.shape[1], model.eval()
     if shares_prompt(model, rollout.prompt_ids.shape[1] + T):
         inputs, before = shared_rows(rollout, model.config.get_text_config().hidden_size)
-        states, project = model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before], model.get_output_embeddings()  # [M, d]
-    else: states, project = model(**model_inputs(rollout), logits_to_keep=T + 1).logits[:, :-1][mask], lambda logits: logits
+        states, head = model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before], model.get_output_embeddings()  # [M, d]
+    else: states, head = model(**model_inputs(rollout), logits_to_keep=T + 1).logits[:, :-1][mask], None  # [M, V]
     def score(states, ids):
-        logits = project(states)
+        logits = states if head is None else head(states)
         all_logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if return_entropy else None
         return all_logprobs.gather(-1, ids[:, None]).squeeze(-1), entropy
-    size = max(1, LOGITS // getattr(project, "out_features", 1))
-    pieces = [score(states, ids)] if len(ids) <= size else [checkpoint(score, *piece, use_reentrant=False) for piece in zip(states.split(size), ids.split(size))]
+    size = max(1, LOGITS // (states.shape[-1] if head is None else head.weight.shape[0]))
+    pieces = [score(states, ids)] if len(ids) <= size else [checkpoint(score, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(states.split(size), ids.split(size))]
     def scattered(column): return (x := torch.cat(column)).new_zeros(mask.shape).masked_scatter(mask, x)
     logprobs, entropy = zip(*pieces)
     return (scattered(logprobs), scattered(entropy)) if return_entropy else scattered(logprobs)

@@ -112,8 +112,7 @@ def table(
     return [{"step": step, "query": rollout.queries[i // rollout.num_generations].text, "completion": text, "reward": reward,
              "advantage": advantage, "tokens": tokens, "truncated": truncated}
             for i, (text, reward, advantage, tokens, truncated) in enumerate(zip(
-                rollout.completions, column(rollout.rewards), column(advantages),
-                column(rollout.completion_mask.sum(1)), column(rollout.truncated)))]
+                rollout.completions, column(rollout.rewards), column(advantages), column(rollout.completion_mask.sum(1)), column(rollout.truncated)))]
 
 Rollout.select = select
 Rollout.loss_mask = loss_mask

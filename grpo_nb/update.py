@@ -28,10 +28,11 @@ def micro_batches(
     "Cut a rollout into pieces of whole groups, longest groups together."
     if max_tokens < 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
     G, prompt, completion = rollout.num_generations, rollout.prompt_mask.sum(1).cpu(), rollout.completion_mask.sum(1).cpu().view(-1, rollout.num_generations)
-    k = hidden and completions_per_row(G, rollout.prompt_ids.shape[1], completion.float().mean().item(), hidden)
     def tokens(groups):
         p, n = prompt[groups], completion[groups]
-        return len(groups) * G // k * int((p[:, None] + n.view(len(groups), -1, k).sum(2)).max()) if k else len(groups) * G * int(p.max() + n.max())
+        if not hidden: return n.numel() * int(p.max() + n.max())
+        k = completions_per_row(G, int(p.max()), n.sum().item() / n.numel(), hidden)
+        return n.numel() // k * int((p[:, None] + n.view(len(groups), -1, k).sum(2)).max())
     pieces = [[]]
     for g in sorted(range(len(prompt)), key=lambda g: (-tokens([g]), g)):
         if pieces[-1] and tokens([*pieces[-1], g]) > max_tokens: pieces.append([])
@@ -51,8 +52,8 @@ def piece_loss(
     logprobs, entropy = token_logprobs(policy, piece, config.temperature, return_entropy=True)
     loss, statistics = policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.epsilon, config.epsilon_high, config.delta,
                                    config.importance_sampling_level, config.objective)
-    sums = {"clip_ratio/low_mean": statistics["clip_low"], "clip_ratio/high_mean": statistics["clip_high"],
-            "clip_ratio/region_mean": statistics["clip_low"] | statistics["clip_high"], "ratio": statistics["rho"], "entropy": entropy}
+    low, high = statistics["clip_low"], statistics["clip_high"]
+    sums = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high, "ratio": statistics["rho"], "entropy": entropy}
     if piece.ref_logprobs is not None:
         sums["kl"] = kl(logprobs, piece.ref_logprobs, "k3")
         if beta: loss = loss + beta * sums["kl"] * (statistics["rho"] if getattr(config, "use_bias_correction_kl", False) else 1.0)
@@ -74,7 +75,7 @@ def update(
     if rollout.advantages is None: raise ValueError("rollout.advantages is None: compute advantages before the update")
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
-    shared = shares_prompt(policy, rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1])
+    shared = value_model is None and shares_prompt(policy, rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1])  # a value model has a row a completion
     pieces = micro_batches(rollout, config.max_tokens_per_micro_batch, policy.config.get_text_config().hidden_size if shared else None)
     trained = [(policy, optimizer, "grad_norm")] + ([(value_model, value_optimizer, "value_grad_norm")] if value_model is not None else [])
     metrics = defaultdict(float)
@@ -86,8 +87,7 @@ def update(
             metrics["loss"] += loss.item()
             for name, x in sums.items(): metrics[name] += (x / totals["num_tokens"]).item()
             if value_model is not None:
-                loss = value_loss(value_model(piece), piece.values, piece.returns, piece.loss_mask(config.mask_truncated_completions),
-                                  config.cliprange_value, totals["num_tokens"])
+                loss = value_loss(value_model(piece), piece.values, piece.returns, piece.loss_mask(config.mask_truncated_completions), config.cliprange_value, totals["num_tokens"])
                 (config.vf_coef * loss).backward()
                 metrics["value_loss"] += loss.item()
         for model, o, name in trained:

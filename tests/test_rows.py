@@ -11,10 +11,12 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHea
                           MistralForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 from grpo_nb import policy
-from grpo_nb.policy import completions_per_row, model_inputs, shared_rows, shares_prompt, token_logprobs
+from grpo_nb.policy import as_rollout, completions_per_row, model_inputs, shared_rows, shares_prompt, token_logprobs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.rollout import Rollout
-from grpo_nb.update import micro_batches, update
+from grpo_nb.task import Query
+from grpo_nb.update import update
+from grpo_nb.value import ValueModel
 from helpers import VOCABULARY, character_tokenizer, gradient, random_rollout, short_config
 
 SMALL = dict(vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
@@ -124,7 +126,8 @@ def test_completions_per_row(P, T, hidden):
 @pytest.mark.parametrize("kind, warns", [
     (lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)), False),  # its window is in its config
     (lambda: MambaForCausalLM(MambaConfig(vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=None)), True),
-    (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)), True)], ids=["sliding window", "state space", "soft cap"])
+    (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0)), False),  # too little to see in a trial, and in its config
+    (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation="eager")), True)], ids=["sliding window", "state space", "soft cap", "eager attention"])
 def test_a_model_that_cannot_share(kind, warns):
     "It falls back to a row for each completion, with one warning, and its numbers are right."
     model = make(kind, torch.float32)
@@ -156,10 +159,55 @@ def test_logits_never_exist_whole(monkeypatch):
 
 
 def test_a_larger_group_in_smaller_rows():
-    "Long completions: several rows a group, the same numbers; micro-batches count the rows that are made."
+    "Long completions: several rows a group, some of them shared; the same numbers and gradients."
     model = make("gpt2")
     rollout = random_rollout(model, character_tokenizer(), num_generations=6, T=40, prompts=("1+2=", "3="))
-    inputs, _ = shared_rows(rollout, 32)
-    assert inputs["input_ids"].shape[0] > 2
-    for a, b in zip(token_logprobs(model, rollout, return_entropy=True), plain(model, rollout)): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    assert micro_batches(rollout, 10**6, 32) in ([[0, 1]], [[1, 0]])
+    assert 2 < shared_rows(rollout, 32)[0]["input_ids"].shape[0] < 12
+    results = [(*x, torch.cat([g.flatten() for g in torch.autograd.grad((x[0] * rollout.values).sum(), tuple(model.parameters()))])) for x in
+               (token_logprobs(model, rollout, return_entropy=True), plain(model, rollout))]
+    for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_another_attention_is_asked_again():
+    "What was found out under one attention implementation does not hold under another."
+    model = make("llama", torch.float32)
+    rollout = random_rollout(model, character_tokenizer(), num_generations=3)
+    assert shares_prompt(model, 12)
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="row of its own"): ours = token_logprobs(copy.deepcopy(model), rollout)
+    torch.testing.assert_close(ours, plain(model, rollout)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_in_bfloat16(monkeypatch):
+    "Under autocast, gradients through pieces are those of the whole; and a model whose weights are bfloat16 shares its prompt, too."
+    model = make("llama", torch.float32)
+    rollout = random_rollout(model, character_tokenizer(), num_generations=3)
+    slopes = []
+    for budget in (2**25, 2 * len(VOCABULARY)):
+        monkeypatch.setattr(policy, "LOGITS", budget)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False): loss = token_logprobs(model, rollout).sum()
+        loss.backward()
+        slopes.append(gradient(model))
+    assert (slopes[0] - slopes[1]).norm() < 0.02 * slopes[0].norm()
+    half = make("llama", torch.bfloat16)
+    assert shares_prompt(half, 12) and token_logprobs(half, rollout).isfinite().all()
+
+
+def test_completions_without_a_token():
+    "A tokenizer without EOS and empty answers: nothing to score, and no crash."
+    model, tokenizer = make("llama"), character_tokenizer(eos=None)
+    rollout = as_rollout(tokenizer, [Query("1+2="), Query("3=")], ["", "", "", ""])
+    assert rollout.completion_ids.shape == (4, 0) and token_logprobs(model, rollout).shape == (4, 0)
+
+
+def test_ppo_cuts_for_its_value_model(llama):
+    "The value model has a row for each completion: the budget holds for it, too."
+    tokenizer, seen = character_tokenizer(), []
+    rollout = random_rollout(llama, tokenizer, num_generations=1, T=9, prompts=("1+2=", "34567+34567=", "1=", "2=", "3=", "4="))
+    rollout = replace(rollout, advantages=rollout.values)
+    value = ValueModel(llama)
+    for model in (llama.base_model, value.trunk): model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].numel()))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (llama, value)]
+    update(llama, optimizers[0], rollout, short_config(algorithm="ppo", max_tokens_per_micro_batch=45), value_model=value, value_optimizer=optimizers[1])
+    assert len(seen) > 2 and max(seen) <= 45

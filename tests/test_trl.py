@@ -126,7 +126,7 @@ def test_the_weights_after_a_step(steps, beta):
                                      {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}, {"use_bias_correction_kl": True},
                                      {"delta": 1.5, "max_grad_norm": 0.1}, {"temperature": 2.0}, {"lr_scheduler_type": "constant", "max_completion_length": 3}], ids=str)
 def test_the_weights_after_steps_with_other_settings(options):
-    "Two steps on one sampling. They moved, and by ten times what they differ: AdamW magnifies float32's rounding where a gradient is near 0."
+    "Two steps on one sampling. They moved, and by nine times what they differ or more: AdamW magnifies float32's rounding where a gradient is near 0."
     config = make_config(**{"num_generations": 8, "num_iterations": 2, "beta": 0.5, "temperature": 1.5, "max_completion_length": 8, "learning_rate": 1e-5, "device": "cpu"} | options)
     apart, moved = weights_apart(config)
     assert apart <= 2e-6 and moved > 1.9e-5
