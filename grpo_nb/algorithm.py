@@ -8,7 +8,7 @@ __all__ = ['Share', 'option', 'SCHEDULERS', 'RECIPES', 'CONFIGS', 'STEPS', 'Conf
 
 # %% ../nbs/12_algorithm.ipynb #f82051a1
 import warnings
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from . import gae, group
-from .policy import resolve_device, resolve_dtype
+from .policy import resolve_device
 from .reference import next_beta, reference_logprobs, token_rewards
 from .reward import RewardFunction, RewardModel, score
 from .rollout import Rollout

@@ -14,7 +14,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
-from .policy import cache_directory, encode_prompts, load_policy, token_logprobs
+from .policy import cache_directory, encode_prompts, load_policy
 from .group import informative
 from .reward import RewardFunction, load_rewards, name_of, preference_pairs, score, train_reward_model
 from .rollout import Rollout, table

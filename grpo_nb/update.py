@@ -27,12 +27,13 @@ def micro_batches(
 ) -> list[list[int]]:  # groups of each piece
     "Cut a rollout into pieces of whole groups, longest groups together."
     if max_tokens < 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
-    G, prompt, completion = rollout.num_generations, rollout.prompt_mask.sum(1).cpu(), rollout.completion_mask.sum(1).cpu().view(-1, rollout.num_generations)
+    G, prompt = rollout.num_generations, rollout.prompt_mask.sum(1).numpy(force=True)
+    completion = rollout.completion_mask.sum(1).numpy(force=True).reshape(-1, G)
     def tokens(groups):
         p, n = prompt[groups], completion[groups]
-        if not hidden: return n.numel() * int(p.max() + n.max())
-        k = completions_per_row(G, int(p.max()), n.sum().item() / n.numel(), hidden)
-        return n.numel() // k * int((p[:, None] + n.view(len(groups), -1, k).sum(2)).max())
+        if not hidden: return n.size * int(p.max() + n.max())
+        k = completions_per_row(G, int(p.max()), int(n.sum()) / n.size, hidden)
+        return n.size // k * int((p[:, None] + n.reshape(len(groups), -1, k).sum(2)).max())
     pieces = [[]]
     for g in sorted(range(len(prompt)), key=lambda g: (-tokens([g]), g)):
         if pieces[-1] and tokens([*pieces[-1], g]) > max_tokens: pieces.append([])

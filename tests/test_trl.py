@@ -4,7 +4,6 @@ What the two define differently is set alike: see the table in chapter 16. Rows 
 because TRL keeps them in N."""
 import math
 import tempfile
-from dataclasses import replace
 
 import pytest
 import torch
