@@ -70,7 +70,9 @@ class Config:
     seed: NonNegativeInt = option(default=0, help="of queries, sampling and initialisation")
     device: str = option(default="auto", help="auto, cpu, cuda, mps, ...")
     dtype: Literal["float32", "bfloat16"] = option(default="float32", help="bfloat16: autocast, weights stay float32")
-    max_tokens_per_micro_batch: PositiveInt = option(default=8192, help="tokens of one forward pass with gradient")
+    reference_dtype: Literal["float32", "bfloat16"] = option(default="float32", help="of the reference model's weights")
+    max_tokens_per_micro_batch: PositiveInt = option(default=8192, help="tokens of one forward pass, padding included")
+    gradient_checkpointing: bool = option(default=False, help="compute layers again in the backward pass: less memory, more time")
     output_dir: str | None = option(default=None, help="run directory (default: the next free one under runs/)")
     resume: bool = option(default=False, help="go on from the newest checkpoint in output_dir")
 
@@ -176,9 +178,9 @@ def ppo_step(
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of PPO: q -> o -> KL and r, v -> GAE -> update of policy and value model (DeepSeekMath 2402.03300, fig. 4, top)."
     rollout = generate(models.policy, models.tokenizer, queries, 1, config, generator)           # q -> o
-    rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature)      # reference model
+    rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model
     metrics = score(rollout, models.rewards, config.reward_weights)                               # reward model -> r
-    rollout.values = predict_values(models.value, rollout)                                        # value model -> v
+    rollout.values = predict_values(models.value, rollout, config.max_tokens_per_micro_batch)      # value model -> v
     rewards = token_rewards(rollout, models.beta)                                                 # r (+) KL
     rollout.advantages, rollout.returns = gae.advantages(rollout, rewards, config)                # GAE -> A
     metrics |= update(models.policy, models.optimizer, rollout, config,
@@ -197,7 +199,7 @@ def grpo_step(
     def sample_groups(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator)
     def score_groups(rollout): return score(rollout, models.rewards, config.reward_weights)
     rollout, metrics = group.dynamic_sampling(sample_groups, score_groups, queries, config)       # q -> o_1 ... o_G -> r_1 ... r_G
-    rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature)      # reference model
+    rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model
     rollout.advantages = group.advantages(rollout, config)                                        # group computation -> A_1 ... A_G
     metrics |= update(models.policy, models.optimizer, rollout, config, beta=config.beta)         # KL in the loss
     return rollout, metrics

@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# %% ../nbs/09_group.ipynb #5ea80997
-def has_variance(
-    rewards: Float[Tensor, "N"],  # groups contiguous; NaN: not scored
-    num_generations: int,
-) -> Bool[Tensor, "B"]:
-    "Groups with two different rewards in them."
+# %% ../nbs/09_group.ipynb #03db9c6d
+def has_variance(rewards: Float[Tensor, "N"], num_generations: int) -> Bool[Tensor, "B"]:
+    "Groups with two different rewards in them; NaN is not scored."
     r = rewards.view(-1, num_generations)
     return r.nan_to_num(-torch.inf).amax(1) > r.nan_to_num(torch.inf).amin(1)
 

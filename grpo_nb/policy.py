@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['DTYPES', 'TINY', 'LOGITS', 'resolve_device', 'resolve_dtype', 'cache_directory', 'load_policy', 'padding_id',
            'encode_prompts', 'eos_token_ids', 'model_inputs', 'completions_per_row', 'shared_rows', 'shares_prompt',
-           'token_logprobs', 'as_rollout']
+           'sharing_width', 'token_logprobs', 'as_rollout', 'micro_batches', 'in_pieces']
 
 # %% ../nbs/03_policy.ipynb #9e0ac63c
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -130,11 +132,11 @@ def completions_per_row(
 # %% ../nbs/03_policy.ipynb #ac103922
 def shared_rows(
     rollout: Rollout,
-    hidden: int,  # width of the model, for `completions_per_row`
+    hidden: int | None,  # width of the model, for `completions_per_row`; None: a row a completion
 ) -> tuple[dict[str, Tensor], Int[Tensor, "M"]]:  # (model inputs, where in the flattened rows each real completion token is predicted)
     "Rows `[prompt | o_1 | ... | o_k]` without padding inside: ids, block mask and positions."
     (N, T), device = rollout.completion_ids.shape, rollout.completion_ids.device
-    k = completions_per_row(rollout.num_generations, rollout.prompt_ids.shape[1], rollout.completion_mask.sum().item() / N, hidden)
+    k = completions_per_row(rollout.num_generations, rollout.prompt_ids.shape[1], rollout.completion_mask.sum().item() / N, hidden) if hidden else 1
     R, again = N // k, rollout.num_generations // k  # rows; how often a prompt is repeated
     prompt_ids, prompt_mask = (x.repeat_interleave(again, 0) for x in (rollout.prompt_ids, rollout.prompt_mask))
     real = torch.cat([prompt_mask, rollout.completion_mask.reshape(R, k * T)], 1)  # [R, P + k T], with holes
@@ -170,6 +172,11 @@ def shares_prompt(model: PreTrainedModel, longest: int) -> bool:  # longest: tok
         if not model._shares_prompt[1]: warnings.warn(f"{type(model).__name__} does not compute a group in one row ({why}); each completion gets a row of its own", stacklevel=2)
     return model._shares_prompt[1]
 
+def sharing_width(model: PreTrainedModel, rollout: Rollout) -> int | None:
+    "The model's width if it can compute the groups of this rollout in shared rows, else None."
+    longest = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+    return model.config.get_text_config().hidden_size if shares_prompt(model, longest) else None
+
 # %% ../nbs/03_policy.ipynb #29512921
 LOGITS = 2**25  # numbers in one piece of the logits
 
@@ -184,8 +191,8 @@ def token_logprobs(
     `ValueError`: temperature not positive. The model is left in eval mode: with dropout, rho would be noise."""
     if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}")
     mask, ids, T, model = rollout.completion_mask, rollout.completion_ids[rollout.completion_mask], rollout.completion_ids.shape[1], model.eval()
-    if shares_prompt(model, rollout.prompt_ids.shape[1] + T):
-        inputs, before = shared_rows(rollout, model.config.get_text_config().hidden_size)
+    if hidden := sharing_width(model, rollout):
+        inputs, before = shared_rows(rollout, hidden)
         states, head = model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before], model.get_output_embeddings()  # [M, d]
     else: states, head = model(**model_inputs(rollout), logits_to_keep=T + 1).logits[:, :-1][mask], None  # [M, V]
     def score(states, ids):
@@ -216,3 +223,32 @@ def as_rollout(
     mask = torch.arange(ids.shape[1], device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
     return Rollout(queries, prompt_ids.to(device), prompt_mask.to(device), ids, mask, completions,
                    truncated=torch.zeros(len(rows), dtype=torch.bool, device=device), num_generations=G)
+
+# %% ../nbs/03_policy.ipynb #47efb212
+def micro_batches(
+    rollout: Rollout,
+    max_tokens: int | None,  # tokens of one forward pass, padding included; None: no limit
+    hidden: int | None = None,  # width of a model that shares prompts; None: a row a completion
+) -> list[list[int]]:  # groups of each piece
+    "Cut a rollout into pieces of whole groups, longest groups together."
+    if max_tokens is not None and max_tokens < 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
+    G, prompt = rollout.num_generations, rollout.prompt_mask.sum(1).numpy(force=True)
+    completion = rollout.completion_mask.sum(1).numpy(force=True).reshape(-1, G)
+    def tokens(groups):
+        p, n = prompt[groups], completion[groups]
+        if not hidden: return n.size * int(p.max() + n.max())
+        k = completions_per_row(G, int(p.max()), int(n.sum()) / n.size, hidden)
+        return n.size // k * int((p[:, None] + n.reshape(len(groups), -1, k).sum(2)).max())
+    pieces = [[]]
+    for g in sorted(range(len(prompt)), key=lambda g: (-tokens([g]), g)):
+        if max_tokens and pieces[-1] and tokens([*pieces[-1], g]) > max_tokens: pieces.append([])
+        pieces[-1].append(g)
+    return pieces
+
+# %% ../nbs/03_policy.ipynb #06a6cba4
+def in_pieces(compute: Callable[[Rollout], Tensor], rollout: Rollout, max_tokens: int | None, hidden: int | None) -> Float[Tensor, "N T"]:
+    "`compute` of a rollout, [n, t] of each of its micro-batches, without a gradient."
+    pieces = micro_batches(rollout, max_tokens, hidden)
+    with torch.inference_mode(): parts = [compute(rollout.select(groups)) for groups in pieces]
+    width, order = rollout.completion_ids.shape[1], torch.tensor(sum(pieces, [])).argsort().to(parts[0].device)
+    return torch.cat([F.pad(x, (0, width - x.shape[1])) for x in parts]).unflatten(0, (-1, rollout.num_generations))[order].flatten(0, 1)

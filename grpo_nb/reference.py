@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .policy import token_logprobs
+from .policy import in_pieces, sharing_width, token_logprobs
 from .rollout import Rollout
 
 # %% ../nbs/05_reference.ipynb #f27936cb
@@ -19,10 +19,11 @@ def reference_logprobs(
     reference: PreTrainedModel | None,  # None: no KL is used
     rollout: Rollout,
     temperature: float = 1.0,  # the one it was sampled with
+    max_tokens: int | None = None,  # of one forward pass; None: no limit
 ) -> Float[Tensor, "N T"] | None:  # nats; None without a reference
     "`log pi_ref` of every completion token."
     if reference is None: return None
-    with torch.no_grad(): return token_logprobs(reference, rollout, temperature)
+    return in_pieces(lambda piece: token_logprobs(reference, piece, temperature), rollout, max_tokens, sharing_width(reference, rollout))
 
 # %% ../nbs/05_reference.ipynb #4a39bac0
 def kl(
@@ -79,13 +80,9 @@ def adapt_beta(
     error = min(max(observed_kl / kl_target - 1, -0.2), 0.2)
     return beta * (1 + error * num_completions / horizon)
 
-# %% ../nbs/05_reference.ipynb #4540e1c9
-def next_beta(
-    beta: float,
-    rollout: Rollout,
-    kl_target: float | None,  # nats a completion; None: beta is fixed
-) -> float:
-    "The KL coefficient for the next step."
+# %% ../nbs/05_reference.ipynb #6f10c868
+def next_beta(beta: float, rollout: Rollout, kl_target: float | None) -> float:
+    "The KL coefficient for the next step; `kl_target` in nats a completion, None: beta is fixed."
     if kl_target is None or rollout.ref_logprobs is None: return beta
     observed = kl(rollout.logprobs, rollout.ref_logprobs, "k1").masked_fill(~rollout.completion_mask, 0.0).sum(1).mean()
     return adapt_beta(beta, observed.item(), kl_target, len(rollout))

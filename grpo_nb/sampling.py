@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['draw', 'check_context', 'sample', 'generate']
 
-# %% ../nbs/04_sampling.ipynb #a0be2af9
+# %% ../nbs/04_sampling.ipynb #6fdb276b
+import math
+import warnings
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
-from .policy import encode_prompts, eos_token_ids, padding_id, token_logprobs
+from .policy import encode_prompts, eos_token_ids, padding_id, shares_prompt, token_logprobs
 from .rollout import Rollout
 from .task import Query
 
@@ -31,15 +35,13 @@ def draw(
         ordered, index = logprobs.log_softmax(-1).sort(descending=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of everything more likely than this token
         logprobs = logprobs.masked_fill((before >= top_p).scatter(1, index, before >= top_p), float("-inf"))
-    return torch.multinomial(logprobs.softmax(-1), 1, generator=generator).squeeze(1)
+    size = math.isqrt(logprobs.shape[-1])
+    blocks = F.pad(logprobs.softmax(-1), (0, -logprobs.shape[-1] % size)).unflatten(1, (-1, size))  # [N, blocks, size]
+    block = torch.multinomial(blocks.sum(-1), 1, generator=generator)
+    return block.squeeze(1) * size + torch.multinomial(blocks.gather(1, block[..., None].expand(-1, 1, size)).squeeze(1), 1, generator=generator).squeeze(1)
 
-# %% ../nbs/04_sampling.ipynb #48970813
-def check_context(
-    model: PreTrainedModel,
-    queries: list[Query],
-    lengths: Int[Tensor, "B"],  # tokens of each prompt
-    max_completion_length: int,
-):
+# %% ../nbs/04_sampling.ipynb #76cff356
+def check_context(model: PreTrainedModel, queries: list[Query], lengths: Int[Tensor, "B"], max_completion_length: int):
     "`ValueError` if a prompt and its longest completion do not fit into the model's context."
     context = getattr(model.config, "max_position_embeddings", None)
     i = int(lengths.argmax())
@@ -61,52 +63,107 @@ def sample(
 ) -> Rollout:  # with `logprobs`; N = B * G rows, groups contiguous
     """Draw `num_generations` completions of each query: q -> o_1 ... o_G.
 
-    A prompt is read once and its cache copied for its group; finished rows leave the batch. Refused with a `ValueError`:
-    no queries, an empty prompt, a prompt that does not fit, a number out of range."""
+    A prompt is read once and its cache copied for its group; finished rows leave the batch. A model without such a cache
+    passes whole sequences, with a warning. Refused with a `ValueError`: no queries, an empty prompt, one that does not fit, a number out of range."""
     for name, value, good in [("num_generations", num_generations, num_generations >= 1), ("temperature", temperature, temperature > 0),
                               ("max_completion_length", max_completion_length, max_completion_length >= 1),
                               ("top_p", top_p, 0 < top_p <= 1), ("top_k", top_k, top_k >= 0)]:
         if not good: raise ValueError(f"{name} is out of range: {value} (num_generations, max_completion_length >= 1; temperature > 0; 0 < top_p <= 1; top_k >= 0)")
     prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, queries))
     check_context(model, queries, prompt_mask.sum(1), max_completion_length)
-    ids, logprobs, finished = _decode(model.eval(), prompt_ids, prompt_mask, num_generations, max_completion_length,
-                                      temperature, top_p, top_k, eos_token_ids(model, tokenizer), generator)
-    mask = torch.arange(max(map(len, ids)), device=model.device) < torch.tensor([len(row) for row in ids], device=model.device)[:, None]
-    return Rollout(queries, prompt_ids, prompt_mask, pad_sequence(ids, batch_first=True, padding_value=padding_id(tokenizer)), mask,
-                   tokenizer.batch_decode(ids, skip_special_tokens=True), truncated=~finished, num_generations=num_generations,
-                   logprobs=pad_sequence(logprobs, batch_first=True))
+    eos, kind = eos_token_ids(model, tokenizer), model.device.type
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=True):  # if on: weights are rounded once, not for each token
+        ids, logprobs = _decode(model.eval(), prompt_ids, prompt_mask, num_generations, max_completion_length, temperature, top_p, top_k, eos, generator)
+    torch.clear_autocast_cache()  # rounded weights are no longer needed, and have no gradient
+    mask = ids >= 0
+    return Rollout(queries, prompt_ids, prompt_mask, ids.masked_fill(~mask, padding_id(tokenizer)), mask,
+                   tokenizer.batch_decode([row[row >= 0] for row in ids.cpu()], skip_special_tokens=True),
+                   truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1), num_generations=num_generations, logprobs=logprobs)
+
+# %% ../nbs/04_sampling.ipynb #6b22bb6f
+def _similar(lengths: list[int], padding: int = 128) -> list[list[int]]:  # so much padding costs no more than another pass
+    "Which prompts are read together: pieces of similar length, longest first."
+    pieces, wasted = [[]], 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        wasted += lengths[pieces[-1][0]] - lengths[i] if pieces[-1] else 0
+        if wasted > padding: pieces, wasted = [*pieces, []], 0
+        pieces[-1].append(i)
+    return pieces
+
+# %% ../nbs/04_sampling.ipynb #282a8bfd
+class _Room(DynamicLayer):
+    "One layer of the cache: keys and values of N rows, [N, heads, P + room, width], of which `keys` and `values` show the part that is filled."
+    def __init__(self, read: list[tuple[list[int], DynamicLayer]], G: int, P: int, room: int):  # read: prompts, and the cache that reading them left
+        super().__init__()
+        first, N = read[0][1].keys, G * sum(len(prompts) for prompts, _ in read)
+        self.device, self.is_initialized = first.device, True
+        self.dtype = torch.get_autocast_dtype(first.device.type) if torch.is_autocast_enabled(first.device.type) else first.dtype
+        self.room = [x.new_zeros(N, x.shape[1], P + room, x.shape[3], dtype=self.dtype) for x in (first, read[0][1].values)]
+        for prompts, layer in read:
+            rows = [i * G + g for i in prompts for g in range(G)]
+            for room, x in zip(self.room, (layer.keys, layer.values)): room[rows, :, P - x.shape[2]:P] = x.repeat_interleave(G, 0).to(self.dtype)  # a copy for each of the group
+        self.show(N, P)
+
+    def show(self, N, length): self.keys, self.values = (x[:N, :, :length] for x in self.room)
+
+    def update(self, keys, values, *args, **kwargs):  # called by the attention layer
+        self.show(len(keys), self.keys.shape[2] + 1)
+        self.keys[:, :, -1:], self.values[:, :, -1:] = keys, values
+        return self.keys, self.values
+
+    def batch_select_indices(self, rows):  # a list; rows[i] == i but for the gaps
+        gaps = [i for i, row in enumerate(rows) if i != row]
+        for x in self.room: x[gaps] = x[[rows[i] for i in gaps]]
+        self.show(len(rows), self.keys.shape[2])
+
+# %% ../nbs/04_sampling.ipynb #5ef41b98
+def _prefill(model, ids, mask, G, room):
+    "Read each prompt once: logits of the token after it, [N, V], and the cache of N rows; None if the model keeps no such cache."
+    N, P, read, logits = len(ids) * G, ids.shape[1], [], {}
+    kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
+    if not all(issubclass(kind, DynamicLayer) for kind in kinds): return None, None
+    for prompts in _similar(mask.sum(1).tolist()) if set(kinds) == {DynamicLayer} else [list(range(len(ids)))]:
+        cache, width = DynamicCache(config=model.config), int(mask[prompts].sum(1).max())
+        seen = mask[prompts, P - width:]
+        out = model(ids[prompts, P - width:], attention_mask=seen.long(), position_ids=(seen.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if cache.get_seq_length() != width: return None, None
+        logits |= dict(zip(prompts, out.logits[:, -1])); read.append((prompts, cache))
+    for i, kind in enumerate(kinds):
+        if kind is DynamicLayer: cache.layers[i] = _Room([(prompts, c.layers[i]) for prompts, c in read], G, P, room)
+        else: cache.layers[i].batch_repeat_interleave(G)
+    return torch.stack([logits[i] for i in range(len(ids))]).repeat_interleave(G, 0), cache
 
 # %% ../nbs/04_sampling.ipynb #31c849bf
 def _decode(model, prompt_ids, prompt_mask, G, max_length, temperature, top_p, top_k, eos, generator):
-    "Token by token: per row the ids and log-probs it got, and whether EOS ended it."
-    device, N = prompt_ids.device, len(prompt_ids) * G
-    ids = torch.zeros(N, max_length, dtype=torch.long, device=device)
-    logprobs = torch.zeros(N, max_length, device=device)
-    length, finished = torch.zeros(N, dtype=torch.long, device=device), torch.zeros(N, dtype=torch.bool, device=device)
-    eos = torch.tensor(eos, dtype=torch.long, device=device)
+    "Token by token: ids [N, T] with -1 behind the end, and their log-probs."
+    device, N, P = prompt_ids.device, len(prompt_ids) * G, prompt_ids.shape[1]
+    ids, eos = torch.full((N, max_length), -1, device=device), torch.tensor(eos, dtype=torch.long, device=device)
+    logprobs = torch.zeros(N, max_length, device=device, dtype=torch.promote_types(model.dtype, torch.float32))
+    alive, seen = torch.arange(N, device=device), F.pad(prompt_mask.repeat_interleave(G, 0), (0, max_length), value=True)
+    padded, blocks = not prompt_mask.all(), shares_prompt(model, P + max_length)  # blocks: it takes a mask as it is, [N, 1, 1, L]
+    def plain(t):  # the whole sequence again
+        mask = seen[alive, :P + t]
+        return model(torch.cat([prompt_ids.repeat_interleave(G, 0), ids], 1)[alive, :P + t], attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False, logits_to_keep=1).logits[:, -1]
 
-    cache = DynamicCache(config=model.config)
-    logits = model(prompt_ids, attention_mask=prompt_mask.long(), position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(G)  # the prompt was read once; each completion of the group gets a copy
-    logits, mask, alive = logits.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0), torch.arange(N, device=device)
+    logits, cache = _prefill(model, prompt_ids, prompt_mask, G, max_length)
+    if cache is None: warnings.warn(f"{type(model).__name__} keeps no cache of keys and values; each token passes the whole sequence through it", stacklevel=3)
     for t in range(max_length):
-        distribution = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        distribution = ((plain(t) if cache is None else logits).to(logprobs.dtype) / temperature).log_softmax(-1)
         token = draw(distribution, top_p, top_k, generator)
-        ids[alive, t], logprobs[alive, t] = token, distribution.gather(1, token[:, None]).squeeze(1).to(logprobs.dtype)
-        length[alive] = t + 1
-        ended = torch.isin(token, eos)
-        finished[alive[ended]] = True
-        if t + 1 == max_length or ended.all(): break
-        if ended.any():  # the rows that ended leave, and their cache with them
-            stay = (~ended).nonzero().squeeze(1)
-            token, mask, alive = token[stay], mask[stay], alive[stay]
-            cache.batch_select_indices(stay)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = model(token[:, None], attention_mask=mask.long(), position_ids=mask.sum(1, keepdim=True) - 1,
-                       past_key_values=cache, use_cache=True).logits[:, -1]
-    n = length.tolist()
-    return [row[:k] for row, k in zip(ids, n)], [row[:k] for row, k in zip(logprobs, n)], finished
+        ids[alive, t], logprobs[alive, t] = token, distribution.gather(1, token[:, None]).squeeze(1)
+        if t + 1 == max_length: break
+        ended = torch.isin(token, eos).nonzero().squeeze(1).tolist()
+        if len(ended) == len(alive): break
+        if ended:  # the rows that ended leave, and the last ones fill the gaps
+            n = len(alive) - len(ended)
+            stay, movers = list(range(n)), sorted(set(range(n, len(alive))) - set(ended))
+            for gap, mover in zip([i for i in ended if i < n], movers): stay[gap] = mover
+            token, alive = token[stay], alive[stay]
+            for layer in cache.layers if cache is not None else []: layer.batch_select_indices(stay)
+        if cache is None: continue
+        mask = None if not padded else seen[alive, None, None, :P + t + 1] if blocks else seen[alive, :P + t + 1].long()
+        logits = model(token[:, None], attention_mask=mask, position_ids=seen[alive, :P + t].sum(1, keepdim=True), past_key_values=cache, use_cache=True).logits[:, -1]
+    return ids[:, :t + 1], logprobs[:, :t + 1]
 
 # %% ../nbs/04_sampling.ipynb #37c525f4
 def generate(

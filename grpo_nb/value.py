@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .policy import model_inputs
+from .policy import in_pieces, shared_rows
 from .rollout import Rollout
 
 # %% ../nbs/07_value.ipynb #9a2ebbdf
@@ -31,18 +31,18 @@ class ValueModel(nn.Module):
 
     def forward(self, rollout: Rollout) -> Float[Tensor, "N T"]:
         "Value before each completion token, in units of reward; 0 on padding. Dropout is off."
-        hidden = self.eval().trunk.eval()(**model_inputs(rollout)).last_hidden_state
-        start = rollout.prompt_ids.shape[1] - 1  # the last prompt token: what is known before the first completion token
-        values = self.head(hidden[:, start:-1]).squeeze(-1)
-        return values.masked_fill(~rollout.completion_mask, 0.0)
+        inputs, before = shared_rows(rollout, None)  # before: where what is known before each completion token stands
+        values = self.head(self.eval().trunk.eval()(**inputs).last_hidden_state.flatten(0, 1)[before]).squeeze(-1)
+        return values.new_zeros(rollout.completion_mask.shape).masked_scatter(rollout.completion_mask, values)
 
 # %% ../nbs/07_value.ipynb #07674860
 def predict_values(
     value_model: ValueModel,
     rollout: Rollout,
+    max_tokens: int | None = None,  # of one forward pass; None: no limit
 ) -> Float[Tensor, "N T"]:
     "The value stage: V of every completion token, without a gradient."
-    with torch.no_grad(): return value_model(rollout)
+    return in_pieces(value_model, rollout, max_tokens, None)
 
 # %% ../nbs/07_value.ipynb #befe3a9c
 def value_loss(

@@ -16,10 +16,10 @@ from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logprobs
 from grpo_nb.reference import kl
-from grpo_nb.reward import RewardModel, combine, load_rewards, score
+from grpo_nb.reward import RewardModel, combine, score
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import train
+from grpo_nb.training import load_rewards, train
 from grpo_nb.update import micro_batches, update
 from helpers import ROOT, character_tokenizer, random_model, read_metrics, short_config
 

@@ -21,10 +21,9 @@ from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, eos_token_ids, token_logprobs
 from grpo_nb.reference import adapt_beta, kl, kl_in_reward, next_beta, reference_logprobs, token_rewards
 from grpo_nb.reward import RewardModel, bradley_terry_loss, combine, judge, score
-from grpo_nb.rollout import table
 from grpo_nb.sampling import draw, generate, sample
 from grpo_nb.task import Query
-from grpo_nb.training import rollout_metrics
+from grpo_nb.training import rollout_metrics, table
 from grpo_nb.update import micro_batches, piece_loss, update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (EOS, PAD, VOCABULARY, character_tokenizer, gradient, ids_of, padded, random_model, random_rollout, short_config,

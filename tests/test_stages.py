@@ -21,10 +21,10 @@ from grpo_nb.group import advantages as group_box
 from grpo_nb.group import dynamic_sampling, group_advantages, has_variance, informative, process_advantages
 from grpo_nb.policy import as_rollout
 from grpo_nb.reference import token_rewards
-from grpo_nb.reward import RewardModel, format_reward, overlong_reward, preference_pairs, process_reward, score
+from grpo_nb.reward import RewardModel, format_reward, overlong_reward, process_reward, score
 from grpo_nb.rollout import join
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import build_models, outer_iteration, train
+from grpo_nb.training import build_models, outer_iteration, preference_pairs, train
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import character_tokenizer, gradient, random_model, random_rollout, read_metrics, reproducible, short_config
