@@ -453,6 +453,7 @@ def chosen(names, device):
     if unknown: raise ValueError(f"settings must be of {', '.join(NAMES)}; got {', '.join(unknown)}")
     for name in wanted:
         if name in missing: print(f"setting {name} is left out: {missing[name]}", file=sys.stderr)
+    if not set(wanted) - missing.keys(): raise ValueError(f"nothing to measure: none of {', '.join(wanted)} can run here")
     return [name for name in wanted if name not in missing]
 
 
