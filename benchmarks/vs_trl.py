@@ -7,7 +7,7 @@ Both sides get the same weights, prompts, reward function, number and length of 
 TRL generates with transformers, its default. Steps alternate in one process (a step of TRL, then one of ours, from a callback of
 its trainer), so that a machine that slows down slows both. What is reported are medians over pairs after a warm-up.
 TRL's gradient checkpointing, on by default, is off where time is compared: it computes the forward pass twice, and ours does
-not; memory is reported with and without it. Results go into benchmarks/results/, one file a machine; a setting that is
+not unless it is asked to; memory is reported without it and with it, for both. Results go into benchmarks/results/, one file a machine; a setting that is
 measured again replaces only itself.
 """
 import argparse
@@ -185,10 +185,11 @@ class Meter:
 
 class Ours:
     "`grpo_step`, as `train` calls it."
-    def __init__(self, setting, directory, device):
+    def __init__(self, setting, directory, device, checkpointing=False):
         from grpo_nb import algorithm, training
         self.step, self.meter, self.algorithm = algorithm.grpo_step, Meter(device), algorithm
-        self.config = algorithm.make_config(algorithm="grpo", model=str(directory), num_prompts=setting.num_prompts, dtype=setting.dtype, device=str(device), **setting.options)
+        self.config = algorithm.make_config(algorithm="grpo", model=str(directory), num_prompts=setting.num_prompts, dtype=setting.dtype, device=str(device),
+                                            gradient_checkpointing=checkpointing, **setting.options)
         self.precision = lambda: training._precision(self.config, device)
         self.models = training.build_models(self.config, load_task("add"), [reward_of(setting)])
         self.policy, self.reference = self.models.policy, self.models.reference
@@ -337,6 +338,8 @@ def best_of(settings):
 
 # ---- memory: each side alone, in a process of its own
 
+ALONE = ("ours", "trl", "ours_checkpointing", "trl_checkpointing")
+
 def resident(peak=False):
     "Bytes of this process in memory, now or at most."
     status = Path("/proc/self/status")  # not getrusage: its maximum begins with that of the process that started this one
@@ -348,8 +351,8 @@ def resident(peak=False):
 def steps_alone(which, setting, directory, device, steps):
     "A few steps of one side. Returns it."
     queries = make_queries(setting, setting.num_prompts * steps, seed=1)
-    if which == "ours":
-        side = Ours(setting, directory, device)
+    if which.startswith("ours"):
+        side = Ours(setting, directory, device, checkpointing=which == "ours_checkpointing")
         for i in range(steps): side.run(queries[setting.num_prompts * i:setting.num_prompts * (i + 1)])
         return side
     with tempfile.TemporaryDirectory() as scratch:
@@ -375,17 +378,16 @@ def own_memory(which, setting, directory, device):
 
 
 def measure_memory(name, directory, device, threads):
-    "`own_memory` of both sides, and of TRL with its gradient checkpointing, in processes alike: malloc gives large blocks back at once."
+    "`own_memory` of both sides, without and with gradient checkpointing, in processes alike: malloc gives large blocks back at once."
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     found = {}
-    for which in ("ours", "trl", "trl_checkpointing"):
+    for which in ALONE:
         command = [sys.executable, __file__, "--memory", which, "--settings", name, "--directory", str(directory), "--device", str(device), "--threads", str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode: raise RuntimeError(f"memory of {which} in setting {name}: {done.stderr.strip()[-2000:]}")
         found[which] = json.loads(done.stdout.splitlines()[-1])
-    def ratio(which, key): return found[which][key] / found["ours"][key] if found["ours"][key] > 0 and found[which][key] > 0 else None
-    return {"memory": found, "memory_ratio": ratio("trl", "peak"), "memory_above_state_ratio": ratio("trl", "above_state"),
-            "memory_ratio_checkpointing": ratio("trl_checkpointing", "peak"), "memory_above_state_ratio_checkpointing": ratio("trl_checkpointing", "above_state")}
+    def ratio(key, suffix=""): return found["ours" + suffix][key] / found["trl" + suffix][key] if min(found[side + suffix][key] for side in ("ours", "trl")) > 0 else None
+    return {"memory": found, "memory_ratio": ratio("above_state"), "memory_ratio_checkpointing": ratio("above_state", "_checkpointing"), "peak_memory_ratio": ratio("peak")}
 
 
 # ---- the run
@@ -458,7 +460,7 @@ def chosen(names, device):
 
 
 HEADINGS = {"prompt_length": "P", "num_generations": "G", "completion_length": "T", "speedup": "speedup", "seconds_ours": "s ours", "seconds_trl": "s TRL", "tokens_ours": "tokens ours",
-            "tokens_trl": "tokens TRL", "memory_ratio": "memory", "memory_above_state_ratio": "above state", "memory_above_state_ratio_checkpointing": "same, ckpt",
+            "tokens_trl": "tokens TRL", "memory_ratio": "memory", "memory_ratio_checkpointing": "same, ckpt", "peak_memory_ratio": "peak",
             "floor_seconds": "s floor", "floor_tokens": "tokens floor"}
 
 
@@ -481,7 +483,7 @@ def parse(words):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.json")
     parser.add_argument("--skip-memory", action="store_true", help="time only")
-    parser.add_argument("--memory", choices=("ours", "trl", "trl_checkpointing"), help=argparse.SUPPRESS)  # the processes of `measure_memory`
+    parser.add_argument("--memory", choices=ALONE, help=argparse.SUPPRESS)  # the processes of `measure_memory`
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.pairs < 1 or arguments.warmup < 0: parser.error("--pairs must be at least 1, --warmup at least 0")

@@ -11,6 +11,7 @@ __all__ = ['DTYPES', 'TINY', 'LOGITS', 'resolve_device', 'resolve_dtype', 'cache
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -186,11 +187,15 @@ def token_logprobs(
     temperature: float = 1.0,  # the one it was sampled with
     return_entropy: bool = False,  # also the entropy of the distribution at each token
 ) -> Float[Tensor, "N T"] | tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # nats; 0 on padding
-    """`log pi(o_t | q, o_<t)` of every completion token, differentiable; a prompt is computed once a row, not once a completion.
+    """`log pi(o_t | q, o_<t)` of every completion token, differentiable; a prompt is computed once a row, and equal completions of a group once.
 
     `ValueError`: temperature not positive. The model is left in eval mode: with dropout, rho would be noise."""
     if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}")
-    mask, ids, T, model = rollout.completion_mask, rollout.completion_ids[rollout.completion_mask], rollout.completion_ids.shape[1], model.eval()
+    rows, T = torch.arange(len(rollout), device=rollout.completion_ids.device), rollout.completion_ids.shape[1]
+    alike = torch.cat([(rows // rollout.num_generations)[:, None], rollout.completion_ids.masked_fill(~rollout.completion_mask, -1)], 1).unique(dim=0, return_inverse=True)[1]
+    first = rows.scatter_reduce(0, alike, rows, "amin", include_self=False)[alike]  # of a completion that was drawn more than once
+    rollout = replace(rollout, completion_mask=rollout.completion_mask & (first == rows)[:, None])
+    mask, ids, model = rollout.completion_mask, rollout.completion_ids[rollout.completion_mask], model.eval()
     if hidden := sharing_width(model, rollout):
         inputs, before = shared_rows(rollout, hidden)
         states, head = model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before], model.get_output_embeddings()  # [M, d]
@@ -202,7 +207,7 @@ def token_logprobs(
         return all_logprobs.gather(-1, ids[:, None]).squeeze(-1), entropy
     size = max(1, LOGITS // (states.shape[-1] if head is None else head.weight.shape[0]))
     pieces = [score(states, ids)] if len(ids) <= size else [checkpoint(score, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(states.split(size), ids.split(size))]
-    def scattered(column): return (x := torch.cat(column)).new_zeros(mask.shape).masked_scatter(mask, x)
+    def scattered(column): return (x := torch.cat(column)).new_zeros(mask.shape).masked_scatter(mask, x)[first]
     logprobs, entropy = zip(*pieces)
     return (scattered(logprobs), scattered(entropy)) if return_entropy else scattered(logprobs)
 

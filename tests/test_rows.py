@@ -114,6 +114,34 @@ def test_the_prompt_is_computed_once(tiny):
     assert sum(count) == real and len(count) == 4  # a group alone has no padding at all
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_equal_completions_are_computed_once(name):
+    "Within a group, not across groups; log-probs, entropies and gradients are those of all of them, and the empty completion is one, too."
+    model = make(name)
+    rollout = random_rollout(model, character_tokenizer(), num_generations=6)
+    ids, mask = rollout.completion_ids.clone(), rollout.completion_mask.clone()
+    for copy_, source in ((1, 0), (4, 2), (5, 2), (7, 6), (8, 0)): ids[copy_], mask[copy_] = ids[source], mask[source]  # row 8 is of another group
+    mask[[9, 11]] = False
+    rollout = replace(rollout, completion_ids=ids, completion_mask=mask)
+    shares_prompt(model, 12)
+    count = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: count.append(arguments[0].numel()))
+    ours = token_logprobs(model, rollout, return_entropy=True)
+    hook.remove()
+    texts = [{tuple(ids[i][mask[i]].tolist()) for i in range(6 * g, 6 * g + 6)} for g in range(3)]
+    assert [len(t) for t in texts] != [6, 6, 6]
+    tokens = [int(prompt) + sum(map(len, t)) for prompt, t in zip(rollout.prompt_mask.sum(1), texts)]
+    assert sum(count) == 3 * max(tokens)  # three rows, as long as the longest
+    truth = plain(model, rollout)
+    for a, b in zip(ours, truth): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    slopes = []
+    for logprobs, entropy in (ours, truth):
+        model.zero_grad()
+        (logprobs * rollout.values + 0.1 * entropy).sum().backward()
+        slopes.append(gradient(model))
+    assert (slopes[0] - slopes[1]).norm() <= 1e-5 * slopes[1].norm() and slopes[1].norm() > 1e-3
+
+
 @pytest.mark.parametrize("P, T, hidden", [(6, 4, 128), (128, 32, 128), (96, 48, 576), (512, 256, 896), (8, 512, 128), (256, 1024, 4096)])
 def test_completions_per_row(P, T, hidden):
     "Against the FLOPs of every cut, counted with 12 hidden^2 weights a layer and the whole square of a row."
