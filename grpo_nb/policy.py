@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'TINY', 'LOGITS', 'resolve_device', 'resolve_dtype', 'cache_directory', 'load_policy', 'padding_id',
            'encode_prompts', 'eos_token_ids', 'model_inputs', 'completions_per_row', 'shared_rows', 'shares_prompt',
-           'sharing_width', 'token_logprobs', 'as_rollout', 'micro_batches', 'in_pieces']
+           'sharing_width', 'token_logprobs', 'as_rollout', 'micro_batches', 'in_pieces', 'in_order']
 
 # %% ../nbs/03_policy.ipynb #9e0ac63c
 import os
@@ -255,5 +255,9 @@ def in_pieces(compute: Callable[[Rollout], Tensor], rollout: Rollout, max_tokens
     "`compute` of a rollout, [n, t] of each of its micro-batches, without a gradient."
     pieces = micro_batches(rollout, max_tokens, hidden)
     with torch.inference_mode(): parts = [compute(rollout.select(groups)) for groups in pieces]
-    width, order = rollout.completion_ids.shape[1], torch.tensor(sum(pieces, [])).argsort().to(parts[0].device)
-    return torch.cat([F.pad(x, (0, width - x.shape[1])) for x in parts]).unflatten(0, (-1, rollout.num_generations))[order].flatten(0, 1)
+    return in_order(parts, pieces, rollout)
+
+def in_order(parts: list[Float[Tensor, "n t"]], pieces: list[list[int]], rollout: Rollout) -> Float[Tensor, "N T"]:
+    "What was computed of each micro-batch, as the rollout has its rows."
+    order = torch.tensor(sum(pieces, []), device=parts[0].device).argsort()
+    return torch.cat([F.pad(x, (0, rollout.completion_ids.shape[1] - x.shape[1])) for x in parts]).unflatten(0, (-1, rollout.num_generations))[order].flatten(0, 1)

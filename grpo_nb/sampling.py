@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from .policy import encode_prompts, eos_token_ids, padding_id, shares_prompt, token_logprobs
+from .policy import encode_prompts, eos_token_ids, in_pieces, padding_id, shares_prompt, sharing_width, token_logprobs
 from .rollout import Rollout
 from .task import Query
 
@@ -165,18 +165,12 @@ def _decode(model, prompt_ids, prompt_mask, G, max_length, temperature, top_p, t
         logits = model(token[:, None], attention_mask=mask, position_ids=seen[alive, :P + t].sum(1, keepdim=True), past_key_values=cache, use_cache=True).logits[:, -1]
     return ids[:, :t + 1], logprobs[:, :t + 1]
 
-# %% ../nbs/04_sampling.ipynb #37c525f4
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    queries: list[Query],
-    num_generations: int,
-    config,  # `max_completion_length`, `temperature`, `top_p`, `top_k`, `dtype`
-    generator: torch.Generator | None = None,
-) -> Rollout:
-    "`sample` as the config says; log-probs are exact in every dtype."
+# %% ../nbs/04_sampling.ipynb #d2d5ee11
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: list[Query], num_generations: int, config, generator: torch.Generator | None = None) -> Rollout:
+    "`sample` as the config says; log-probs are exact, or None (in bfloat16, for a group) where the update will find them exactly."
     rollout = sample(model, tokenizer, queries, num_generations, config.max_completion_length, config.temperature,
                      config.top_p, config.top_k, generator)
     if config.dtype == "bfloat16":
-        with torch.no_grad(): rollout.logprobs = token_logprobs(model, rollout, config.temperature)
+        rollout.logprobs = None
+        if num_generations == 1: rollout.logprobs = in_pieces(lambda piece: token_logprobs(model, piece, config.temperature), rollout, config.max_tokens_per_micro_batch, sharing_width(model, rollout))
     return rollout

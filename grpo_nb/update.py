@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .objective import aggregate, policy_loss
-from .policy import micro_batches, sharing_width, token_logprobs
+from .policy import in_order, micro_batches, sharing_width, token_logprobs
 from .reference import kl
 from .rollout import Rollout
 from .value import ValueModel, value_loss
@@ -33,6 +33,7 @@ def piece_loss(
     "Policy loss, KL in the loss and entropy bonus of one micro-batch."
     mask = piece.loss_mask(config.mask_truncated_completions)
     logprobs, entropy = token_logprobs(policy, piece, config.temperature, return_entropy=True)
+    if piece.logprobs is None: piece.logprobs = logprobs.detach()
     loss, statistics = policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.epsilon, config.epsilon_high, config.delta,
                                    config.importance_sampling_level, config.objective)
     low, high = statistics["clip_low"], statistics["clip_high"]
@@ -58,12 +59,13 @@ def update(
     if rollout.advantages is None: raise ValueError("rollout.advantages is None: compute advantages before the update")
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
-    pieces = micro_batches(rollout, config.max_tokens_per_micro_batch, sharing_width(policy, rollout))
+    cut = micro_batches(rollout, config.max_tokens_per_micro_batch, sharing_width(policy, rollout))
+    pieces = [rollout.select(groups) for groups in cut]
     trained = [(policy, optimizer, "grad_norm")] + ([(value_model, value_optimizer, "value_grad_norm")] if value_model is not None else [])
     metrics = defaultdict(float)
     for _ in range(config.num_iterations if totals["num_tokens"] else 0):
         for _, o, _ in trained: o.zero_grad(set_to_none=True)
-        for piece in (rollout.select(groups) for groups in pieces):
+        for piece in pieces:
             loss, sums = piece_loss(policy, piece, config, beta, totals)
             loss.backward()
             metrics["loss"] += loss.item()
@@ -75,6 +77,7 @@ def update(
         for model, o, name in trained:
             metrics[name] += nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             o.step()
+    if rollout.logprobs is None and metrics: rollout.logprobs = in_order([piece.logprobs for piece in pieces], cut, rollout)
     return {name: x / config.num_iterations for name, x in metrics.items()} or {"loss": 0.0, "grad_norm": 0.0}
 
 # %% ../nbs/11_update.ipynb #04b201c6

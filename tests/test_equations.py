@@ -427,14 +427,25 @@ def test_draw(options, kept):
 
 
 def test_bfloat16_samples_are_scored_again(tokenizer):
-    "Bug 16: in bfloat16 the sampler's own log-probs are not exact enough; those of `generate` give rho = 1."
-    model, queries, config = random_model(dtype=torch.float32), [Query("1+2="), Query("345+6=")], short_config(dtype="bfloat16", max_completion_length=16)
-    with torch.autocast("cpu", torch.bfloat16):
-        own = sample(model, tokenizer, queries, 8, 16, generator=torch.Generator().manual_seed(0))
-        rollout = generate(model, tokenizer, queries, 8, config, torch.Generator().manual_seed(0))
-        logprobs = token_logprobs(model, rollout)
-    assert own.completion_ids.equal(rollout.completion_ids) and (own.logprobs - logprobs).abs().max() > 1e-3
-    close(logprobs, rollout.logprobs, 1e-6)
+    "Bug 16: in bfloat16 the sampler's own log-probs are not exact enough; those of `generate` (PPO) and of the first pass of the update (GRPO) give rho = 1."
+    model, queries, config = random_model(dtype=torch.float32), [Query("1+2="), Query("345+6=")] * 8, short_config(dtype="bfloat16", max_completion_length=16, num_iterations=2)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        own = sample(model, tokenizer, queries, 1, 16, generator=torch.Generator().manual_seed(0))
+        rollout = generate(model, tokenizer, queries, 1, config, torch.Generator().manual_seed(0))
+        logprobs = token_logprobs(model, rollout).detach()
+        assert own.completion_ids.equal(rollout.completion_ids) and (own.logprobs - logprobs).abs().max() > 1e-3
+        close(logprobs, rollout.logprobs, 1e-6)
+
+        group = generate(model, tokenizer, queries[:2], 8, config, torch.Generator().manual_seed(0))
+        assert group.logprobs is None
+        before, group.advantages = token_logprobs(model, group).detach(), torch.randn(16, generator=torch.Generator().manual_seed(0))
+        metrics = update(model, torch.optim.SGD(model.parameters(), lr=0.0), group, replace(config, max_tokens_per_micro_batch=100))
+        close(group.logprobs, before, 1e-6)  # in the order of the rows, though computed in pieces
+        assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)
+        update(model, torch.optim.SGD(model.parameters(), lr=1.0), group, replace(config, num_iterations=1))
+        moved = update(model, torch.optim.SGD(model.parameters(), lr=0.0), group, replace(config, num_iterations=1))
+    close(group.logprobs, before, 1e-6)
+    assert abs(moved["ratio"] - 1) > 1e-4  # the policy has moved, and what it was is remembered
 
 
 def test_log_probs_of_a_bfloat16_model_are_float32(tokenizer):

@@ -156,7 +156,8 @@ def test_the_reference_is_scored_in_pieces(tiny):
     "It keeps to max_tokens_per_micro_batch, tracks nothing, and gives the same numbers."
     model, tokenizer = tiny
     rollout = sample(model, tokenizer, load_task("add", digits=1).queries("train", 3) + load_task("add").queries("train", 5), 4, 8, generator=torch.Generator().manual_seed(0))
-    whole = reference_logprobs(model, rollout)
+    with torch.no_grad(): whole = token_logprobs(model, rollout)
+    torch.testing.assert_close(reference_logprobs(model, rollout), whole, rtol=0, atol=1e-5)
     passes = counted(model)
     cut = reference_logprobs(model, rollout, max_tokens=60)
     assert len(passes) > 3 and all(rows * length <= 60 for rows, length in passes)
