@@ -55,7 +55,9 @@ def peak(way, vocabulary):
         logprobs, entropy = each_row(model, rollout) if way == "rows" else token_logprobs(model, rollout, return_entropy=True)
         (logprobs.mean() - 0.01 * entropy.mean()).backward()
     step(small_trunk(64), rollout_of(64))  # late imports, thread pools
-    ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = resident()
     model = small_trunk(vocabulary)
     for _ in range(2): step(model, rollout_of(vocabulary))
@@ -71,7 +73,7 @@ def main():
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # large blocks are given back at once
     found = {way: [] for way in WAYS}
     for way, vocabulary in tqdm([(way, v) for v in VOCABULARIES for way in WAYS], unit="process"):
-        done = subprocess.run([sys.executable, __file__, "--one", way, str(vocabulary)], capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run([sys.executable, __file__, "--one", way, str(vocabulary)], stdout=subprocess.PIPE, text=True, env=environment, check=True)
         found[way].append(int(done.stdout.split()[-1]))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output, json.dumps({"machine": machine(torch.device("cpu")), "torch": torch.__version__.split("+")[0], "ways": WAYS, "vocabularies": VOCABULARIES,

@@ -39,7 +39,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from grpo_nb.policy import TINY, cache_directory, load_policy, resolve_device
+from grpo_nb.policy import TINY, cache_directory, first_of_equal, load_policy, resolve_device
 from grpo_nb.task import Query, load_task
 
 # grpo_nb.algorithm, grpo_nb.training, trl and pandas are imported where they are used: what one side loads is no memory of the other
@@ -52,7 +52,7 @@ NO_EOS = "EOS is never drawn, so both sides sample the full length"
 
 @dataclass(frozen=True)
 class Setting:
-    model: str  # tiny, tiny_1024, smollm2 or qwen
+    model: str  # tiny, tiny_1024, tiny_random, smollm2 or qwen
     what: str
     num_prompts: int
     num_generations: int
@@ -68,13 +68,13 @@ class Setting:
 
 SMOLLM2 = Setting("smollm2", f"SmolLM2-135M, 4 chats of about 96 tokens x 8 completions of 48 tokens; {NO_EOS}", 4, 8, 96, 48)
 SETTINGS = {
-    "a": Setting("tiny", "the embedded model, 16 sums of 2 digits x 16 completions of at most 8 tokens", 16, 16, 6, 8),
+    "a": Setting("tiny", "the embedded model, 16 sums of 2 digits x 16 completions of at most 8 tokens, many of them equal (here these are computed once)", 16, 16, 6, 8),
     "b": Setting("tiny_1024", f"the embedded model with a longer context, 4 prompts of 128 tokens x 16 completions of 32 tokens; {NO_EOS}", 4, 16, 128, 32),
     "c": SMOLLM2,
     "c_bf16": replace(SMOLLM2, what=SMOLLM2.what + "; bfloat16 autocast", dtype="bfloat16"),
     "d": Setting("qwen", f"shape of Qwen2.5-0.5B, random weights, 4 prompts of 512 tokens x 16 completions of 256 tokens; {NO_EOS}; bfloat16 autocast; TRL in 4 passes",
                  4, 16, 512, 256, "bfloat16", passes=4, cuda=True)}
-GROWTH = [Setting("tiny_1024", f"1 prompt of {P} tokens x {G} completions of 16 tokens", 1, G, P, 16) for P in (32, 128, 512) for G in (2, 4, 16, 64)]
+GROWTH = [Setting("tiny_random", f"1 prompt of {P} tokens x {G} completions of 16 tokens", 1, G, P, 16) for P in (32, 128, 512) for G in (2, 4, 16, 64)]
 NAMES = [*SETTINGS, "growth"]
 
 
@@ -113,8 +113,9 @@ def qwen_shape(device):
 def save_model(name, directory, device):
     "The directory that both sides load: that of the embedded model, or `directory`, written here."
     if name == "tiny": return TINY
-    model, tokenizer = qwen_shape(device) if name == "qwen" else load_policy("tiny" if name == "tiny_1024" else name, "cpu")
-    if name == "tiny_1024": model.config.max_position_embeddings = tokenizer.model_max_length = 1024  # rotary positions: no weight depends on it
+    model, tokenizer = qwen_shape(device) if name == "qwen" else load_policy("tiny" if name.startswith("tiny") else name, "cpu")
+    if name == "tiny_random": torch.manual_seed(0); model = type(model)(model.config)  # where it was never trained, the embedded model says the same again and again
+    if name.startswith("tiny"): model.config.max_position_embeddings = tokenizer.model_max_length = 1024  # rotary positions: no weight depends on it
     for part in without_eos(model, tokenizer): part.save_pretrained(directory)
     return Path(directory)
 
@@ -167,7 +168,7 @@ class Meter:
     def stop(self):
         total = self.clock() - self.began
         split = {"sampling": self.seconds["sampling"], "scoring": self.seconds["scoring"], "update": total - self.seconds["sampling"] - self.seconds["scoring"]}
-        return {"seconds": total, "split": split, "tokens": {phase: self.tokens[phase] for phase in PHASES}, "completion": self.completion, "prompt": self.prompt}
+        return {"seconds": total, "split": split, "tokens": {phase: self.tokens[phase] for phase in PHASES}, "completion": self.completion, "prompt": self.prompt, "distinct": self.completion}
 
     def watch(self, model):
         "Count every id that enters the model."
@@ -211,8 +212,9 @@ class Ours:
         with self.phases(), self.precision():
             self.meter.start()
             rollout, _ = self.step(self.models, queries, self.config, self.generator)
-            self.meter.completion, self.meter.prompt = rollout.completion_mask.sum().item(), rollout.prompt_mask.sum().item()
-            return self.meter.stop()
+            record = self.meter.stop()
+        lengths, first = rollout.completion_mask.sum(1), first_of_equal(rollout)
+        return record | {"completion": lengths.sum().item(), "prompt": rollout.prompt_mask.sum().item(), "distinct": lengths[first.unique()].sum().item()}
 
 
 def trl_arguments(setting, device, steps, scratch, checkpointing):
@@ -317,11 +319,11 @@ def summary(ours, theirs, size, rate, rows):
         split = {phase: middle(records, "split", phase) for phase in PHASES}
         result |= {f"seconds_{side}": middle(records, "seconds"), f"split_{side}": split, f"tokens_{side}": sum(tokens.values()), f"tokens_split_{side}": tokens,
                    f"completion_tokens_{side}": completion, f"completion_tokens_per_second_{side}": median(r["completion"] / r["seconds"] for r in records),
-                   f"update_share_of_matmul_rate_{side}": flops(size, tokens["update"], completion, 6) / split["update"] / rate}
-    completion = middle(ours, "completion")
+                   f"update_share_of_matmul_rate_{side}": flops(size, tokens["update"], middle(records, "distinct"), 6) / split["update"] / rate}
+    completion, distinct = middle(ours, "completion"), middle(ours, "distinct")
     needed = middle(ours, "prompt") + completion - rows  # each prompt once a group; nothing follows the last token of a completion
-    return result | {"update_share_of_matmul_rate": result["update_share_of_matmul_rate_ours"], "matmul_tflops": rate / 1e12, "floor_tokens": 3 * needed,
-                     "floor_seconds": flops(size, needed, completion, 2 + 2 + 6) / rate}  # sampling, reference, update
+    return result | {"update_share_of_matmul_rate": result["update_share_of_matmul_rate_ours"], "matmul_tflops": rate / 1e12, "distinct_completion_tokens": distinct,
+                     "floor_tokens": 3 * needed, "floor_seconds": flops(size, needed, completion, 2 + 2 + 6) / rate}  # sampling, reference, update; of completions that all differ
 
 
 def best_of(settings):
@@ -369,6 +371,7 @@ def own_memory(which, setting, directory, device):
     steps_alone(which, replace(SETTINGS["a"], num_prompts=1, num_generations=2, max_completion_length=2, dtype=setting.dtype), TINY, device, 1)
     gc.collect()
     if sys.platform == "linux": ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux": Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     if device.type == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else resident()
     side = steps_alone(which, setting, directory, device, 2)  # the second has the moments of the first
@@ -400,12 +403,12 @@ def measure(setting, device, directory, label, pairs, warmup, rate):
 
 def measure_growth(device, arguments, scratch):
     "Short runs over prompt length and size of the group. No group of one: neither side takes it."
-    directory, rate, points = save_model("tiny_1024", scratch, device), matmul_rate(device, "float32"), []
+    directory, rate, points = save_model("tiny_random", scratch, device), matmul_rate(device, "float32"), []
     for s in GROWTH:
         found = measure(s, device, directory, f"growth: {s.what}", min(arguments.pairs, 3), min(arguments.warmup, 1), rate)
         points.append({"prompt_length": s.prompt_length, "num_generations": s.num_generations, "completion_length": s.max_completion_length}
-                      | {key: found[key] for key in ("speedup", "seconds_ours", "seconds_trl", "floor_seconds", "floor_tokens", "tokens_ours", "tokens_trl", "pairs")})
-    return {"what": f"the embedded model, 1 prompt, completions of 16 tokens; {NO_EOS}. G = 2 stands for the smallest group: neither side takes 1", "matmul_tflops": rate / 1e12, "points": points}
+                      | {key: found[key] for key in ("speedup", "seconds_ours", "seconds_trl", "floor_seconds", "floor_tokens", "tokens_ours", "tokens_trl", "completion_tokens_ours", "distinct_completion_tokens", "pairs")})
+    return {"what": f"the shape of the embedded model with random weights, 1 prompt, completions of 16 tokens; {NO_EOS}. G = 2 stands for the smallest group: neither side takes 1", "matmul_tflops": rate / 1e12, "points": points}
 
 
 def measure_setting(name, device, arguments):
@@ -448,7 +451,7 @@ def opened(path, device):
 
 def chosen(names, device):
     "The settings that were asked for; all that can run here if none were."
-    missing = {name: "it needs a CUDA device" for name in ("d",) if device.type != "cuda"}
+    missing = {name: "it needs a CUDA device" for name, setting in SETTINGS.items() if setting.cuda and device.type != "cuda"}
     if not (cache_directory() / "smollm2" / "config.json").exists(): missing |= dict.fromkeys(("c", "c_bf16"), "SmolLM2 is not here; fetch it once: python -m grpo_nb.training fetch smollm2")
     wanted = [name.strip() for name in names.split(",")] if names else NAMES
     unknown = [name for name in wanted if name not in NAMES]
@@ -470,7 +473,7 @@ def table(record):
     settings = {name: found for name, found in record["settings"].items() if name != "growth"} | {f"best of {name}": found for name, found in record["best"].items()}
     columns = [c for c in HEADINGS if c not in ("prompt_length", "num_generations", "completion_length", "floor_tokens")]
     parts = [pd.DataFrame({name: {c: found.get(c) for c in columns} for name, found in settings.items()}).T.astype(float)] if settings else []
-    if "growth" in record["settings"]: parts.append(pd.DataFrame(record["settings"]["growth"]["points"]).drop(columns="pairs"))
+    if "growth" in record["settings"]: parts.append(pd.DataFrame(record["settings"]["growth"]["points"]).drop(columns=["pairs", "completion_tokens_ours", "distinct_completion_tokens"]))
     return "\n\n".join(part.rename(columns=HEADINGS).to_string(float_format="{:.4g}".format, na_rep="") for part in parts)
 
 

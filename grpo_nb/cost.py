@@ -99,7 +99,7 @@ def flops(
     value = forward_flops(size, N, P + T, P + T, T, scalar=True) * ppo
     prompts = forward_flops(size, B, P, P, 1)  # once per query
     new_tokens = forward_flops(size, N, T - 1, P + T / 2, T - 1)
-    return {"policy: sample": prompts + new_tokens + scoring * (config.dtype == "bfloat16"),
+    return {"policy: sample": prompts + new_tokens + scoring * (ppo and config.dtype == "bfloat16"),
             "reference": scoring * (config.beta > 0),
             "reward": forward_flops(reward, N, P + T, P + T, P + T, scalar=True) if reward else 0,
             "value: predict": value, "policy: update": mu * (3 * scoring + again), "value: update": 3 * mu * value}

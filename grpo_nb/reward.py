@@ -188,11 +188,7 @@ def bradley_terry_loss(
 # %% ../nbs/06_reward.ipynb #cc65731a
 class RewardModel:
     "A frozen sequence classifier with one output, called like any reward function."
-    def __init__(self,
-        model: PreTrainedModel,  # `...ForSequenceClassification` with num_labels=1
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 256,  # completions scored at a time
-    ):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 256):  # completions scored at a time
         if model.config.num_labels != 1: raise ValueError(f"a reward model must have num_labels=1, got {model.config.num_labels}")
         model.config.pad_token_id = padding_id(tokenizer)
         self.model, self.tokenizer, self.batch_size, self.__name__ = model.eval(), tokenizer, batch_size, "reward_model"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from .policy import encode_prompts, eos_token_ids, in_pieces, padding_id, shares_prompt, sharing_width, token_logprobs
+from .policy import autocast_as_it_is, encode_prompts, eos_token_ids, in_pieces, padding_id, shares_prompt, sharing_width, token_logprobs
 from .rollout import Rollout
 from .task import Query
 
@@ -71,10 +71,11 @@ def sample(
         if not good: raise ValueError(f"{name} is out of range: {value} (num_generations, max_completion_length >= 1; temperature > 0; 0 < top_p <= 1; top_k >= 0)")
     prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, queries))
     check_context(model, queries, prompt_mask.sum(1), max_completion_length)
-    eos, kind = eos_token_ids(model, tokenizer), model.device.type
-    with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=True):  # if on: weights are rounded once, not for each token
-        ids, logprobs = _decode(model.eval(), prompt_ids, prompt_mask, num_generations, max_completion_length, temperature, top_p, top_k, eos, generator)
-    torch.clear_autocast_cache()  # rounded weights are no longer needed, and have no gradient
+    eos = eos_token_ids(model, tokenizer)
+    try:
+        with autocast_as_it_is(model.device, cache_enabled=True):  # if one is on: weights are rounded once, not for each token
+            ids, logprobs = _decode(model.eval(), prompt_ids, prompt_mask, num_generations, max_completion_length, temperature, top_p, top_k, eos, generator)
+    finally: torch.clear_autocast_cache()  # or the next sampling would find these weights, not what an update has made of them
     mask = ids >= 0
     return Rollout(queries, prompt_ids, prompt_mask, ids.masked_fill(~mask, padding_id(tokenizer)), mask,
                    tokenizer.batch_decode([row[row >= 0] for row in ids.cpu()], skip_special_tokens=True),
@@ -92,45 +93,50 @@ def _similar(lengths: list[int], padding: int = 128) -> list[list[int]]:  # so m
 
 # %% ../nbs/04_sampling.ipynb #282a8bfd
 class _Room(DynamicLayer):
-    "One layer of the cache: keys and values of N rows, [N, heads, P + room, width], of which `keys` and `values` show the part that is filled."
-    def __init__(self, read: list[tuple[list[int], DynamicLayer]], G: int, P: int, room: int):  # read: prompts, and the cache that reading them left
+    "One layer of the cache: keys and values of N rows, [N, heads, P + more, width], of which `keys` and `values` show the part that is filled."
+    def __init__(self, read: list[tuple[list[int], DynamicLayer]], G: int, P: int, more: int):  # read: prompts, and the cache that reading them left
         super().__init__()
         first, N = read[0][1].keys, G * sum(len(prompts) for prompts, _ in read)
+        rounded = torch.is_autocast_enabled(first.device.type) and first.dtype == torch.float32  # as attention would round them, at each token
         self.device, self.is_initialized = first.device, True
-        self.dtype = torch.get_autocast_dtype(first.device.type) if torch.is_autocast_enabled(first.device.type) else first.dtype
-        self.room = [x.new_zeros(N, x.shape[1], P + room, x.shape[3], dtype=self.dtype) for x in (first, read[0][1].values)]
+        self.dtype = torch.get_autocast_dtype(first.device.type) if rounded else first.dtype
+        self.places = [x.new_zeros(N, x.shape[1], P + more, x.shape[3], dtype=self.dtype) for x in (first, read[0][1].values)]
         for prompts, layer in read:
             rows = [i * G + g for i in prompts for g in range(G)]
-            for room, x in zip(self.room, (layer.keys, layer.values)): room[rows, :, P - x.shape[2]:P] = x.repeat_interleave(G, 0).to(self.dtype)  # a copy for each of the group
+            for place, x in zip(self.places, (layer.keys, layer.values)): place[rows, :, P - x.shape[2]:P] = x.repeat_interleave(G, 0).to(self.dtype)  # a copy for each of the group
         self.show(N, P)
 
-    def show(self, N, length): self.keys, self.values = (x[:N, :, :length] for x in self.room)
+    def show(self, N, length): self.keys, self.values = (x[:N, :, :length] for x in self.places)
 
-    def update(self, keys, values, *args, **kwargs):  # called by the attention layer
+    def update(self, keys, values, *args, **kwargs):  # called by the attention layer, with one token a row
         self.show(len(keys), self.keys.shape[2] + 1)
         self.keys[:, :, -1:], self.values[:, :, -1:] = keys, values
         return self.keys, self.values
 
-    def batch_select_indices(self, rows):  # a list; rows[i] == i but for the gaps
-        gaps = [i for i, row in enumerate(rows) if i != row]
-        for x in self.room: x[gaps] = x[[rows[i] for i in gaps]]
-        self.show(len(rows), self.keys.shape[2])
+    def move(self, gaps, movers, N):  # rows into the places of others; N are left
+        for x in self.places: x[gaps] = x[movers]
+        self.show(N, self.keys.shape[2])
 
-# %% ../nbs/04_sampling.ipynb #5ef41b98
-def _prefill(model, ids, mask, G, room):
-    "Read each prompt once: logits of the token after it, [N, V], and the cache of N rows; None if the model keeps no such cache."
-    N, P, read, logits = len(ids) * G, ids.shape[1], [], {}
-    kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
-    if not all(issubclass(kind, DynamicLayer) for kind in kinds): return None, None
-    for prompts in _similar(mask.sum(1).tolist()) if set(kinds) == {DynamicLayer} else [list(range(len(ids)))]:
+# %% ../nbs/04_sampling.ipynb #509f0555
+def _close_gaps(N: int, ended: list[int]) -> tuple[list[int], list[int]]:
+    "Of N rows some leave: the places that they leave among the first, and the last rows, which move there."
+    return [i for i in ended if i < N - len(ended)], sorted(set(range(N - len(ended), N)) - set(ended))
+
+# %% ../nbs/04_sampling.ipynb #06629cbc
+def _prefill(model, ids, mask, G, more):
+    "Read each prompt once: logits of the token after it, [N, V], and the cache of N rows; None if the model keeps no keys and values."
+    P, read, logits, layers = ids.shape[1], [], {}, DynamicCache(config=model.config).layers
+    if not all(hasattr(layer, "keys") for layer in layers): return None
+    alone = all(type(layer) is DynamicLayer for layer in layers)  # no sliding window, no other state
+    for prompts in _similar(mask.sum(1).tolist()) if alone else [list(range(len(ids)))]:
         cache, width = DynamicCache(config=model.config), int(mask[prompts].sum(1).max())
         seen = mask[prompts, P - width:]
         out = model(ids[prompts, P - width:], attention_mask=seen.long(), position_ids=(seen.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if cache.get_seq_length() != width: return None, None
+        if cache.get_seq_length() != width: return None
         logits |= dict(zip(prompts, out.logits[:, -1])); read.append((prompts, cache))
-    for i, kind in enumerate(kinds):
-        if kind is DynamicLayer: cache.layers[i] = _Room([(prompts, c.layers[i]) for prompts, c in read], G, P, room)
-        else: cache.layers[i].batch_repeat_interleave(G)
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicLayer: cache.layers[i] = _Room([(prompts, c.layers[i]) for prompts, c in read], G, P, more)
+        else: cache.layers[i].reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(G))
     return torch.stack([logits[i] for i in range(len(ids))]).repeat_interleave(G, 0), cache
 
 # %% ../nbs/04_sampling.ipynb #31c849bf
@@ -140,13 +146,13 @@ def _decode(model, prompt_ids, prompt_mask, G, max_length, temperature, top_p, t
     ids, eos = torch.full((N, max_length), -1, device=device), torch.tensor(eos, dtype=torch.long, device=device)
     logprobs = torch.zeros(N, max_length, device=device, dtype=torch.promote_types(model.dtype, torch.float32))
     alive, seen = torch.arange(N, device=device), F.pad(prompt_mask.repeat_interleave(G, 0), (0, max_length), value=True)
-    padded, blocks = not prompt_mask.all(), shares_prompt(model, P + max_length)  # blocks: it takes a mask as it is, [N, 1, 1, L]
+    padded, ready = not prompt_mask.all(), shares_prompt(model, P + max_length)  # ready: it takes a mask as it is, [N, 1, 1, L], and need not make one for each token
     def plain(t):  # the whole sequence again
         mask = seen[alive, :P + t]
         return model(torch.cat([prompt_ids.repeat_interleave(G, 0), ids], 1)[alive, :P + t], attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False, logits_to_keep=1).logits[:, -1]
 
-    logits, cache = _prefill(model, prompt_ids, prompt_mask, G, max_length)
-    if cache is None: warnings.warn(f"{type(model).__name__} keeps no cache of keys and values; each token passes the whole sequence through it", stacklevel=3)
+    logits, cache = _prefill(model, prompt_ids, prompt_mask, G, max_length) or (None, None)
+    if cache is None: warnings.warn(f"{type(model).__name__} keeps no cache of keys and values; each token passes the whole sequence through it", stacklevel=4)
     for t in range(max_length):
         distribution = ((plain(t) if cache is None else logits).to(logprobs.dtype) / temperature).log_softmax(-1)
         token = draw(distribution, top_p, top_k, generator)
@@ -155,13 +161,12 @@ def _decode(model, prompt_ids, prompt_mask, G, max_length, temperature, top_p, t
         ended = torch.isin(token, eos).nonzero().squeeze(1).tolist()
         if len(ended) == len(alive): break
         if ended:  # the rows that ended leave, and the last ones fill the gaps
-            n = len(alive) - len(ended)
-            stay, movers = list(range(n)), sorted(set(range(n, len(alive))) - set(ended))
-            for gap, mover in zip([i for i in ended if i < n], movers): stay[gap] = mover
+            gaps, movers = (torch.tensor(x, dtype=torch.long, device=device) for x in _close_gaps(len(alive), ended))
+            stay = torch.arange(len(alive) - len(ended), device=device).index_copy(0, gaps, movers)
             token, alive = token[stay], alive[stay]
-            for layer in cache.layers if cache is not None else []: layer.batch_select_indices(stay)
+            for layer in cache.layers if cache is not None else []: layer.move(gaps, movers, len(stay)) if type(layer) is _Room else layer.reorder_cache(stay)
         if cache is None: continue
-        mask = None if not padded else seen[alive, None, None, :P + t + 1] if blocks else seen[alive, :P + t + 1].long()
+        mask = None if not padded else seen[alive, None, None, :P + t + 1] if ready else seen[alive, :P + t + 1].long()
         logits = model(token[:, None], attention_mask=mask, position_ids=seen[alive, :P + t].sum(1, keepdim=True), past_key_values=cache, use_cache=True).logits[:, -1]
     return ids[:, :t + 1], logprobs[:, :t + 1]
 

@@ -153,7 +153,8 @@ def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] 
     policy.requires_grad_(True)
     models = Models(policy, tokenizer, torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0), rewards, beta=config.beta,
                     learned=next((f for f, name in zip(rewards, names) if name == "learned"), None))
-    if config.beta > 0: models.reference = copy.deepcopy(policy).to(resolve_dtype(config.reference_dtype)).requires_grad_(False)
+    if config.beta > 0: models.reference = copy.deepcopy(policy).requires_grad_(False)
+    for p in models.reference.parameters() if config.beta > 0 else []: p.data = p.data.to(resolve_dtype(config.reference_dtype))  # not its buffers: rotary frequencies do not bear it
     if config.algorithm == "ppo":
         models.value = ValueModel(policy, shared=config.value_model == "head")
         models.value_optimizer = torch.optim.AdamW(models.value.parameters(), config.value_learning_rate, weight_decay=0.0)
@@ -396,8 +397,8 @@ def _record(config: Config, task: Task, reward_funcs: list[RewardFunction] | Non
 def _check_same(directory: Path, record: dict):
     "`ValueError` if the run in this directory was made with other settings than those that are to go on with it."
     if not (directory / "config.json").exists(): return
-    free = {"resume", "device", "output_dir", "eval_steps", "save_steps"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
-    saved = json.loads((directory / "config.json").read_text())
+    free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
+    saved = asdict(CONFIGS[record["algorithm"]]()) | json.loads((directory / "config.json").read_text())  # a field that is younger than the run has its default
     other = [f"{name} = {saved.get(name)!r}, now {value!r}" for name, value in record.items() if name not in free and saved.get(name) != value]
     if other: raise ValueError(f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir")
 

@@ -22,15 +22,11 @@ from .reference import kl
 from .rollout import Rollout
 from .value import ValueModel, value_loss
 
-# %% ../nbs/11_update.ipynb #fcc4c18b
-def piece_loss(
-    policy: PreTrainedModel,
-    piece: Rollout,
-    config,  # a config of `algorithm`
-    beta: float,
-    totals: dict[str, Tensor],  # num_sequences and num_tokens of the whole step
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:  # (share of the step's policy loss, sums over tokens)
-    "Policy loss, KL in the loss and entropy bonus of one micro-batch."
+# %% ../nbs/11_update.ipynb #9e94a517
+def piece_loss(policy: PreTrainedModel, piece: Rollout, config, beta: float, totals: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Policy loss, KL in the loss and entropy bonus of one micro-batch, and sums over its tokens; `totals`: num_sequences and num_tokens of the step.
+
+    If `piece.logprobs` is None, this pass is the first on fresh samples, and fills it in."""
     mask = piece.loss_mask(config.mask_truncated_completions)
     logprobs, entropy = token_logprobs(policy, piece, config.temperature, return_entropy=True)
     if piece.logprobs is None: piece.logprobs = logprobs.detach()
@@ -49,7 +45,7 @@ def piece_loss(
 def update(
     policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    rollout: Rollout,  # with logprobs and advantages; for PPO also values and returns
+    rollout: Rollout,  # with advantages; for PPO also values and returns. Without logprobs it is taken for fresh, and gets those of the first pass
     config,  # a config of `algorithm`
     beta: float = 0.0,  # KL in the loss (GRPO); PPO has it in the reward
     value_model: ValueModel | None = None,  # PPO only

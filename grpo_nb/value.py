@@ -19,10 +19,7 @@ from .rollout import Rollout
 # %% ../nbs/07_value.ipynb #9a2ebbdf
 class ValueModel(nn.Module):
     "V_psi: a scalar head on a copy of the policy's trunk (a model of its own, as the figure draws it), or on the policy's own trunk."
-    def __init__(self,
-        policy: PreTrainedModel,
-        shared: bool = False,  # on the policy's own trunk, whose parameters stay the policy's: only the head is a parameter here
-    ):
+    def __init__(self, policy: PreTrainedModel, shared: bool = False):  # shared: the trunk's parameters stay the policy's, and only the head's are parameters here
         super().__init__()
         if shared: object.__setattr__(self, "trunk", policy.base_model)  # not registered as a part of this module
         else: self.trunk = copy.deepcopy(policy.base_model)

@@ -26,7 +26,7 @@ def one_thread():
 
 def record(seconds, tokens=30, completion=10):
     return {"seconds": seconds, "split": {"sampling": seconds / 2, "scoring": seconds / 4, "update": seconds / 4}, "tokens": dict.fromkeys(vs_trl.PHASES, tokens),
-            "completion": completion, "prompt": 5}
+            "completion": completion, "prompt": 5, "distinct": completion}
 
 
 def test_summary_of_made_up_steps():

@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 
-from grpo_nb.policy import load_policy, resolve_device, token_logprobs
+from grpo_nb import policy as policy_module
+from grpo_nb.policy import load_policy, model_inputs, resolve_device, token_logprobs
+from grpo_nb.reference import reference_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import load_task
 from grpo_nb.training import train
@@ -48,6 +50,44 @@ def test_steps(tmp_path, algorithm, dtype):
     assert all(abs(line["ratio"] - 1) < (1e-4 if dtype == "float32" else 1e-2) for line in metrics)
     assert metrics[0]["kl"] < 1e-3 < metrics[2]["kl"]
     assert run.policy.device.type == DEVICE and run.policy.dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shared_rows(monkeypatch, k, pieces, dtype):
+    "Rows of one completion, of a few and of a whole group, logits whole and in pieces: log-probs and gradients of the plain way."
+    policy, tokenizer = load_policy("tiny", DEVICE)
+    queries = load_task("add").queries("train", 4) + load_task("add", digits=3).queries("train", 4)
+    rollout = sample(policy, tokenizer, queries, 16, 12, temperature=2.0, generator=torch.Generator(DEVICE).manual_seed(0))
+    monkeypatch.setattr(policy_module, "completions_per_row", lambda *_: k)
+    if pieces: monkeypatch.setattr(policy_module, "LOGITS", 50 * policy.config.vocab_size)
+    def gradient(f):
+        policy.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False):
+            logprobs = f()
+            logprobs.float().square().mean().backward()
+        return logprobs.detach().float(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+    def plain():
+        logits = policy(**model_inputs(rollout)).logits[:, rollout.prompt_ids.shape[1] - 1:-1].float()
+        return logits.log_softmax(-1).gather(-1, rollout.completion_ids[..., None]).squeeze(-1).masked_fill(~rollout.completion_mask, 0)
+    (ours, slope), (truth, true_slope) = gradient(lambda: token_logprobs(policy, rollout)), gradient(plain)
+    close, share = (1e-4, 1e-4) if dtype == "float32" else (0.3, 0.1)
+    assert (ours - truth).abs().max() < close and (slope - true_slope).norm() < share * true_slope.norm()
+
+
+def test_reference_in_pieces():
+    "Under inference_mode, a micro-batch at a time, in the order of the rows."
+    policy, tokenizer = load_policy("tiny", DEVICE)
+    rollout = sample(policy, tokenizer, load_task("add", digits=1).queries("train", 3) + load_task("add").queries("train", 5), 4, 8, generator=torch.Generator(DEVICE).manual_seed(0))
+    assert (reference_logprobs(policy, rollout, max_tokens=60) - rollout.logprobs).abs().max() < 1e-4
+
+
+def test_gradient_checkpointing(tmp_path):
+    "The same steps; less memory is a matter of the benchmark."
+    runs = [train(short_config(device=DEVICE, max_steps=2, gradient_checkpointing=lean, output_dir=str(tmp_path / str(lean))), progress=False) for lean in (False, True)]
+    a, b = (read_metrics(run.directory) for run in runs)
+    assert all(x["loss"] == pytest.approx(y["loss"], abs=1e-4) and x["kl"] == pytest.approx(y["kl"], abs=1e-4) for x, y in zip(a, b))
 
 
 def by_length(calls_allowed):

@@ -1,4 +1,5 @@
 "The sampler's cache: the same numbers as without one, no prompt read twice, nothing copied that need not be, for every kind of model."
+import copy
 import math
 import warnings
 from dataclasses import replace
@@ -7,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from grpo_nb import sampling
-from grpo_nb.algorithm import grpo_step
-from grpo_nb.policy import token_logprobs
+from grpo_nb.algorithm import grpo_step, ppo_step
+from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.reference import reference_logprobs
-from grpo_nb.sampling import _Room, _similar, draw, sample
+from grpo_nb.sampling import _close_gaps, _Room, _similar, draw, sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.training import build_models
 from grpo_nb.update import checkpoint_layers
@@ -83,17 +84,18 @@ def test_room():
     layer = DynamicCache().layer_class_to_replicate()
     keys, values = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     layer.update(keys, values)
-    room = _Room([([0, 1], layer)], G=3, P=6, room=4)
+    room = _Room([([0, 1], layer)], G=3, P=6, more=4)
     assert room.keys.shape == (6, 3, 6, 5) and not room.keys[:, :, :2].any()  # padded on the left
     for g in range(6): assert room.keys[g, :, 2:].equal(keys[g // 3]) and room.values[g, :, 2:].equal(values[g // 3])
-    places, new = [x.data_ptr() for x in room.room], torch.randn(6, 3, 1, 5)
+    places, new = [x.data_ptr() for x in room.places], torch.randn(6, 3, 1, 5)
     shown, _ = room.update(new, -new)
     assert shown.shape[2] == room.get_seq_length() == 7 and shown[:, :, -1:].equal(new) and room.values[:, :, -1:].equal(-new)
     before = room.keys.clone()
-    room.batch_select_indices([0, 5, 2, 4])  # rows 1 and 3 have ended
-    assert room.keys.equal(before[[0, 5, 2, 4]]) and [x.data_ptr() for x in room.room] == places
+    gaps, movers = _close_gaps(6, [1, 3])
+    room.move(torch.tensor(gaps), torch.tensor(movers), 4)
+    assert room.keys.equal(before[[0, 4, 2, 5]]) and [x.data_ptr() for x in room.places] == places
     shown, _ = room.update(new[:4], new[:4])
-    assert shown.shape == (4, 3, 8, 5) and shown[:, :, :7].equal(before[[0, 5, 2, 4]])
+    assert shown.shape == (4, 3, 8, 5) and shown[:, :, :7].equal(before[[0, 4, 2, 5]])
 
 
 @pytest.mark.parametrize("kind, warns", [
@@ -143,13 +145,63 @@ def test_a_step_in_bfloat16_reaches_every_weight():
     assert all(p.grad is not None and p.grad.any() and p.dtype == torch.float32 for p in models.policy.parameters())
 
 
-def test_weights_are_rounded_once_a_sampling(monkeypatch, tiny):
-    "In bfloat16, not for each token: the cache of rounded weights is on while sampling."
-    states = []
-    hook = tiny[0].get_input_embeddings().register_forward_hook(lambda *_: states.append(torch.is_autocast_cache_enabled()))
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False): sample(*tiny, load_task("add").queries("train", 2), 4, 6)
-    hook.remove()
+def test_rounded_weights_are_kept_for_one_sampling(tiny):
+    "In bfloat16 each weight is rounded once a sampling, not for each token; and the next sampling sees what the weights have become."
+    model, tokenizer = copy.deepcopy(tiny[0]).requires_grad_(True), tiny[1]
+    queries, states = load_task("add").queries("train", 2), []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *_: states.append(torch.is_autocast_cache_enabled()))
+    def drawn(): return sample(model, tokenizer, queries, 4, 6, generator=torch.Generator().manual_seed(0)).logprobs
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        first = drawn()
+        hook.remove()
+        with torch.no_grad():
+            for p in model.parameters(): p.mul_(1.1)
+        second = drawn()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False): fresh = drawn()
     assert len(states) > 2 and all(states[-3:])
+    assert second.equal(fresh) and not (second.shape == first.shape and second.equal(first))
+
+
+def test_an_interrupted_sampling_leaves_no_rounded_weights(tiny):
+    model, tokenizer, calls = copy.deepcopy(tiny[0]).requires_grad_(True), tiny[1], []
+    queries = load_task("add").queries("train", 2)
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt
+    sample(model, tokenizer, queries, 4, 6)  # asks once what the model can do
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        hook = model.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt): sample(model, tokenizer, queries * 4, 8, 8, temperature=3.0)
+        hook.remove()
+        with torch.no_grad():
+            for p in model.parameters(): p.mul_(1.1)
+        after = sample(model, tokenizer, queries, 4, 6, generator=torch.Generator().manual_seed(0)).logprobs
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False): fresh = sample(model, tokenizer, queries, 4, 6, generator=torch.Generator().manual_seed(0)).logprobs
+    assert after.equal(fresh)
+
+
+def test_inside_an_autocast_of_ones_own(tiny):
+    "With its cache on, as it is by default: scoring without a gradient leaves nothing that the update would trip over."
+    config, task = short_config(algorithm="ppo", num_prompts=8, dtype="bfloat16", device="cpu"), load_task("add")
+    models = build_models(config, task)
+    with torch.autocast("cpu", torch.bfloat16): ppo_step(models, task.queries("train", 8), config, torch.Generator().manual_seed(0))
+    for model in (models.policy, models.value): assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_float64_model_under_autocast():
+    "Autocast leaves float64 as it is, and so does the cache."
+    model = make("llama")
+    with torch.autocast("cpu", torch.bfloat16): rollout = sample(model, character_tokenizer(), PROMPTS, 4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rollout.logprobs, plain(model, rollout)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [1, 2])
+def test_full_and_sliding_layers(pattern):
+    "One cache with layers of both kinds; rows that move, move in both."
+    model = make(lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"][::pattern * 2 - 3])), torch.float32)
+    rollout = sample(model, character_tokenizer(), PROMPTS, 8, 10, generator=torch.Generator().manual_seed(0))
+    assert len(set(rollout.completion_mask.sum(1).tolist())) > 2
+    torch.testing.assert_close(rollout.logprobs, plain(model, rollout)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_reference_is_scored_in_pieces(tiny):
@@ -187,3 +239,6 @@ def test_reference_dtype(algorithm):
     "The reference alone is rounded."
     models = build_models(short_config(algorithm=algorithm, reference_dtype="bfloat16", device="cpu"), load_task("add"))
     assert {p.dtype for p in models.reference.parameters()} == {torch.bfloat16} and {p.dtype for p in models.policy.parameters()} == {torch.float32}
+    loaded, _ = load_policy("tiny", "cpu", "bfloat16")
+    assert {name: x.dtype for name, x in models.reference.named_buffers()} == {name: x.dtype for name, x in loaded.named_buffers()}  # rotary frequencies stay float32
+    assert all(a.equal(b) for a, b in zip(models.reference.state_dict().values(), loaded.state_dict().values()))
