@@ -51,7 +51,7 @@ def update(
     value_model: ValueModel | None = None,  # PPO only
     value_optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, float]:  # of the whole step; mean over its iterations
-    "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout (2402.03300, algorithm 1, line 10); `ValueError` if it has no advantages."
+    "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout (2402.03300, algorithm 1); `ValueError` if it has no advantages."
     if rollout.advantages is None: raise ValueError("rollout.advantages is None: compute advantages before the update")
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
