@@ -88,10 +88,11 @@ def disagreement(
     value = (ours - truth).abs().max().item()
     if not leaves: return value, None
     weights = torch.arange(1, len(ours) + 1).to(ours).sqrt()
-    slopes = [torch.cat([g.flatten() for g in torch.autograd.grad((weights * x).sum(), leaves, retain_graph=True,
-            allow_unused=True, materialize_grads=True)])
-              if x.requires_grad else torch.zeros(sum(leaf.numel() for leaf in leaves)).to(ours) for x in (ours, truth)]
-    return value, (slopes[0] - slopes[1]).abs().max().item()
+    def slope(x):
+        if not x.requires_grad: return torch.zeros(sum(leaf.numel() for leaf in leaves)).to(ours)
+        options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in torch.autograd.grad((weights * x).sum(), leaves, **options)])
+    return value, (slope(ours) - slope(truth)).abs().max().item()
 
 # %% ../nbs/16_ledger.ipynb #560087f1
 def largest(
@@ -733,8 +734,8 @@ def silence():
     "No output, warnings or progress bars; torch's generator is left as it was."
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
-            io.StringIO()), torch.random.fork_rng():
+    with (warnings.catch_warnings(), torch.random.fork_rng(),
+          contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())):
         warnings.simplefilter("ignore")
         try: yield
         finally:
