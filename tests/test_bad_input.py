@@ -117,6 +117,12 @@ def test_a_rollout_checks_its_shapes(rollout):
 
 def test_an_update_needs_advantages(llama, rollout):
     with pytest.raises(ValueError, match="rollout.advantages is None"): update(llama, None, replace(rollout, advantages=None), short_config())
+
+
+def test_an_update_with_a_beta_needs_the_reference(llama, rollout):
+    "Else the KL would be left out of the loss without a word."
+    bare = replace(rollout, advantages=torch.zeros(len(rollout)), ref_logprobs=None)
+    with pytest.raises(ValueError, match="rollout.ref_logprobs is None.*beta=0"): update(llama, None, bare, short_config(), beta=0.1)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"): token_logprobs(llama, rollout, 0)
 
 
