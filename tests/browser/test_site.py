@@ -52,6 +52,24 @@ NO_ALTERNATIVE = """() => {
 }"""
 
 
+# Text too faint for its background: a contrast below 4.5 (WCAG 2, level AA), or 3 if large.
+FAINT = """() => {
+  const parse = (c) => { const n = c.match(/[\\d.]+/g).map(Number); return c.startsWith("color(srgb") ? [...n.slice(0, 3).map((x) => 255 * x), n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1]; };
+  const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
+  const behind = (e) => { const own = e ? parse(getComputedStyle(e).backgroundColor) : [255, 255, 255, 1]; return own[3] === 1 || !e ? own : over(own, behind(e.parentElement)); };
+  const light = (c) => { const [r, g, b] = c.map((x) => (x /= 255) <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = {};
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, text = walk.currentNode.data.trim();
+    if (!text || e.closest("svg, script, style, .katex-mathml") || !e.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
+    const style = getComputedStyle(e), ground = behind(e), [a, b] = [light(over(parse(style.color), ground)), light(ground)];
+    const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (contrast < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) found[`${e.tagName.toLowerCase()}.${e.className}`] = `${contrast.toFixed(1)}: ${text.slice(0, 40)}`;
+  }
+  return found;
+}"""
+
+
 def find_browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     found = os.environ.get("GRPO_NB_BROWSER") or next(filter(None, map(shutil.which, names)), None)
@@ -89,6 +107,7 @@ def open_page(browser, site):
 
     context.route("**/*", guard)
     window = context.new_page()
+    window.emulate_media(reduced_motion="reduce")
     window.on("console", lambda message: message.type in ("error", "warning") and complaints.append(f"console: {message.text}"))
     window.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
     window.on("requestfailed", lambda request: complaints.append(f"not loaded: {request.url}"))
@@ -106,7 +125,7 @@ def screenshot(window, name: str, width: int, theme: str) -> None:
     if not (folder := os.environ.get("GRPO_NB_SCREENSHOTS")): return
     path = ROOT / folder / f"{width}-{theme}" / f"{name.removesuffix('.html').replace('/', '-')}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    window.screenshot(path=path, full_page=True)
+    window.screenshot(path=path, full_page=True, animations="disabled")
 
 
 def test_every_notebook_has_its_page_and_no_page_is_left_over(site):
@@ -124,6 +143,7 @@ def test_page(open_page, name):
     for theme in THEMES:
         window.emulate_media(color_scheme=theme)
         window.wait_for_function(f"document.documentElement.classList.contains('quarto-dark') === {str(theme == 'dark').lower()}")
+        assert window.evaluate(FAINT) == {}, theme
         for width in WIDTHS:
             window.set_viewport_size({"width": width, "height": 900})
             window.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
