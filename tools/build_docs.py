@@ -182,6 +182,7 @@ def mend_pictures(html: str, out: Path, up: str) -> str:
         if " alt=" not in attributes:  # no `#| fig-alt`
             section = next((text for start, text in reversed(headings) if start < m.start()), "this page")
             attributes += f' alt="Plot in the section “{section}”, made by the code above it"'
+            print(f"no fig-alt: a picture in the section “{section}”")
         if kind == "png" and " width=" not in attributes:  # the text does not jump when the picture arrives
             attributes += ' width="{}" height="{}"'.format(*(int.from_bytes(content[i:i + 4], "big") for i in (16, 20)))
         return f'<img src="{up}images/{file.name}"{attributes}>'
