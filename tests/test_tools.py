@@ -1,6 +1,7 @@
 "The packaging and the tools that make README.md and docs/."
 import base64
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,12 @@ def test_folded_text_is_markdown():
     assert build_docs.unfold("<details><summary>Answer</summary>The $\\delta$.</details>") == (
         "<details><summary>Answer</summary>\n\nThe $\\delta$.\n\n</details>")
     assert build_docs.unfold("no details") == "no details"
+
+
+def test_signatures_are_plain():
+    source = "[`a`](a.html)\n```python\ndef f(x:jaxtyping.Float[Tensor, 'N'])->__main__.Run: # see [`g`](x.html#g)\n```"
+    assert re.sub(r"```.*?```", build_docs.signature, source, flags=re.S) == (
+        "[`a`](a.html)\n```python\ndef f(x:Float[Tensor, 'N'])->Run: # see `g`\n```")
 
 
 def test_a_rebuild_changes_no_byte(tmp_path):

@@ -92,7 +92,7 @@ def mend_pages(site: Path) -> None:
                 source = re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
                 cell["source"] = unfold(source)
             for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
-                data["text/markdown"] = re.sub(r"```.*?```", unlink, "".join(data["text/markdown"]), flags=re.S)
+                data["text/markdown"] = re.sub(r"```.*?```", signature, "".join(data["text/markdown"]), flags=re.S)
         path.unlink()
         (site / page_name(path.relative_to(site).as_posix())).write_text(json.dumps(notebook))
     sidebar = site / "sidebar.yml"
@@ -104,9 +104,9 @@ def unfold(source: str) -> str:
     return re.sub(r"\s*(</details>)", r"\n\n\1", re.sub(r"(<details[^>]*>\s*<summary>.*?</summary>)\s*", r"\1\n\n", source, flags=re.S))
 
 
-def unlink(code: re.Match) -> str:
-    "nbdev makes links of names in backticks even within a signature, where they cannot be links."
-    return re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0])
+def signature(code: re.Match) -> str:
+    "nbdev makes links of names in backticks, which cannot be links here, and names where types were defined, which tells nobody anything."
+    return re.sub(r"\b(?:__main__|jaxtyping)\.", "", re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0]))
 
 
 def mend_references(notebook: dict, name: str) -> None:
