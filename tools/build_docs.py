@@ -101,11 +101,12 @@ def mend_pages(site: Path) -> None:
 
 def unfold(source: str) -> str:
     "Blank lines around what is folded, or it would be read as raw HTML, its mathematics and code unread."
-    return re.sub(r"\s*(</details>)", r"\n\n\1", re.sub(r"(<details[^>]*>\s*<summary>.*?</summary>)\s*", r"\1\n\n", source, flags=re.S))
+    source = re.sub(r"(<details[^>]*>\s*<summary>.*?</summary>)\s*", r"\1\n\n", source, flags=re.S)
+    return re.sub(r"\s*(</details>)", r"\n\n\1", source)
 
 
 def signature(code: re.Match) -> str:
-    "nbdev makes links of names in backticks, which cannot be links here, and names where types were defined, which tells nobody anything."
+    "nbdev makes links of names in backticks, which cannot be links here, and says of types where they were defined."
     return re.sub(r"\b(?:__main__|jaxtyping)\.", "", re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0]))
 
 
@@ -171,8 +172,8 @@ def mend_site(out: Path, base: str) -> None:
 
 
 def mend_pictures(html: str, out: Path, up: str) -> str:
-    "Pictures become files, named by their content so that equal ones are one; whoever cannot see one is told where it stands."
-    headings = [(m.start(), re.sub("<[^>]+>", "", m[1]).strip()) for m in re.finditer(r"<h[1-6][^>]*>(.*?)</h[1-6]>", html, re.S)]
+    "Pictures become files, named by their content so that equal ones are one; those without a text get a plain one."
+    headings = [(m.start(), re.sub("<[^>]+>", "", m[1]).strip()) for m in re.finditer(r"<h[1-6].*?>(.*?)</h[1-6]>", html, re.S)]
 
     def picture(m):
         kind, content, attributes = m[2], base64.b64decode(m[3]), m[1] + m[4]

@@ -2,8 +2,8 @@
 
     python tools/check_docs.py [docs]
 
-Every internal link and anchor exists, nothing is fetched from another host, KaTeX can set every formula, every picture and
-table that a notebook has saved is on its page, and the site stays small.
+Every internal link and anchor exists, nothing is fetched from another host, KaTeX can set every formula, every picture
+and table that a notebook has saved is on its page, and the site stays small.
 """
 import base64
 import hashlib
@@ -20,8 +20,10 @@ from build_docs import KATEX, ROOT, WIDGET, page_name
 
 MAX_SITE_MB = 15
 MAX_EMBEDDED = 4096  # characters of a picture within a page; larger ones are files
-FETCHES = {"script": ["src"], "img": ["src", "srcset"], "iframe": ["src"], "source": ["src", "srcset"], "video": ["src", "poster"], "audio": ["src"],
-           "embed": ["src"], "object": ["data"], "use": ["href", "xlink:href"], "image": ["href", "xlink:href"], "link": ["href"]}
+FETCHES = {"script": ["src"], "img": ["src", "srcset"], "iframe": ["src"], "source": ["src", "srcset"],
+           "video": ["src", "poster"], "audio": ["src"], "embed": ["src"], "object": ["data"], "link": ["href"],
+           "use": ["href", "xlink:href"], "image": ["href", "xlink:href"]}
+RICH = ["image/png", "image/svg+xml", "text/html"]
 CODE = {"script", "noscript", "style", "textarea", "pre", "code", "option"}  # where KaTeX's auto-render does not look
 FORMULA = re.compile(r"\\\[(?P<display>.*?)\\\]|\\\((?P<inline>.*?)\\\)", re.S)
 LEFT_OVER = re.compile(r"\\[()\[\]]|\$\$|\$[^$\n]*[\\_^{][^$\n]*\$")  # TeX that nothing will set
@@ -40,13 +42,15 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if tag in CODE: self.open.append(tag)
-        self.by_quarto |= tag == "meta" and attrs.get("name") == "generator" and (attrs.get("content") or "").startswith("quarto")
+        generator = tag == "meta" and attrs.get("name") == "generator"
+        self.by_quarto |= generator and (attrs.get("content") or "").startswith("quarto")
         self.ids |= {value for key in ("id", "name") if (value := attrs.get(key))}
         if tag == "a" and attrs.get("href"): self.links.append(attrs["href"])
-        loads = tag in FETCHES and (tag != "link" or not re.search("canonical|next|prev|license", attrs.get("rel") or ""))
-        for key in FETCHES[tag] if loads else ():
-            urls = attrs.get(key) or ""
-            self.loads += [part.split()[0] for part in urls.split(",") if part.split()] if key == "srcset" else [urls] * bool(urls)
+        points = tag == "link" and re.search("canonical|next|prev|license", attrs.get("rel") or "")  # and loads nothing
+        for key in [] if points else FETCHES.get(tag, []):
+            value = attrs.get(key) or ""
+            urls = [part.split()[0] for part in value.split(", ") if part.strip()] if key == "srcset" else [value]
+            self.loads += filter(None, urls)
         if attrs.get("style"): self.css.append(attrs["style"])
 
     def handle_endtag(self, tag):
@@ -56,7 +60,7 @@ class Page(HTMLParser):
         if "style" in self.open: self.css.append(data)
         if not {"style", "script"} & set(self.open): self.text.append(data)
         if self.open: return
-        self.formulas += [(m["display"] or m["inline"] or "", m["display"] is not None) for m in FORMULA.finditer(data)]
+        for m in FORMULA.finditer(data): self.formulas.append((m["display"] or m["inline"] or "", m["display"] is not None))
         self.left_over += [m[0] for m in LEFT_OVER.finditer(FORMULA.sub("", data))]
 
 
@@ -72,7 +76,8 @@ def check_links(site: Path, pages: dict[Path, Page]) -> list[str]:
 
     def look(source: Path, url: str, load: bool) -> None:
         where, parts = source.relative_to(site), urlsplit(url)
-        if parts.scheme == "data" and len(url) > MAX_EMBEDDED: problems.append(f"{where}: {url[:30]}… is embedded, {len(url):,} characters")
+        if parts.scheme == "data" and len(url) > MAX_EMBEDDED:
+            problems.append(f"{where}: {url[:30]}… is embedded, {len(url):,} characters")
         if parts.scheme in ("data", "mailto", "javascript"): return
         if parts.scheme or parts.netloc:
             if load and offline: problems.append(f"{where}: loads {url} from another host")
@@ -81,7 +86,8 @@ def check_links(site: Path, pages: dict[Path, Page]) -> list[str]:
         target = (source.parent / unquote(parts.path)).resolve() if parts.path else source
         if target.is_dir(): target /= "index.html"
         if not target.exists(): problems.append(f"{where}: {url} does not exist")
-        elif target in pages and not load and unquote(parts.fragment) not in pages[target].ids: problems.append(f"{where}: {url} has no such anchor")
+        elif target in pages and not load and unquote(parts.fragment) not in pages[target].ids:
+            problems.append(f"{where}: {url} has no such anchor")
 
     for path, page in pages.items():
         for url in page.links: look(path, url, load=False)
@@ -95,11 +101,13 @@ def check_formulas(site: Path, pages: dict[Path, Page]) -> list[str]:
     "Set every formula with the KaTeX that the pages use, in an interpreter of JavaScript."
     context = quickjs.Context()
     context.eval((KATEX / "katex.min.js").read_text(encoding="utf-8"))
-    error = context.eval("(tex, displayMode) => { try { katex.renderToString(tex, {displayMode, throwOnError: true}) } catch (e) { return e.message } }")
+    error = context.eval("""(tex, displayMode) => {
+        try { katex.renderToString(tex, {displayMode, throwOnError: true}) } catch (e) { return e.message } }""")
     problems = []
     for path, page in pages.items():
         where = path.relative_to(site)
-        problems += [f"{where}: {message.splitlines()[0]} in {tex!r}" for tex, display in page.formulas if (message := error(tex, display))]
+        found = [(error(tex, display), tex) for tex, display in page.formulas]
+        problems += [f"{where}: {message.splitlines()[0]} in {tex!r}" for message, tex in found if message]
         problems += [f"{where}: not set as mathematics: {tex!r}" for tex in page.left_over]
     return problems
 
@@ -109,7 +117,7 @@ def squeeze(texts: list[str]) -> str:
 
 
 def check_outputs(site: Path, pages: dict[Path, Page], notebooks: Path) -> list[str]:
-    "Every picture and table that a notebook shows is on its page: a picture by its bytes, a table or drawing by its words."
+    "Every picture and table that a notebook shows is on its page: a picture by its bytes, others by their words."
     problems = []
     for source in sorted(notebooks.rglob("*.ipynb")):
         name = source.relative_to(notebooks).as_posix()
@@ -120,8 +128,8 @@ def check_outputs(site: Path, pages: dict[Path, Page], notebooks: Path) -> list[
             continue
         page = pages[path]
         words, drawings = squeeze(page.text), path.read_text(encoding="utf-8").count("<svg")
-        files = [target for url in page.loads if (target := path.parent / unquote(url)).suffix in (".png", ".jpeg", ".jpg", ".svg") and target.is_file()]
-        pictures = {hashlib.sha256(target.read_bytes()).digest() for target in files}
+        files = [path.parent / unquote(url) for url in page.loads if url.endswith(".png")]
+        pictures = {hashlib.sha256(file.read_bytes()).digest() for file in files if file.is_file()}
 
         def shown(mime: str, content: str) -> bool:
             if mime == "image/png": return hashlib.sha256(base64.b64decode(content)).digest() in pictures
@@ -130,7 +138,7 @@ def check_outputs(site: Path, pages: dict[Path, Page], notebooks: Path) -> list[
         for number, cell in enumerate(json.loads(source.read_text(encoding="utf-8"))["cells"]):
             if cell["cell_type"] != "code" or HIDDEN.search("".join(cell["source"])): continue
             for data in (output.get("data", {}) for output in cell["outputs"]):
-                rich = {mime: "".join(data[mime]) for mime in ("image/png", "image/svg+xml", "text/html") if mime in data}
+                rich = {mime: "".join(data[mime]) for mime in RICH if mime in data}
                 if rich and WIDGET not in data and not any(shown(*item) for item in rich.items()):
                     problems.append(f"{name}, cell {number}: its {' or '.join(rich)} is not on {path.relative_to(site)}")
     return problems
@@ -143,7 +151,8 @@ def check(site: Path, notebooks: Path | None = None) -> list[str]:
     problems = [] if pages else [f"{site} has no pages"]
     size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) / 1e6
     if size > MAX_SITE_MB: problems.append(f"the site has {size:.1f} MB, more than {MAX_SITE_MB}")
-    return problems + check_links(site, pages) + check_formulas(site, pages) + (check_outputs(site, pages, notebooks) if notebooks else [])
+    if notebooks: problems += check_outputs(site, pages, notebooks)
+    return problems + check_links(site, pages) + check_formulas(site, pages)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ class Changes(FileSystemEventHandler):
 
     def on_any_event(self, event):
         if event.event_type in ("opened", "closed_no_write"): return
-        paths = [Path(path) for path in (event.src_path, event.dest_path) if path]
-        if any(p.suffix in SOURCES and not any(part.startswith(".") for part in p.relative_to(ROOT).parts) for p in paths): self.changed.set()
+        for path in (Path(path).relative_to(ROOT) for path in (event.src_path, event.dest_path) if path):
+            if path.suffix in SOURCES and not any(part.startswith(".") for part in path.parts): self.changed.set()
 
 
 def build(site: Path) -> bool:
     "Build in a process of its own, which reads the notebooks and the library afresh."
-    return subprocess.run([sys.executable, ROOT / "tools/build_docs.py", "--engine", "smalldocs", "--output", site]).returncode == 0
+    command = [sys.executable, ROOT / "tools/build_docs.py", "--engine", "smalldocs", "--output", site]
+    return subprocess.run(command).returncode == 0
 
 
 def main() -> None:

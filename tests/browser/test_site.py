@@ -16,64 +16,21 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing (`make browser` installs it)")
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
-PAGES = [re.sub(r"^\d+[a-zA-Z0-9]*_", "", p.stem) + ".html" if p.parent.name == "nbs" else f"{p.parent.name}/{p.stem}.html" for p in NOTEBOOKS]
+CHECKS = (Path(__file__).parent / "checks.js").read_text()
+sys.path.insert(0, str(ROOT / "tools"))
+from build_docs import page_name
+
+NOTEBOOKS = [p.relative_to(ROOT / "nbs") for p in sorted((ROOT / "nbs").rglob("*.ipynb"))]
+PAGES = [page_name(p.as_posix()).replace(".ipynb", ".html") for p in NOTEBOOKS if ".ipynb_checkpoints" not in p.parts]
 WIDTHS = [390, 820, 1440]
 THEMES = ["light", "dark"]
-
-# What sticks out of the window. The page cuts off what is too wide instead of scrolling, so each element is asked;
-# what stands in a box that scrolls by itself (code, tables, formulas) may be as wide as it likes.
-STICKS_OUT = """() => {
-  const wide = document.documentElement.clientWidth + 1, found = [];
-  if (document.documentElement.scrollWidth > wide) found.push("the page: " + document.documentElement.scrollWidth + " px");
-  const scrolls = (e) => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
-    if (/auto|scroll|hidden/.test(getComputedStyle(p).overflowX) && p.getBoundingClientRect().right <= wide) return true; };
-  for (const e of document.querySelectorAll("main *, header *")) {
-    const box = e.getBoundingClientRect();
-    if (box.width && box.height && (box.right > wide || box.left < -1) && !e.closest(".katex-mathml, .visually-hidden") && !scrolls(e))
-      found.push(`${e.tagName.toLowerCase()}.${e.getAttribute("class")}: ${Math.round(box.left)}–${Math.round(box.right)} px, ${e.textContent.trim().slice(0, 60)}`);
-  }
-  return found.slice(0, 5);
-}"""
-# Formulas left as TeX: KaTeX reads everything but code, so no delimiter may remain in what a reader sees.
-RAW_MATH = r"""() => {
-  const walk = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT), found = [];
-  while (walk.nextNode()) {
-    const text = walk.currentNode.data;
-    if (!walk.currentNode.parentElement.closest("pre, code, script, style, .katex, svg") && /\$\$|\\\(|\\\[|\$[^$\n]*[\\_^{][^$\n]*\$/.test(text)) found.push(text.trim().slice(0, 80));
-  }
-  return found;
-}"""
-NO_ALTERNATIVE = """() => {
-  const text = (ids) => (ids || "").split(/ +/).map((id) => (document.getElementById(id) || {}).textContent || "").join("").trim();
-  return [...document.querySelectorAll("img, main svg")].filter((e) => e.tagName === "IMG" ? !(e.getAttribute("alt") || "").trim()
-    : !e.closest("[aria-hidden=true], .katex") && !(e.getAttribute("role") === "img" && (e.getAttribute("aria-label") || text(e.getAttribute("aria-labelledby")))))
-    .map((e) => e.outerHTML.slice(0, 120));
-}"""
-
-
-# Text too faint for its background: a contrast below 4.5 (WCAG 2, level AA), or 3 if large.
-FAINT = """() => {
-  const parse = (c) => { const n = c.match(/[\\d.]+/g).map(Number); return c.startsWith("color(srgb") ? [...n.slice(0, 3).map((x) => 255 * x), n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1]; };
-  const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
-  const behind = (e) => { const own = e ? parse(getComputedStyle(e).backgroundColor) : [255, 255, 255, 1]; return own[3] === 1 || !e ? own : over(own, behind(e.parentElement)); };
-  const light = (c) => { const [r, g, b] = c.map((x) => (x /= 255) <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = {};
-  while (walk.nextNode()) {
-    const e = walk.currentNode.parentElement, text = walk.currentNode.data.trim();
-    if (!text || e.closest("svg, script, style, .katex-mathml") || !e.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
-    const style = getComputedStyle(e), ground = behind(e), [a, b] = [light(over(parse(style.color), ground)), light(ground)];
-    const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (contrast < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) found[`${e.tagName.toLowerCase()}.${e.className}`] = `${contrast.toFixed(1)}: ${text.slice(0, 40)}`;
-  }
-  return found;
-}"""
+DARK = "document.documentElement.classList.contains('quarto-dark')"
 
 
 def find_browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = os.environ.get("GRPO_NB_BROWSER") or next(filter(None, map(shutil.which, names)), None)
-    return found or pytest.skip(f"no browser: none of {', '.join(names)} is on PATH, and GRPO_NB_BROWSER is not set")
+    if found := os.environ.get("GRPO_NB_BROWSER") or next(filter(None, map(shutil.which, names)), None): return found
+    pytest.skip(f"no browser: none of {', '.join(names)} is on PATH, and GRPO_NB_BROWSER is not set")
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +53,7 @@ def site(browser, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def open_page(browser, site):
-    "Opens pages, as many as one likes, in one window; what it complains about is in `complaints`, and must be nothing at the end."
+    "Opens pages in one window; nothing may complain until the end of the test."
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     complaints = []
 
@@ -108,7 +65,7 @@ def open_page(browser, site):
     context.route("**/*", guard)
     window = context.new_page()
     window.emulate_media(reduced_motion="reduce")
-    window.on("console", lambda message: message.type in ("error", "warning") and complaints.append(f"console: {message.text}"))
+    window.on("console", lambda m: complaints.append(f"console: {m.text}") if m.type in ("error", "warning") else None)
     window.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
     window.on("requestfailed", lambda request: complaints.append(f"not loaded: {request.url}"))
 
@@ -123,7 +80,7 @@ def open_page(browser, site):
 
 def screenshot(window, name: str, width: int, theme: str) -> None:
     if not (folder := os.environ.get("GRPO_NB_SCREENSHOTS")): return
-    path = ROOT / folder / f"{width}-{theme}" / f"{name.removesuffix('.html').replace('/', '-')}.png"
+    path = ROOT / folder / f"{width}-{theme}" / name.replace("/", "-").replace(".html", ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     window.screenshot(path=path, full_page=True, animations="disabled")
 
@@ -134,20 +91,18 @@ def test_every_notebook_has_its_page_and_no_page_is_left_over(site):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page(open_page, name):
-    "Every width and theme: nothing sticks out, mathematics is set, pictures load and have a text alternative, the theme is applied."
+    "Mathematics is set, pictures load and have a text; in every width and theme nothing sticks out and all can be read."
     window = open_page(name)
-    assert window.evaluate(RAW_MATH) == []
-    assert window.locator(".katex-error, .katex [style*='color:#cc0000']").all_inner_texts() == []  # an unknown command is only red
-    assert window.evaluate(NO_ALTERNATIVE) == []
-    assert window.evaluate("[...document.images].filter((i) => !i.complete || !i.naturalWidth).map((i) => i.src)") == []
+    assert window.evaluate(f"{CHECKS}.rawMath()") == []
+    assert window.evaluate(f"{CHECKS}.mutePictures()") == []
     for theme in THEMES:
         window.emulate_media(color_scheme=theme)
-        window.wait_for_function(f"document.documentElement.classList.contains('quarto-dark') === {str(theme == 'dark').lower()}")
-        assert window.evaluate(FAINT) == {}, theme
+        window.wait_for_function(f"{DARK} === {'true' if theme == 'dark' else 'false'}")
+        assert window.evaluate(f"{CHECKS}.faintText()") == {}, theme
         for width in WIDTHS:
             window.set_viewport_size({"width": width, "height": 900})
             window.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-            assert window.evaluate(STICKS_OUT) == [], f"{width} px, {theme}"
+            assert window.evaluate(f"{CHECKS}.sticksOut()") == [], f"{width} px, {theme}"
             screenshot(window, name, width, theme)
 
 
@@ -179,18 +134,17 @@ def test_boxes_of_the_figure_lead_to_their_chapters(open_page, site):
 
 
 def test_dark_mode_is_remembered(open_page):
-    dark = "document.documentElement.classList.contains('quarto-dark')"
     window = open_page("index.html")
-    assert not window.evaluate(dark)
+    assert not window.evaluate(DARK)
     window.locator(".quarto-color-scheme-toggle").click()
-    window.wait_for_function(dark)
+    window.wait_for_function(DARK)
     for name in ("gae.html", "experiments/train.html", "index.html"):
         window = open_page(name)
-        window.wait_for_function(dark)
-        red, green, blue = map(int, re.findall(r"\d+", window.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
-        assert max(red, green, blue) < 80
+        window.wait_for_function(DARK)
+        background = window.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", background)[:3])) < 80
     window.locator(".quarto-color-scheme-toggle").click()
-    window.wait_for_function("!" + dark)
+    window.wait_for_function("!" + DARK)
 
 
 def test_folded_answers_unfold(open_page):
