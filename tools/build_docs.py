@@ -89,14 +89,18 @@ def mend_pages(site: Path) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 source = "".join(cell["source"])
-                source = re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
-                cell["source"] = unfold(source)
+                cell["source"] = unfold(relink(source))
             for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
-                data["text/markdown"] = re.sub(r"```.*?```", signature, "".join(data["text/markdown"]), flags=re.S)
+                data["text/markdown"] = relink(re.sub(r"```.*?```", signature, "".join(data["text/markdown"]), flags=re.S))
         path.unlink()
         (site / page_name(path.relative_to(site).as_posix())).write_text(json.dumps(notebook))
     sidebar = site / "sidebar.yml"
     sidebar.write_text(re.sub(r"[\w/.-]+\.ipynb", lambda m: page_name(m[0]), sidebar.read_text()))
+
+
+def relink(source: str) -> str:
+    "Links to notebooks lead to their pages."
+    return re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
 
 
 def unfold(source: str) -> str:
