@@ -163,7 +163,7 @@ def _arrow(points, kind):
 _HEIGHT = {"ppo": 372, "grpo": 326}
 _SHAPES = {"ppo": "B queries of P tokens, N = B outputs of at most T tokens", "grpo": "B queries of P tokens, N = B · G outputs of at most T tokens"}
 _NOTES = [("ppo", ("kl", "plus"), 610, _HIGH + 41, "KL joins the reward"), ("grpo", ("kl", "objective"), 540, _HIGH - 32, "KL joins the loss"),
-          ("ppo", ("gae", "value"), 424, _LOW + 73, "returns: what V should have guessed"), ("grpo", (), 342, _LOW + 5, "no Value Model")]
+          ("ppo", ("gae", "value"), 424, _LOW + 73, "returns: what V should have guessed"), ("grpo", (), 398, _LOW + 5, "no Value Model")]
 
 def _fit(b, text, algorithm):
     "A box that is as large as what is written in it: its own label, other words, or a list of values."
@@ -184,7 +184,7 @@ def _half(algorithm, lit, link, top, text):
         outline = _tag("rect", x=324, y=_LOW - 28, width=148, height=56, rx=8, fill="none", stroke=_DAY["absent"][1], stroke_dasharray="4 5")
         put((), _tag("g", outline, class_="absent"))
     for where, names, x, y, s in _NOTES:
-        if where == algorithm: put(names, say(x, y, s))
+        if where == algorithm: put(names, say(x, y, s, anchor="start" if names else "middle"))
     for b, values in half.values(): put([b.name], _box(b, lit is not None and b.name in lit, link, values))
     if lit is not None:  # what flows: shapes at the data, lit with the boxes that read or write them
         for b, _ in half.values():
