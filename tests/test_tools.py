@@ -116,6 +116,11 @@ def test_folded_text_is_markdown():
     assert build_docs.unfold("no details") == "no details"
 
 
+def test_links_to_notebooks_lead_to_pages():
+    assert build_docs.relink("[a](03_policy.ipynb#x) [[`b`](https://x.org/b.html)](01_task.ipynb) [c](c.html)") == (
+        "[a](policy.ipynb#x) [`b`](task.ipynb) [c](c.html)")
+
+
 def test_signatures_are_plain():
     source = "[`a`](a.html)\n```python\ndef f(x:jaxtyping.Float[Tensor, 'N'])->__main__.Run: # see [`g`](x.html#g)\n```"
     assert re.sub(r"```.*?```", build_docs.signature, source, flags=re.S) == (

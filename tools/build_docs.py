@@ -99,7 +99,8 @@ def mend_pages(site: Path) -> None:
 
 
 def relink(source: str) -> str:
-    "Links to notebooks lead to their pages."
+    "Links to notebooks lead to their pages; a name that is a link already gets no second one from nbdev."
+    source = re.sub(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(", r"[\1](", source)
     return re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
 
 
