@@ -6,12 +6,13 @@
     const wide = document.documentElement.clientWidth + 1, found = [];
     const scrolls = (e) => {
       for (let box = e.parentElement; box && box !== document.body; box = box.parentElement)
-        if (/auto|scroll|hidden/.test(getComputedStyle(box).overflowX) && box.getBoundingClientRect().right <= wide) return true;
+        if (box.getBoundingClientRect().right <= wide && /auto|scroll|hidden/.test(getComputedStyle(box).overflowX)) return true;
     };
     if (document.documentElement.scrollWidth > wide) found.push(`the page: ${document.documentElement.scrollWidth} px`);
     for (const e of document.querySelectorAll("main *, header *")) {
       const { width, height, left, right } = e.getBoundingClientRect();
-      if (!width || !height || (right <= wide && left >= -1) || e.closest(".katex-mathml, .visually-hidden") || scrolls(e)) continue;
+      if (!width || !height || (right <= wide && left >= -1)) continue;
+      if (e.closest(".katex-mathml, .visually-hidden") || scrolls(e)) continue;
       const name = `${e.tagName.toLowerCase()}.${e.getAttribute("class")}`;
       found.push(`${name}: ${Math.round(left)} to ${Math.round(right)} px, ${e.textContent.trim().slice(0, 60)}`);
     }
@@ -32,7 +33,8 @@
 
   // Pictures without a text for those who cannot see them, and pictures that did not load.
   mutePictures() {
-    const words = (ids) => (ids || "").split(/ +/).map((id) => document.getElementById(id)?.textContent || "").join("").trim();
+    const text = (id) => (document.getElementById(id)?.textContent || "").trim();
+    const words = (ids) => (ids || "").split(/ +/).map(text).join("");
     const mute = (e) => e.tagName === "IMG" ? !(e.getAttribute("alt") || "").trim() || !e.complete || !e.naturalWidth
       : e.getAttribute("role") !== "img" || !(e.getAttribute("aria-label") || words(e.getAttribute("aria-labelledby")));
     const pictures = [...document.querySelectorAll("img, main svg")].filter((e) => !e.closest("[aria-hidden=true], .katex"));
