@@ -15,7 +15,7 @@ from helpers import ROOT
 vl_convert = pytest.importorskip("vl_convert", reason='vl-convert-python is missing (in the extra "notebooks")')
 
 VEGALITE = "application/vnd.vegalite.v5+json"
-VERSIONS = ["5.20", "6.4"]  # Vega-Lite of JupyterLab, and of the site
+VERSIONS = ["5.8", "6.4"]  # near those of JupyterLab 4 (5.6) and of the site (6.4)
 
 
 def specification(chapter):
