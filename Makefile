@@ -14,10 +14,10 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test bench mutants lab docs export check clean
+.PHONY: help setup run test bench mutants lab docs preview browser screenshots export check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install the pinned packages (again only if a requirement changed)
 
@@ -38,9 +38,9 @@ run: setup ## train with GRPO on the embedded model, into the next free runs/NNN
 	$(BIN)/papermill --progress-bar -k python3 nbs/experiments/train.ipynb $$run/train.ipynb -p output_dir $$run $(ARGS) && \
 	echo && cat $$run/summary.txt && echo && echo "in $$run: $$(ls $$run | tr '\n' ' ')"
 
-test: setup ## run every notebook's tests, then tests/
+test: setup ## run every notebook's tests, then tests/ (but tests/browser: make browser)
 	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
-	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) $(BIN)/python -m pytest tests -q $(ARGS)
+	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) $(BIN)/python -m pytest tests -q --ignore tests/browser $(ARGS)
 
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
@@ -61,9 +61,20 @@ check: setup ## are the library, README.md and the notebooks in sync?
 	$(BIN)/python tools/check_sync.py
 	$(BIN)/python tools/readme.py --check
 
-docs: setup ## build the documentation site in docs/ and check its links
+docs: setup ## build the documentation site in docs/ and check its links, formulas and pictures
 	$(BIN)/python tools/build_docs.py
-	$(BIN)/python tools/check_links.py docs
+	$(BIN)/python tools/check_docs.py docs
+
+preview: setup ## serve the site on this machine and build it again whenever nbs/ changes (ARGS="--port 8000")
+	@$(BIN)/python tools/preview.py $(ARGS)
+
+browser: setup ## open every page of the site in Chromium, wide and narrow, light and dark (GRPO_NB_SITE=docs: a built one)
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[browser]'
+	$(BIN)/python -m pytest tests/browser -q -rs $(ARGS)
+
+screenshots: ## the same, and a picture of every page in screenshots/
+	GRPO_NB_SCREENSHOTS=screenshots $(MAKE) browser
 
 clean: ## remove what can be made again: builds and caches (not .venv, not runs/)
 	rm -rf build dist *.egg-info _proc .pytest_cache .hypothesis

@@ -1,18 +1,24 @@
 "The packaging and the tools that make README.md and docs/."
+import base64
 import json
+import signal
+import subprocess
 import sys
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from watchdog.events import FileModifiedEvent, FileMovedEvent, FileOpenedEvent
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import build_docs
-import check_links
+import check_docs
+import preview
 import readme
 
 
@@ -45,14 +51,76 @@ def test_every_requirement_is_pinned_within_its_range(settings):
     ('<a href="none.html">x</a>', "none.html does not exist"),
     ('<a href="other.html#z">x</a>', "other.html#z has no such anchor"),
     ('<a href="/other.html">x</a>', "/other.html is not relative"),
+    ('<img src="none.png">', "none.png does not exist"),
     ('<script src="https://example.org/a.js"></script>', "from another host"),
+    ('<link rel="stylesheet" href="//example.org/a.css">', "from another host"),
+    ('<link rel="preload" href="https://example.org/a.woff2">', "from another host"),
+    ('<img srcset="other.html 1x, https://example.org/a.png 2x">', "from another host"),
     ('<style>@import "//example.org/a.css";</style>', "from another host"),
+    ('<p style="background: url(https://example.org/a.png)">', "from another host"),
+    (f'<img src="data:image/png;base64,{"A" * 1000}">', None),
+    (f'<img src="data:image/png;base64,{"A" * 5000}">', "is embedded"),
+    (r"<p>\(\frac{a}{b}\) &lt; \[\sum_i x_i \tag{1}\]</p><pre>\(\nonsense\)</pre><p>$5 and $6</p>", None),
+    (r"<p>\(\frac{a}{b}\) and \[\nonsense\]</p>", "Undefined control sequence: \\nonsense"),
+    (r"<p>\(\frac{a}\)</p>", "KaTeX parse error"),
+    (r"<details>every $V_{t+1}$ is</details>", "not set as mathematics"),
+    (r"<p>\(a<em>b</em></p>", "not set as mathematics"),
 ])
-def test_link_check(tmp_path, body, problem):
+def test_site_check(tmp_path, body, problem):
     (tmp_path / "index.html").write_text(body)
     (tmp_path / "other.html").write_text('<p id="y">')
-    problems = check_links.check(tmp_path)
-    assert (problem is None and not problems) or (len(problems) == 1 and problem in problems[0])
+    problems = check_docs.check(tmp_path)
+    assert (problem is None and not problems) or (len(problems) == 1 and problem in problems[0]), problems
+
+
+def test_site_check_reads_stylesheets_and_weighs_the_site(tmp_path):
+    (tmp_path / "index.html").write_text("x")
+    (tmp_path / "a.css").write_text("@font-face { src: url('https://example.org/a.woff2') }")
+    with (tmp_path / "big.bin").open("wb") as file: file.truncate(16_000_000)
+    size, font = check_docs.check(tmp_path)
+    assert "16.0 MB" in size and "loads https://example.org/a.woff2" in font
+
+
+def test_saved_pictures_must_be_on_the_page(tmp_path):
+    svg, table = '<svg><title>A box</title></svg>', "<style>td {color: red}</style><table><tr><td>1 &lt; 2</td></tr></table>"
+    outputs = [{"data": {"image/png": base64.b64encode(b"png").decode()}}, {"data": {"image/svg+xml": svg}}, {"data": {"text/html": table}}]
+    cell = {"cell_type": "code", "source": "plot()", "outputs": outputs}
+    hidden = {"cell_type": "code", "source": "#| hide\nplot()", "outputs": [{"data": {"image/png": "AAAA"}}]}
+    notebooks, site = tmp_path / "nbs", tmp_path / "site"
+    for folder in (notebooks, site): folder.mkdir()
+    (notebooks / "03_x.ipynb").write_text(json.dumps({"cells": [cell, hidden]}))
+    assert check_docs.check(site, notebooks)[1:] == ["03_x.ipynb: has no page x.html"]
+    (site / "x.png").write_bytes(b"png")
+    parts = {"image/png": '<img src="x.png">', "image/svg+xml": svg, "text/html": "<table><tr> <td>1 &lt; 2</td></tr></table>"}
+    (site / "x.html").write_text("".join(parts.values()))
+    assert check_docs.check(site, notebooks) == []
+    for mime in parts:
+        (site / "x.html").write_text("".join(part for other, part in parts.items() if other != mime))
+        assert check_docs.check(site, notebooks) == [f"03_x.ipynb, cell 0: its {mime} is not on x.html"]
+
+
+def test_pictures_become_files(tmp_path):
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (300).to_bytes(4, "big") + (200).to_bytes(4, "big")
+    source = f'src="data:image/png;base64,{base64.b64encode(png).decode()}"'
+    html = build_docs.mend_pictures(f'<h2>On <em>x</em></h2><img {source} class="a"><img alt="A curve" {source} width="9">', tmp_path, "../")
+    [file] = (tmp_path / "images").iterdir()
+    assert file.read_bytes() == png
+    assert html == (f'<h2>On <em>x</em></h2><img src="../images/{file.name}" class="a" alt="Plot in the section “On x”, made by the code above it"'
+                    f' width="300" height="200"><img src="../images/{file.name}" alt="A curve" width="9">')
+
+
+def test_folded_text_is_markdown():
+    assert build_docs.unfold("<details><summary>Answer</summary>The $\\delta$.</details>") == (
+        "<details><summary>Answer</summary>\n\nThe $\\delta$.\n\n</details>")
+    assert build_docs.unfold("no details") == "no details"
+
+
+def test_a_rebuild_changes_no_byte(tmp_path):
+    def files(name):
+        subprocess.run([sys.executable, ROOT / "tools/build_docs.py", "--engine", "smalldocs", "--output", tmp_path / name], check=True)
+        return {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+    first, second = files("a"), files("b")
+    assert [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)] == []
 
 
 def test_readme_prose():
@@ -99,3 +167,28 @@ def test_references_are_numbered():
     assert equations == "::: {#eq-a}\n$$\na \\tag{1}\n$$\n:::\n\n::: {#eq-b}\n$$\nb \\tag{2}\n$$\n:::"
     assert '#| fig-cap: "Figure 1: Seen."' in figure
     with pytest.raises(SystemExit, match="@eq-c"): build_docs.mend_references({"cells": [markdown("@eq-c")]}, "x")
+
+
+def test_preview_serves_the_site_and_stops_at_an_interrupt():
+    command = [sys.executable, ROOT / "tools/preview.py", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            address = next(line.split()[0] for line in server.stdout if line.startswith("http://127.0.0.1:"))
+            with urlopen(address + "gae.html") as page: assert b"<h1" in page.read()
+        finally: server.send_signal(signal.SIGINT)
+        assert server.communicate(timeout=20)[0].split() == ["stopped"] and server.returncode == 0
+
+
+@pytest.mark.parametrize("event, counts", [
+    (FileModifiedEvent("nbs/08_gae.ipynb"), True),
+    (FileMovedEvent("nbs/.~08_gae.ipynb", "nbs/08_gae.ipynb"), True),
+    (FileModifiedEvent("nbs/styles.css"), True),
+    (FileOpenedEvent("nbs/08_gae.ipynb"), False),
+    (FileModifiedEvent("nbs/.ipynb_checkpoints/08_gae-checkpoint.ipynb"), False),
+    (FileModifiedEvent("nbs/08_gae.ipynb.swp"), False),
+])
+def test_preview_notices_a_changed_source(event, counts):
+    changes = preview.Changes()
+    event.src_path, event.dest_path = (path and str(ROOT / path) for path in (event.src_path, event.dest_path))
+    changes.on_any_event(event)
+    assert changes.changed.is_set() == counts

@@ -10,6 +10,7 @@ folder changes, and two builds of one commit give the same bytes.
 import argparse
 import ast
 import base64
+import hashlib
 import json
 import os
 import posixpath
@@ -31,6 +32,7 @@ KINDS = {"eq": "Equation", "fig": "Figure", "tbl": "Table"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 VEGALITE = "application/vnd.vegalite.v5+json"  # what JupyterLab draws by itself
 TITLE = re.compile(r"(# .+\n*(?:> .+\n*)?(?:- [\w-]+: .+(?:\n|$))*)((?s:.*))")
+PICTURE = re.compile(r'<img\b([^>]*?) src="data:image/(png|jpeg|gif|svg\+xml);base64,([^"]+)"([^>]*)>')
 NUMBER = re.compile(r"(^|/)\d+[a-zA-Z0-9]*_(?=[^/]*$)")  # nbdev drops the `03_` of `03_policy` from page names
 
 
@@ -90,7 +92,8 @@ def mend_pages(site: Path) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 source = "".join(cell["source"])
-                cell["source"] = re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
+                source = re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
+                cell["source"] = unfold(source)
             for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
                 data["text/markdown"] = re.sub(r"```.*?```", unlink, "".join(data["text/markdown"]), flags=re.S)
         mend_interactive(notebook)
@@ -98,6 +101,11 @@ def mend_pages(site: Path) -> None:
         (site / page_name(path.relative_to(site).as_posix())).write_text(json.dumps(notebook))
     sidebar = site / "sidebar.yml"
     sidebar.write_text(re.sub(r"[\w/.-]+\.ipynb", lambda m: page_name(m[0]), sidebar.read_text()))
+
+
+def unfold(source: str) -> str:
+    "Blank lines around what is folded, or it would be read as raw HTML, its mathematics and code unread."
+    return re.sub(r"\s*(</details>)", r"\n\n\1", re.sub(r"(<details[^>]*>\s*<summary>.*?</summary>)\s*", r"\1\n\n", source, flags=re.S))
 
 
 def unlink(code: re.Match) -> str:
@@ -166,6 +174,7 @@ def mend_site(out: Path, base: str) -> None:
         html = re.sub(r"https://[^\"]*/katex@[^/\"]+/dist/", f"{up}site_libs/katex/", html)
         html = re.sub(rf'(<a\b[^>]*? href="){re.escape(base)}/([^"#]*)(?:#([^"]*))?', doclink, html)
         html = add_vega(html, out, up)
+        html = mend_pictures(html, out, up)
         page.write_text(re.sub(r" at 0x[0-9a-f]{6,}", "", html))
     for css in sorted((out / "site_libs").rglob("*.css")):
         css.write_text(re.sub(r"@import url\([\"']?https?:[^)]*\);?", "", css.read_text()))
@@ -181,6 +190,26 @@ def add_vega(page: str, out: Path, up: str) -> str:
     shutil.copytree(VEGA, out / "site_libs/vega", dirs_exist_ok=True)
     scripts = "".join(f'<script src="{up}site_libs/vega/{name}.js"></script>\n' for name in ("vega.min", "vega-lite.min", "vega-embed.min", "start"))
     return page.replace("</body>", scripts + "</body>")
+
+
+def mend_pictures(html: str, out: Path, up: str) -> str:
+    "Pictures become files, named by their content so that equal ones are one; whoever cannot see one is told where it stands."
+    headings = [(m.start(), re.sub("<[^>]+>", "", m[1]).strip()) for m in re.finditer(r"<h[1-6][^>]*>(.*?)</h[1-6]>", html, re.S)]
+
+    def picture(m):
+        kind, content, attributes = m[2], base64.b64decode(m[3]), m[1] + m[4]
+        file = out / "images" / f"{hashlib.sha256(content).hexdigest()[:16]}.{kind.partition('+')[0]}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        if " alt=" not in attributes:  # no `#| fig-alt`
+            section = next((text for start, text in reversed(headings) if start < m.start()), "this page")
+            attributes += f' alt="Plot in the section “{section}”, made by the code above it"'
+            print(f"no fig-alt: a picture in the section “{section}”")
+        if kind == "png" and " width=" not in attributes:  # the text does not jump when the picture arrives
+            attributes += ' width="{}" height="{}"'.format(*(int.from_bytes(content[i:i + 4], "big") for i in (16, 20)))
+        return f'<img src="{up}images/{file.name}"{attributes}>'
+
+    return PICTURE.sub(picture, html)
 
 
 def mend_search(out: Path) -> None:

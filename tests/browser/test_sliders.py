@@ -7,9 +7,6 @@ import torch
 from grpo_nb.gae import gae
 from grpo_nb.group import group_advantages
 
-test_site = pytest.importorskip("test_site", reason="the fixtures are in test_site.py, which needs playwright (`make browser` installs it)")
-browser, open_page, site = test_site.browser, test_site.open_page, test_site.site
-
 PAGES = {"group.html": 7, "gae.html": 3, "objective.html": 2, "reference.html": 1}  # sliders
 MOVE = """([name, value]) => {
   const label = [...document.querySelectorAll(".vega-bind label")].find((label) => label.firstChild.textContent === name);
