@@ -92,15 +92,19 @@ def mend_pages(site: Path) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 source = "".join(cell["source"])
-                source = re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
-                cell["source"] = unfold(source)
+                cell["source"] = unfold(link_pages(source))
             for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
-                data["text/markdown"] = re.sub(r"```.*?```", unlink, "".join(data["text/markdown"]), flags=re.S)
+                data["text/markdown"] = link_pages(re.sub(r"```.*?```", unlink, "".join(data["text/markdown"]), flags=re.S))
         mend_interactive(notebook)
         path.unlink()
         (site / page_name(path.relative_to(site).as_posix())).write_text(json.dumps(notebook))
     sidebar = site / "sidebar.yml"
     sidebar.write_text(re.sub(r"[\w/.-]+\.ipynb", lambda m: page_name(m[0]), sidebar.read_text()))
+
+
+def link_pages(source: str) -> str:
+    "Links to notebooks become links to their pages."
+    return re.sub(r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source)
 
 
 def unfold(source: str) -> str:
