@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -26,8 +27,10 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 KATEX = Path(__file__).resolve().parent / "katex"  # vendored from the npm package, woff2 fonts only
+VEGA = Path(__file__).resolve().parent / "vega"  # vendored from the npm packages vega, vega-lite and vega-embed
 KINDS = {"eq": "Equation", "fig": "Figure", "tbl": "Table"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+VEGALITE = "application/vnd.vegalite.v5+json"  # what JupyterLab draws by itself
 TITLE = re.compile(r"(# .+\n*(?:> .+\n*)?(?:- [\w-]+: .+(?:\n|$))*)((?s:.*))")
 PICTURE = re.compile(r'<img\b([^>]*?) src="data:image/(png|jpeg|gif|svg\+xml);base64,([^"]+)"([^>]*)>')
 NUMBER = re.compile(r"(^|/)\d+[a-zA-Z0-9]*_(?=[^/]*$)")  # nbdev drops the `03_` of `03_policy` from page names
@@ -92,6 +95,7 @@ def mend_pages(site: Path) -> None:
                 cell["source"] = unfold(relink(source))
             for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
                 data["text/markdown"] = relink(re.sub(r"```.*?```", signature, "".join(data["text/markdown"]), flags=re.S))
+        mend_interactive(notebook)
         path.unlink()
         (site / page_name(path.relative_to(site).as_posix())).write_text(json.dumps(notebook))
     sidebar = site / "sidebar.yml"
@@ -113,6 +117,15 @@ def unfold(source: str) -> str:
 def signature(code: re.Match) -> str:
     "nbdev makes links of names in backticks, which cannot be links here, and says of types where they were defined."
     return re.sub(r"\b(?:__main__|jaxtyping)\.", "", re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0]))
+
+
+def mend_interactive(notebook: dict) -> None:
+    "An interactive picture is its static one, with the specification beside it, which `tools/vega/start.js` brings to life."
+    for output in (output for cell in notebook["cells"] for output in cell.get("outputs", []) if VEGALITE in output.get("data", {})):
+        spec, picture = output["data"][VEGALITE], "".join(output["data"]["image/svg+xml"])
+        text = json.dumps(spec, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")  # a script ends at the first `</`
+        image = f'<img alt="{escape(spec["description"])}" src="data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}">'
+        output["data"] = {"text/html": f'<div class="interactive"><div>{image}</div><script type="application/json">{text}</script></div>'}
 
 
 def mend_references(notebook: dict, name: str) -> None:
@@ -166,6 +179,7 @@ def mend_site(out: Path, base: str) -> None:
         html = page.read_text()
         html = re.sub(r"https://[^\"]*/katex@[^/\"]+/dist/", f"{up}site_libs/katex/", html)
         html = re.sub(rf'(<a\b[^>]*? href="){re.escape(base)}/([^"#]*)(?:#([^"]*))?', doclink, html)
+        html = add_vega(html, out, up)
         html = mend_pictures(html, out, up)
         page.write_text(re.sub(r" at 0x[0-9a-f]{6,}", "", html))
     for css in sorted((out / "site_libs").rglob("*.css")):
@@ -174,6 +188,14 @@ def mend_site(out: Path, base: str) -> None:
     sitemap.write_text(re.sub(r"\s*<lastmod>[^<]*</lastmod>", "", sitemap.read_text()))
     (out / ".nojekyll").touch()
     mend_search(out)
+
+
+def add_vega(page: str, out: Path, up: str) -> str:
+    "Vega's scripts on the pages with an interactive picture, and only there."
+    if 'class="interactive"' not in page: return page
+    shutil.copytree(VEGA, out / "site_libs/vega", dirs_exist_ok=True)
+    scripts = "".join(f'<script src="{up}site_libs/vega/{name}.js"></script>\n' for name in ("vega.min", "vega-lite.min", "vega-embed.min", "start"))
+    return page.replace("</body>", scripts + "</body>")
 
 
 def mend_pictures(html: str, out: Path, up: str) -> str:
