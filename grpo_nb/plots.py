@@ -147,11 +147,11 @@ def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> l
     decode = lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False)
     return [decode(ids[max(0, k - 1):k + 1])[len(decode(ids[max(0, k - 1):k])):] for k in range(len(ids))]
 
-def _token(text: str, numbers: dict[str, float], largest: float) -> str:
-    "One token as HTML: coloured by its advantage, its numbers in the title."
-    A = numbers.get("advantage", 0.0)
-    opacity = .7 * (abs(A) / largest) ** .5 if A else 0.0  # the root, so that small ones are seen too
-    style = f"background:rgba({'72,120,168' if A > 0 else '176,74,74'},{opacity:.2f});outline:1px solid rgba(128,128,128,.4);padding:0 2px;margin-right:2px"
+def _token(text: str, numbers: dict[str, float], color: str, largest: float) -> str:
+    "One token as HTML: coloured by one of its numbers, all of them in the title."
+    x = numbers.get(color, 0.0)
+    opacity = .7 * (abs(x) / largest) ** .5 if x else 0.0  # the root, so that small ones are seen too
+    style = f"background:rgba({'72,120,168' if x > 0 else '176,74,74'},{opacity:.2f});outline:1px solid rgba(128,128,128,.4);padding:0 2px;margin-right:2px"
     title = ", ".join(f"{name} {x:+.3f}" for name, x in numbers.items())
     return f'<span title="{escape(title)}" style="{style}">{escape(text)}</span>'
 
@@ -165,19 +165,21 @@ def show_group(
     rollout: Rollout,  # as far as it has come: what is still None is not shown
     group: int = 0,  # which query
     tokenizer: PreTrainedTokenizerBase | None = None,  # None: token ids are shown
+    color: str = "advantage",  # "advantage" | "log-prob" | "KL" | "value"
 ) -> GroupView:
-    "One group token by token: blue where the advantage is positive, red where it is negative. Padding is not shown."
+    "One group token by token: blue where the number is positive, red where it is negative. Padding is not shown. `ValueError`: no such group or number."
+    if color not in ("advantage", "log-prob", "KL", "value"): raise ValueError(f"color must be 'advantage', 'log-prob', 'KL' or 'value', got {color!r}")
     if not 0 <= group < len(rollout.queries): raise ValueError(f"group must lie in 0..{len(rollout.queries) - 1}, got {group}")
     r = rollout.select([group])
     A = None if r.advantages is None else r.advantages if r.advantages.dim() == 2 else r.advantages[:, None].expand(r.completion_mask.shape)
     numbers = {"log-prob": r.logprobs, "advantage": A, "KL": None if r.ref_logprobs is None else kl(r.logprobs, r.ref_logprobs), "value": r.values}
     numbers = {name: x.tolist() for name, x in numbers.items() if x is not None}
-    largest = 0.0 if A is None else A[r.completion_mask].abs().max().item()
+    largest = max((abs(x) for row, n in zip(numbers.get(color, []), r.completion_mask.sum(1).tolist()) for x in row[:n]), default=0.0)
     number = lambda x, form: "–" if x is None or x != x else format(x, form)
     rows = [_row(["reward", "advantage", "completion"], "th")]
     for i, n in enumerate(r.completion_mask.sum(1).tolist()):
         texts = _token_texts(r.completion_ids[i, :n].tolist(), tokenizer)
-        tokens = "".join(_token(t, {name: x[i][j] for name, x in numbers.items()}, largest) for j, t in enumerate(texts))
+        tokens = "".join(_token(t, {name: x[i][j] for name, x in numbers.items()}, color, largest) for j, t in enumerate(texts))
         reward, advantage = number(None if r.rewards is None else r.rewards[i].item(), ".2f"), number(None if A is None else A[i, :n].mean().item(), "+.2f")
         rows.append(_row([reward, advantage, tokens + " (truncated)" * bool(r.truncated[i])]))
     style = "font-family:monospace;color:inherit;background:none"
