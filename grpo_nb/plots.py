@@ -12,11 +12,13 @@ from html import escape
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .policy import token_logprobs
 from .reference import kl
 from .rollout import Rollout
 from .training import Run
@@ -147,40 +149,62 @@ def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> l
     decode = lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False)
     return [decode(ids[max(0, k - 1):k + 1])[len(decode(ids[max(0, k - 1):k])):] for k in range(len(ids))]
 
-def _token(text: str, numbers: dict[str, float], color: str, largest: float) -> str:
-    "One token as HTML: coloured by one of its numbers, all of them in the title."
-    x = numbers.get(color, 0.0)
-    opacity = .7 * (abs(x) / largest) ** .5 if x else 0.0  # the root, so that small ones are seen too
-    style = f"background:rgba({'72,120,168' if x > 0 else '176,74,74'},{opacity:.2f});outline:1px solid rgba(128,128,128,.4);padding:0 2px;margin-right:2px"
+def _token(text: str, numbers: dict[str, float], strength: float, below: str = "") -> str:
+    "One token as HTML: coloured by a strength in [-1, 1], its numbers in the title, and one of them below it."
+    opacity = .7 * abs(strength) ** .5  # the root, so that small ones are seen too
+    style = (f"background:rgba({'72,120,168' if strength > 0 else '176,74,74'},{opacity:.2f});outline:1px solid rgba(128,128,128,.4);"
+             "padding:0 2px;margin-right:2px")
+    if below: style += ";display:inline-block;text-align:center;line-height:1.2;margin-bottom:3px"
     title = ", ".join(f"{name} {x:+.3f}" for name, x in numbers.items())
-    return f'<span title="{escape(title)}" style="{style}">{escape(text)}</span>'
+    number = f'<br><small style="opacity:.75;font-size:.75em">{below}</small>' if below else ""
+    return f'<span title="{escape(title)}" style="{style}">{escape(text)}{number}</span>'
 
 def _row(cells: list[str], tag: str = "td") -> str:
     "One row of the table: reward, advantage, completion."
-    sides = ("right", "right", "left")
-    return "<tr>" + "".join(f'<{tag} style="text-align:{side};padding:2px 12px 2px 0;white-space:pre-wrap">{cell}</{tag}>' for side, cell in zip(sides, cells)) + "</tr>"
+    style = "padding:2px 12px 2px 0;white-space:pre-wrap;color:inherit;background:none"
+    return "<tr>" + "".join(f'<{tag} style="text-align:{side};{style}">{cell}</{tag}>'
+                            for side, cell in zip(("right", "right", "left"), cells)) + "</tr>"
+
+# %% ../nbs/15_plots.ipynb #f3308b8c
+def _token_numbers(r: Rollout, policy: PreTrainedModel | None, temperature: float) -> dict[str, torch.Tensor]:
+    "What is known of each token of a rollout, by name, each [N,T]; with a policy, also where that policy is now."
+    A = r.advantages if r.advantages is None or r.advantages.dim() == 2 else r.advantages[:, None].expand(r.completion_mask.shape)
+    now, entropy, rho = r.logprobs, None, None
+    if policy is not None:
+        with torch.no_grad(): now, entropy = token_logprobs(policy, r, temperature, return_entropy=True)
+        rho = None if r.logprobs is None else (now - r.logprobs).exp()
+    known = {"log-prob": r.logprobs, "advantage": A, "ratio": rho, "KL": None if r.ref_logprobs is None or now is None else kl(now, r.ref_logprobs),
+             "entropy": entropy, "value": r.values}
+    return {name: x for name, x in known.items() if x is not None}
 
 # %% ../nbs/15_plots.ipynb #bcd43f4c
 def show_group(
     rollout: Rollout,  # as far as it has come: what is still None is not shown
     group: int = 0,  # which query
     tokenizer: PreTrainedTokenizerBase | None = None,  # None: token ids are shown
-    color: str = "advantage",  # "advantage" | "log-prob" | "KL" | "value"
+    policy: PreTrainedModel | None = None,  # as it is now, for ratio, KL and entropy; None: KL at sampling
+    color: str = "advantage",  # what colours the tokens: "advantage" | "ratio" | "KL" | "entropy" | "value" | "log-prob"
+    temperature: float = 1.0,  # the one it was sampled with
 ) -> GroupView:
-    "One group token by token: blue where the number is positive, red where it is negative. Padding is not shown. `ValueError`: no such group or number."
-    if color not in ("advantage", "log-prob", "KL", "value"): raise ValueError(f"color must be 'advantage', 'log-prob', 'KL' or 'value', got {color!r}")
+    """One group token by token: blue where the number is positive (a ratio above 1), red where it is negative. Padding is not shown.
+
+    `ValueError` for a group that is not there, or a colour that the rollout and the policy do not tell."""
     if not 0 <= group < len(rollout.queries): raise ValueError(f"group must lie in 0..{len(rollout.queries) - 1}, got {group}")
     r = rollout.select([group])
-    A = None if r.advantages is None else r.advantages if r.advantages.dim() == 2 else r.advantages[:, None].expand(r.completion_mask.shape)
-    numbers = {"log-prob": r.logprobs, "advantage": A, "KL": None if r.ref_logprobs is None else kl(r.logprobs, r.ref_logprobs), "value": r.values}
-    numbers = {name: x.tolist() for name, x in numbers.items() if x is not None}
-    largest = max((abs(x) for row, n in zip(numbers.get(color, []), r.completion_mask.sum(1).tolist()) for x in row[:n]), default=0.0)
+    numbers = _token_numbers(r, policy, temperature)
+    if color not in numbers and color != "advantage": raise ValueError(f"color must be one of {', '.join(numbers)}; got {color!r}")
+    x = numbers.get(color, torch.zeros(r.completion_mask.shape))
+    x = (x.log() if color == "ratio" else x).masked_fill(~r.completion_mask, 0.0)
+    strength, numbers = (x / x.abs().max().clamp(min=1e-12)).tolist(), {name: n.tolist() for name, n in numbers.items()}
     number = lambda x, form: "–" if x is None or x != x else format(x, form)
-    rows = [_row(["reward", "advantage", "completion"], "th")]
+    rows = [_row(["reward", "advantage", "completion" + f" ({color} below)" * (color != "advantage")], "th")]
     for i, n in enumerate(r.completion_mask.sum(1).tolist()):
-        texts = _token_texts(r.completion_ids[i, :n].tolist(), tokenizer)
-        tokens = "".join(_token(t, {name: x[i][j] for name, x in numbers.items()}, color, largest) for j, t in enumerate(texts))
-        reward, advantage = number(None if r.rewards is None else r.rewards[i].item(), ".2f"), number(None if A is None else A[i, :n].mean().item(), "+.2f")
-        rows.append(_row([reward, advantage, tokens + " (truncated)" * bool(r.truncated[i])]))
+        mine = [{name: x[i][j] for name, x in numbers.items()} for j in range(n)]
+        below = [number(m[color], ".2f") if color != "advantage" else "" for m in mine]
+        tokens = "".join(map(_token, _token_texts(r.completion_ids[i, :n].tolist(), tokenizer), mine, strength[i], below))
+        A = sum(m["advantage"] for m in mine) / n if "advantage" in numbers else None
+        reward = number(None if r.rewards is None else r.rewards[i].item(), ".2f")
+        rows.append(_row([reward, number(A, "+.2f"), tokens + " (truncated)" * bool(r.truncated[i])]))
     style = "font-family:monospace;color:inherit;background:none"
-    return GroupView(f'<div style="{style}"><p style="white-space:pre-wrap">{escape(r.queries[0].text)}</p><table style="{style}">{"".join(rows)}</table></div>')
+    return GroupView(f'<div style="{style};overflow-x:auto"><p style="white-space:pre-wrap">{escape(r.queries[0].text)}</p>'
+                     f'<table style="{style}">{"".join(rows)}</table></div>')

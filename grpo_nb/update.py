@@ -24,7 +24,7 @@ from .value import ValueModel, value_loss
 
 # %% ../nbs/11_update.ipynb #9e94a517
 def piece_loss(policy: PreTrainedModel, piece: Rollout, config, beta: float, totals: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Policy loss, KL in the loss and entropy bonus of one micro-batch, and sums over its tokens; `totals`: num_sequences and num_tokens of the step.
+    """Policy loss, KL in the loss and entropy bonus of one micro-batch (2402.03300, eq. 3), and sums over its tokens (KL, entropy: nats); `totals`: num_sequences, num_tokens of the step.
 
     If `piece.logprobs` is None, this pass is the first on fresh samples, and fills it in."""
     mask = piece.loss_mask(config.mask_truncated_completions)
@@ -51,7 +51,7 @@ def update(
     value_model: ValueModel | None = None,  # PPO only
     value_optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, float]:  # of the whole step; mean over its iterations
-    "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout."
+    "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout (2402.03300, algorithm 1); `ValueError` if it has no advantages."
     if rollout.advantages is None: raise ValueError("rollout.advantages is None: compute advantages before the update")
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}

@@ -1,4 +1,5 @@
 "The notebooks: saved with their outputs, none of them an error; and the ones that are run with parameters run."
+import ast
 import json
 import re
 
@@ -58,6 +59,18 @@ def test_a_chapter_is_saved_with_its_outputs(path):
 def test_the_first_cell_is_title_and_sentence(path):
     "What nbdev reads as front matter."
     assert re.match(r"# .+\n\n> .+", nbformat.read(path, 4).cells[0].source)
+
+
+def test_api_reference_is_up_to_date():
+    "The saved page has a row for every public function and class of the library, with its docstring's first line."
+    outputs = [o for c in nbformat.read(ROOT / "nbs" / "api.ipynb", 4).cells for o in c.get("outputs", [])]
+    page = "".join(o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {}))
+    for path in sorted((ROOT / "grpo_nb").glob("[a-z]*.py")):
+        for thing in ast.parse(path.read_text()).body:
+            if not isinstance(thing, (ast.FunctionDef, ast.ClassDef)) or thing.name.startswith("_"): continue
+            about = (ast.get_docstring(thing) or "").splitlines()[0].replace("|", "\\|")
+            row = re.search(rf"^\| \[`{thing.name}`\].*$", page.partition(f"## {path.stem}\n")[2], re.M)
+            assert row and about in row[0], f"run nbs/api.ipynb again: {path.stem}.{thing.name}"
 
 
 def test_the_parameters_of_train_are_the_fields_of_the_configs():

@@ -256,7 +256,7 @@ def test_a_finished_run_is_not_resumed(finished, capsys):
 
 # Bug 28: every documented option runs ------------------------------------------------------------------------------------
 
-BASE = {"num_prompts": 4, "max_steps": 2, "reward_funcs": ["accuracy", "brevity"], "num_iterations": 3, "learning_rate": 1e-3, "temperature": 2.0, "max_completion_length": 6, "eval_size": 5}
+BASE = {"num_prompts": 8, "max_steps": 2, "reward_funcs": ["accuracy", "brevity"], "num_iterations": 3, "learning_rate": 1e-3, "temperature": 2.0, "max_completion_length": 6, "eval_size": 5}
 LEARNED = {"reward_funcs": ["learned"], "reward_model_prompts": 6, "reward_model_steps": 1}
 SHARED = {  # field: values that are not the default, or (value, other options that it needs)
     "model": ["tiny"], "task": ["add", "target"], "digits": [1, 2, 3], "reward_funcs": [["accuracy"], ["brevity"], ["process", "format"], ["overlong"]],
