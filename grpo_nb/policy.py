@@ -94,7 +94,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     queries: list[Query],  # plain or chat prompts
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:  # (ids, mask), on the CPU
-    "Prompt tokens, padded on the left."
+    "Prompt tokens, padded on the left; `ValueError`: no queries, an empty prompt, a chat without a chat template."
     if not queries: raise ValueError("queries must hold at least one query, got none")
     rows = []
     for i, query in enumerate(queries):
@@ -231,7 +231,7 @@ def as_rollout(
     completions: list[str],  # the same number for each query, groups contiguous; EOS is appended to each
     device: torch.device | str = "cpu",
 ) -> Rollout:
-    "A rollout of given texts in place of sampled ones."
+    "A rollout of given texts in place of sampled ones; `ValueError` if they do not make whole groups."
     G, rest = divmod(len(completions), len(queries) or 1)
     if rest or not G: raise ValueError(f"completions must be a multiple of the {len(queries)} queries, got {len(completions)}")
     prompt_ids, prompt_mask = encode_prompts(tokenizer, queries)
@@ -248,7 +248,7 @@ def micro_batches(
     max_tokens: int | None,  # tokens of one forward pass, padding included; None: no limit
     hidden: int | None = None,  # width of a model that shares prompts; None: a row a completion
 ) -> list[list[int]]:  # groups of each piece
-    "Cut a rollout into pieces of whole groups, longest groups together."
+    "Cut a rollout into pieces of whole groups, longest groups together; `ValueError` if `max_tokens` is below 1."
     if max_tokens is not None and max_tokens < 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
     G, prompt = rollout.num_generations, rollout.prompt_mask.sum(1).numpy(force=True)
     completion = rollout.completion_mask.sum(1).numpy(force=True).reshape(-1, G)

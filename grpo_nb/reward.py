@@ -79,7 +79,7 @@ def process_reward(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,  # of the policy
 ) -> RewardFunction:
-    "A score at the end of each step, by the rule of the task; the last step ends at the last token, EOS included."
+    "A score at the end of each step, by the rule of the task; the last step ends at the last token, EOS included (2402.03300, section 4.1.3)."
     def in_tokens(steps, text, ids):
         if all(end >= len(text) for end, _ in steps): return [(len(ids) - 1, score) for _, score in steps]
         lengths = list(map(len, tokenizer.batch_decode([ids[:t + 1] for t in range(len(ids))], skip_special_tokens=True)))  # characters after each token
@@ -138,7 +138,7 @@ def combine(
     scores: Float[Tensor, "N F"],  # NaN: no judgement
     weights: list[float] | None = None,  # one a function; None: all 1
 ) -> Float[Tensor, "N"]:  # NaN where no function judged
-    "Weighted sum over the functions that judged."
+    "Weighted sum over the functions that judged; `ValueError`: not one finite weight a function."
     weights = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights, dtype=scores.dtype)
     if len(weights) != scores.shape[1]: raise ValueError(f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}")
     if not weights.isfinite().all(): raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")

@@ -53,7 +53,7 @@ def loss_mask(
     rollout: Rollout,
     mask_truncated_completions: bool = False,  # leave out completions that ran into the length limit
 ) -> Bool[Tensor, "N T"]:  # True on the tokens that the loss is taken over
-    "Real tokens of scored (and, if asked, finished) completions."
+    "Real tokens of scored (and, if asked, finished) completions (overlong filtering: DAPO 2503.14476, section 3.4)."
     mask = rollout.completion_mask
     if mask_truncated_completions: mask = mask & ~rollout.truncated[:, None]
     if rollout.scored is not None: mask = mask & rollout.scored[:, None]
@@ -69,7 +69,7 @@ def select(
     rollout: Rollout,
     groups: list[int] | Int[Tensor, "K"],  # indices of groups (= of prompts)
 ) -> Rollout:  # K groups, padding trimmed to the longest of them
-    "Whole groups of a rollout, with every field that has been filled in so far."
+    "Whole groups of a rollout, with every field that has been filled in so far; `ValueError` if none is named."
     device, G = rollout.completion_ids.device, rollout.num_generations
     groups = torch.as_tensor(groups, dtype=torch.long, device=device)
     if groups.numel() == 0: raise ValueError("groups must name at least one group, got none")
@@ -86,7 +86,7 @@ def select(
 
 # %% ../nbs/02_rollout.ipynb #4927932c
 def join(rollouts: list[Rollout]) -> Rollout:
-    "Rollouts with one `num_generations` as one, groups in order; a field is kept if all of them have it."
+    "Rollouts with one `num_generations` as one, groups in order; a field is kept if all of them have it. `ValueError`: groups of different sizes."
     first, sizes = rollouts[0], [r.num_generations for r in rollouts]
     if len(set(sizes)) > 1: raise ValueError(f"rollouts must have one num_generations, got {sizes}")
     def joined(name):

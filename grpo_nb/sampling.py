@@ -27,7 +27,7 @@ def draw(
     top_k: int = 0,  # keep this many most likely tokens; 0: all, 1: greedy
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "N"]:
-    "Draw one token a row, after the tail has been cut off by top-k and then top-p."
+    "Draw one token a row, after the tail has been cut off by top-k and then top-p (Holtzman et al., 1904.09751)."
     if top_k == 1: return logprobs.argmax(-1)
     if 0 < top_k < logprobs.shape[-1]:
         logprobs = logprobs.masked_fill(logprobs < logprobs.topk(top_k).values[:, -1:], float("-inf"))

@@ -53,7 +53,7 @@ class Task:
         n: int,  # how many
         seed: int | str = 0,  # the same seed gives the same queries
     ) -> list[Query]:
-        "Draw `n` queries of one side of the split; none comes twice before all have come once."
+        "Draw `n` queries of one side of the split; none comes twice before all have come once. `ValueError`: another split, `n` below 1, an empty side."
         if split not in ("train", "heldout"): raise ValueError(f'split must be "train" or "heldout", got {split!r}')
         if n < 1: raise ValueError(f"n must be at least 1, got {n}")
         rng, drawn, seen = random.Random(seed), [], set()
@@ -173,7 +173,7 @@ def load_task(
     name: str,  # "add" | "target" | "add_chat"
     **options,  # of that task: `digits`
 ) -> Task:
-    "The task of that name."
+    "The task of that name; `ValueError` for another name, or digits other than 1, 2 and 3."
     if name not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}; got {name!r}")
     digits = options.get("digits", 2)
     if digits not in (1, 2, 3): raise ValueError(f"digits must be 1, 2 or 3, got {digits!r}")
