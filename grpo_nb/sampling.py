@@ -100,10 +100,10 @@ class _Room(DynamicLayer):
         rounded = torch.is_autocast_enabled(first.device.type) and first.dtype == torch.float32  # as attention would round them, at each token
         self.device, self.is_initialized = first.device, True
         self.dtype = torch.get_autocast_dtype(first.device.type) if rounded else first.dtype
-        self.places = [x.new_zeros(N, x.shape[1], P + more, x.shape[3], dtype=self.dtype) for x in (first, read[0][1].values)]
+        self.places = [x.new_empty(N, x.shape[1], P + more, x.shape[3], dtype=self.dtype) for x in (first, read[0][1].values)]
         for prompts, layer in read:
             rows = [i * G + g for i in prompts for g in range(G)]
-            for place, x in zip(self.places, (layer.keys, layer.values)): place[rows, :, P - x.shape[2]:P] = x.repeat_interleave(G, 0).to(self.dtype)  # a copy for each of the group
+            for place, x in zip(self.places, (layer.keys, layer.values)): place[rows, :, :P] = F.pad(x, (0, 0, P - x.shape[2], 0)).repeat_interleave(G, 0).to(self.dtype)  # a copy for each of the group
         self.show(N, P)
 
     def show(self, N, length): self.keys, self.values = (x[:N, :, :length] for x in self.places)
@@ -114,7 +114,7 @@ class _Room(DynamicLayer):
         return self.keys, self.values
 
     def move(self, gaps, movers, N):  # rows into the places of others; N are left
-        for x in self.places: x[gaps] = x[movers]
+        for x in (place[:, :, :self.keys.shape[2]] for place in self.places): x[gaps] = x[movers]
         self.show(N, self.keys.shape[2])
 
 # %% ../nbs/04_sampling.ipynb #509f0555
