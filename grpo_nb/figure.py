@@ -160,7 +160,7 @@ def _arrow(points, kind):
     return _tag("g", line, _tag("polygon", points=head, fill=colour), class_=kind)
 
 # %% ../nbs/00_figure.ipynb #5111300e
-_HEIGHT = {"ppo": 372, "grpo": 326}
+_HEIGHT = {"ppo": 372, "grpo": 338}
 _SHAPES = {"ppo": "B queries of P tokens, N = B outputs of at most T tokens", "grpo": "B queries of P tokens, N = B · G outputs of at most T tokens"}
 _NOTES = [("ppo", ("kl", "plus"), 610, _HIGH + 41, "KL joins the reward"), ("grpo", ("kl", "objective"), 540, _HIGH - 32, "KL joins the loss"),
           ("ppo", ("gae", "value"), 424, _LOW + 73, "returns: what V should have guessed"), ("grpo", (), 398, _LOW + 5, "no Value Model")]

@@ -128,11 +128,12 @@ def check_outputs(site: Path, pages: dict[Path, Page], notebooks: Path) -> list[
             continue
         page = pages[path]
         words, drawings = squeeze(page.text), path.read_text(encoding="utf-8").count("<svg")
-        files = [path.parent / unquote(url) for url in page.loads if url.endswith(".png")]
+        files = [path.parent / unquote(url) for url in page.loads if url.endswith((".png", ".svg"))]
         pictures = {hashlib.sha256(file.read_bytes()).digest() for file in files if file.is_file()}
 
         def shown(mime: str, content: str) -> bool:
             if mime == "image/png": return hashlib.sha256(base64.b64decode(content)).digest() in pictures
+            if hashlib.sha256(content.encode()).digest() in pictures: return True  # beside an interactive one
             return (mime == "text/html" or drawings > 0) and squeeze(Page(content).text) in words
 
         for number, cell in enumerate(json.loads(source.read_text(encoding="utf-8"))["cells"]):
