@@ -187,8 +187,9 @@ def test_preview_serves_the_site_and_stops_at_an_interrupt():
         try:
             address = next(line.split()[0] for line in server.stdout if line.startswith("http://127.0.0.1:"))
             with urlopen(address + "gae.html") as page: assert b"<h1" in page.read()
-        finally: server.send_signal(signal.SIGINT)
-        assert server.communicate(timeout=20)[0].split() == ["stopped"] and server.returncode == 0
+            server.send_signal(signal.SIGINT)
+            assert server.communicate(timeout=20)[0].split() == ["stopped"] and server.returncode == 0
+        finally: server.kill()  # whatever happened: it must not outlive the test
 
 
 @pytest.mark.parametrize("event, counts", [

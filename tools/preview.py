@@ -5,6 +5,7 @@
 A build that fails is printed, and the last good site stays. Reload the page to see a new build; Ctrl-C stops.
 """
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serve the documentation site and rebuild it on change.")
     parser.add_argument("--port", type=int, default=4200, help="0: any free one")
     port, changes, observer = parser.parse_args().port, Changes(), Observer()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     with tempfile.TemporaryDirectory(prefix="grpo_nb_preview_") as folder:
         site = Path(folder) / "site"
         site.mkdir()
