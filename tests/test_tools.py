@@ -205,3 +205,11 @@ def test_preview_notices_a_changed_source(event, counts):
     event.src_path, event.dest_path = (path and str(ROOT / path) for path in (event.src_path, event.dest_path))
     changes.on_any_event(event)
     assert changes.changed.is_set() == counts
+
+
+def test_source_of_a_name_that_two_modules_have():
+    "`advantages` stands in gae and in group: each page links to its own."
+    shown = "[source](https://example.org/blob/main/grpo_nb/gae.py#L52)\n\n### advantages\n"
+    lines = (ROOT / "grpo_nb/group.py").read_text().splitlines()
+    assert build_docs.own_source(shown, "gae") == shown
+    assert build_docs.own_source(shown, "group") == shown.replace("gae.py#L52", f"group.py#L{lines.index('def advantages(') + 1}")

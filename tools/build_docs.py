@@ -94,7 +94,8 @@ def mend_pages(site: Path) -> None:
                 source = "".join(cell["source"])
                 cell["source"] = unfold(relink(source))
             for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
-                data["text/markdown"] = relink(re.sub(r"```.*?```", signature, "".join(data["text/markdown"]), flags=re.S))
+                text = own_source("".join(data["text/markdown"]), NUMBER.sub(r"\1", path.stem))
+                data["text/markdown"] = relink(re.sub(r"```.*?```", signature, text, flags=re.S))
         mend_interactive(notebook)
         path.unlink()
         (site / page_name(path.relative_to(site).as_posix())).write_text(json.dumps(notebook))
@@ -117,6 +118,16 @@ def unfold(source: str) -> str:
 def signature(code: re.Match) -> str:
     "nbdev makes links of names in backticks, which cannot be links here, and says of types where they were defined."
     return re.sub(r"\b(?:__main__|jaxtyping)\.", "", re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0]))
+
+
+def own_source(text: str, module: str) -> str:
+    "nbdev looks a name up by the name alone; where two modules have one, the page of a module means its own."
+    link = re.search(r"/grpo_nb/(\w+)\.py#L\d+", text)
+    name = re.search(r"^#+ +(\w+)$", text, re.M)
+    path = ROOT / "grpo_nb" / f"{module}.py"
+    if not link or not name or link[1] == module or not path.exists(): return text
+    line = next((node.lineno for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == name[1]), None)
+    return text if line is None else text.replace(link[0], f"/grpo_nb/{module}.py#L{line}")
 
 
 def mend_interactive(notebook: dict) -> None:
