@@ -37,7 +37,7 @@ class Config:
     algorithm: Literal["ppo", "grpo"] = option(default="grpo", help="which half of the figure: ppo or grpo")
     recipe: str | None = option(default=None, help="start from the settings of a paper, see RECIPES")
     model: str = option(default="tiny", help="policy: tiny, smollm2, a directory or a hub id")
-    task: str = option(default="add", help="add, target or add_chat")
+    task: str = option(default="add", help="add, sums, target or add_chat")
     digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query")
     reward_funcs: list[str] = option(default_factory=lambda: ["accuracy"], help="accuracy, brevity, format, overlong, process, learned, or the path of a reward model")
     reward_weights: list[float] | None = option(default=None, help="one weight a reward function (default: all 1)")

@@ -259,7 +259,7 @@ def test_a_finished_run_is_not_resumed(finished, capsys):
 BASE = {"num_prompts": 8, "max_steps": 2, "reward_funcs": ["accuracy", "brevity"], "num_iterations": 3, "learning_rate": 1e-3, "temperature": 2.0, "max_completion_length": 6, "eval_size": 5}
 LEARNED = {"reward_funcs": ["learned"], "reward_model_prompts": 6, "reward_model_steps": 1}
 SHARED = {  # field: values that are not the default, or (value, other options that it needs)
-    "model": ["tiny"], "task": ["add", "target"], "digits": [1, 2, 3], "reward_funcs": [["accuracy"], ["brevity"], ["process", "format"], ["overlong"]],
+    "model": ["tiny"], "task": ["add", "sums", "target"], "digits": [1, 2, 3], "reward_funcs": [["accuracy"], ["brevity"], ["process", "format"], ["overlong"]],
     "reward_weights": [[0.5, 2.0]], "num_prompts": [3], "num_iterations": [1], "beta": [0.0, 0.5], "ref_model_sync_steps": [(1, {"learning_rate": 1e-2})],
     "reward_model_prompts": [(12, LEARNED)], "reward_model_steps": [(3, LEARNED)],
     "epsilon": [0.02], "epsilon_high": [0.02], "delta": [1.02], "objective": ["clip", "cispo"], "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo"],
