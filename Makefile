@@ -14,7 +14,7 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test bench mutants lab docs preview browser screenshots export check clean
+.PHONY: help setup run test bench claims mutants lab docs preview browser screenshots export check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,18 @@ test: setup ## run every notebook's tests, then tests/ (but tests/browser: make 
 
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
+
+# A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores.
+CLAIMS ?= $(basename $(notdir $(wildcard nbs/experiments/claims/[0-9]*.ipynb)))
+claims: setup ## the article's claims: make what is missing in benchmarks/claims/ (SMOKE=1: in miniature; CLAIMS=02_explore: that one)
+	@mkdir -p runs/claims; $(if $(SMOKE),rm -rf runs/claims/smoke-*;) failed=; \
+	for name in $(CLAIMS); do \
+	  echo "=== $$name"; began=$$SECONDS; \
+	  OMP_NUM_THREADS=1 $(BIN)/papermill --progress-bar -k python3 --cwd nbs/experiments/claims nbs/experiments/claims/$$name.ipynb \
+	    runs/claims/$(if $(SMOKE),smoke-)$$name.ipynb -p $(if $(SMOKE),smoke,rerun) True -p jobs $(CPUS) $(ARGS) || failed="$$failed $$name"; \
+	  echo "$$name: $$((SECONDS - began)) s"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+	@$(if $(SMOKE),,$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(CLAIMS:%=nbs/experiments/claims/%.ipynb) nbs/experiments/claims/index.ipynb && $(BIN)/nbdev_clean)
 
 mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--jobs 2")
 	$(BIN)/python tools/mutants.py $(ARGS)

@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 
 import nbformat
 import pandas as pd
@@ -111,3 +112,46 @@ def test_compare_notebook(tmp_path, monkeypatch):
     run(COMPARE, tmp_path, monkeypatch, seeds=1, max_steps=2, completions_per_step=16, num_generations=4, output_dir=str(tmp_path / "runs"))
     runs = {path.parent for path in (tmp_path / "runs").rglob("config.json")}
     assert len(runs) >= 2 and all(len(read_metrics(directory)) == 2 for directory in runs if (directory / "metrics.jsonl").exists())
+
+
+# The claims ------------------------------------------------------------------------------------------------------------------
+
+CLAIMS = sorted(EXPERIMENTS.glob("claims/[0-9]*.ipynb"))
+
+
+def printed(path):
+    "All text that the cells of a saved notebook have put out."
+    outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in outputs)
+
+
+@pytest.mark.parametrize("path", CLAIMS, ids=name_of)
+def test_a_claim_is_saved_with_the_verdict_of_its_results(path):
+    "Its page, the page of all claims and the README say the same."
+    noted = json.loads((ROOT / "benchmarks/claims" / f"{path.stem}.json").read_text())
+    assert re.match(r"(holds|does not hold)\b", noted["verdict"]) and len(noted["reason"]) > 40 and noted["practice"]
+    assert f"Verdict: {noted['verdict']}\n" in printed(path)
+    for page in (printed(EXPERIMENTS / "claims/index.ipynb"), (ROOT / "README.md").read_text()):
+        assert noted["claim"] in page and noted["verdict"] in page
+    for table in noted["tables"]:
+        rows = pd.read_csv(ROOT / "benchmarks/claims" / f"{path.stem}_{table}.csv")
+        assert len(rows) == noted["tables"][table]["rows"] > 0
+        assert not rows.select_dtypes("object").map(lambda x: str(x).startswith("/")).any().any(), "a path of one machine"
+
+
+def test_ten_claims():
+    assert [int(path.name[:2]) for path in CLAIMS] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("name", ["03_parameters", "10_groups"])
+def test_a_claim_in_miniature(tmp_path, monkeypatch, name):
+    "In a checkout of its own: it runs, keeps nothing, and says what it says."
+    (tmp_path / "settings.ini").touch()
+    shutil.copytree(EXPERIMENTS, tmp_path / "nbs/experiments")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = papermill.execute_notebook(EXPERIMENTS / f"claims/{name}.ipynb", tmp_path / "out.ipynb", {"smoke": True, "jobs": 2},
+                                          cwd=tmp_path / "nbs/experiments/claims", kernel_name="python3", progress_bar=False, log_output=False)
+    said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert re.search(r"^Verdict: (holds|does not hold).*\(a smoke run: it says nothing\)$", said, re.M)
+    assert not (tmp_path / "benchmarks").exists() and list((tmp_path / f"runs/claims/smoke-{name}").glob(f"{name}_*.csv"))
