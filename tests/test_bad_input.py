@@ -30,7 +30,7 @@ TABLE = torch.ones(4, 3)
 @pytest.mark.parametrize("options, words", [
     ({"temperature": 0}, ["temperature", "0", "greater than 0"]), ({"temperature": -1.5}, ["temperature", "-1.5", "greater than 0"]),
     ({"temperature": math.nan}, ["temperature", "nan"]), ({"num_generations": 1}, ["num_generations", "1", "greater than or equal to 2"]),
-    ({"algorithm": "dpo"}, ["algorithm", "'dpo'", "grpo, ppo"]), ({"task": "chess"}, ["task", "'chess'", "add, target"]),
+    ({"algorithm": "dpo"}, ["algorithm", "'dpo'", "grpo, ppo"]), ({"task": "chess"}, ["task", "'chess'", "add, sums, target"]),
     ({"dtype": "float16"}, ["dtype", "'float16'", "'float32' or 'bfloat16'"]), ({"device": "cuda:99"}, ["device", "'cuda:99'", '"auto"']),
     ({"device": "abacus"}, ["device", "'abacus'", '"auto"']), ({"recipe": "x"}, ["recipe", "'x'", "deepseekmath"]),
     ({"top_p": 0.0}, ["top_p", "0.0", "greater than 0"]), ({"top_p": 1.1}, ["top_p", "1.1", "less than or equal to 1"]), ({"top_k": -1}, ["top_k", "-1", "greater than or equal to 0"]),
@@ -70,7 +70,7 @@ def test_config(options, words):
     (lambda: kl(TABLE, ONE), ["ref_logprobs", "(4, 3)", "(4,)"]),
     (lambda: gae(TABLE, TABLE[:, :2], TABLE > 0), ["rewards, values and mask", "(4, 2)"]),
     (lambda: combine(TABLE, [1.0]), ["reward_weights", "1", "3"]),
-    (lambda: load_task("chess"), ["task", "'chess'", "add, target"]),
+    (lambda: load_task("chess"), ["task", "'chess'", "add, sums, target"]),
     (lambda: load_task("add", digits=9), ["digits", "9", "1, 2 or 3"]),
     (lambda: load_task("add").queries("test", 3), ["split", "'test'", '"train" or "heldout"']),
     (lambda: load_task("add").queries("train", 0), ["n must be at least 1", "0"]),

@@ -394,7 +394,7 @@ def test_help_lists_every_option(algorithm, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--temperature", "0"], "temperature = 0.0: .*greater than 0"), (["--algorithm", "dpo"], "algorithm must be one of grpo, ppo; got 'dpo'"),
     (["--algorithm", "ppo", "--num_generations", "4"], "num_generations"), (["--nonsense", "1"], "nonsense"), (["--max_steps", "many"], "max_steps.*many"),
-    (["chat", "/nowhere"], "'/nowhere' is not a finished run"), (["chat"], "chat RUN"), (["--task", "chess"], "task must be one of add, target"),
+    (["chat", "/nowhere"], "'/nowhere' is not a finished run"), (["chat"], "chat RUN"), (["--task", "chess"], "task must be one of add, sums, target"),
     (["--recipe", "x"], "recipe must be one of .*got 'x'"), (["--model", "/nowhere"], "model must be .*got '/nowhere'")], ids=" ".join)
 def test_command_line_errors(tmp_path, monkeypatch, capsys, flags, message):
     "A wrong flag ends with a message and a nonzero status, and starts no run."
