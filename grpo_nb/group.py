@@ -27,8 +27,7 @@ def group_advantages(
 ) -> Float[Tensor, "N"]:
     """Advantage of each completion relative to its group (DeepSeekMath 2402.03300, sec. 4.1.2); std with ddof 1.
 
-    `ValueError`: fewer than two generations (nothing to compare with), a number of rewards that is no multiple of them,
-    an unknown choice."""
+    `ValueError`: fewer than two generations (nothing to compare with), a number of rewards that is no multiple of them, an unknown choice."""
     if rewards.dim() != 1: raise ValueError(f"rewards must have shape [N], got {tuple(rewards.shape)}")
     if num_generations < 2: raise ValueError(f"num_generations must be at least 2: a group of one has nothing to be compared with; got {num_generations}")
     if len(rewards) % num_generations: raise ValueError(f"rewards must be a multiple of num_generations = {num_generations}, got {len(rewards)}")
@@ -115,9 +114,7 @@ def dynamic_sampling(
 ) -> tuple:  # (rollout, metrics)
     """Sample and score; groups that teach nothing are replaced by other queries' (DAPO 2503.14476, eq. 11).
 
-    `reward`, `rewards/...` and `frac_reward_zero_std` are those of the first round, an unbiased sample of the queries; what
-    else is measured later describes the groups that are trained on. If no group at all has variance, the first round is
-    the step, with advantages of 0."""
+    `reward`, `rewards/...` and `frac_reward_zero_std` are those of the first round, an unbiased sample; if no group has variance, it is the step."""
     n = config.num_prompts if config.dynamic_sampling else len(queries)
     rollout = sample(queries[:n])
     metrics = score(rollout)

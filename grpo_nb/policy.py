@@ -75,8 +75,8 @@ def load_policy(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)  # no code that comes with a model is run
     except Exception as error:  # unreadable, not there, not a language model: one message for all
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; got {str(name)!r}: {said}") from error

@@ -117,11 +117,8 @@ def judge(
     reward_funcs: list[RewardFunction],
     rollout: Rollout,
 ) -> list[list]:  # of each function, for each completion: a float, None, or a list of (end, score)
-    """Call every reward function on every completion.
-
-    A function that raises becomes a `RuntimeError` with its name; wrong numbers or types are a `ValueError` or `TypeError`."""
-    G = rollout.num_generations
-    queries = [query for query in rollout.queries for _ in range(G)]
+    "Call every reward function on every completion; one that raises is a `RuntimeError` with its name, wrong numbers or types a `ValueError` or `TypeError`."
+    queries = [query for query in rollout.queries for _ in range(rollout.num_generations)]
     prompts = [query.prompt for query in queries]
     completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, rollout.completions)]
     columns = {name: [query.columns.get(name) for query in queries] for name in sorted({name for query in queries for name in query.columns})}
@@ -166,9 +163,16 @@ def score(
     rollout: Rollout,
     reward_funcs: list[RewardFunction],
     weights: list[float] | None = None,
+    on_error: str = "stop",  # of what `judge` refuses: "stop" | "drop" its group
 ) -> dict[str, float]:  # mean of each function over the completions that it judged
     "The reward stage: fills `rollout.rewards` and `rollout.scored`, and the step rewards if a function gives them."
-    judged = judge(reward_funcs, rollout)
+    def judgement(part):
+        try: return judge(reward_funcs, part)
+        except (RuntimeError, TypeError, ValueError):
+            if on_error == "stop": raise
+            return [[None] * len(part)] * len(reward_funcs)
+    parts = [rollout] if on_error == "stop" else [rollout.select([group]) for group in range(len(rollout.queries))]
+    judged = [sum(columns, []) for columns in zip(*map(judgement, parts))]
     total = lambda x: math.nan if x is None else math.fsum(score for _, score in x) if isinstance(x, list) else x
     scores = torch.tensor([[total(x) for x in column] for column in judged], device=rollout.completion_ids.device).T
     rollout.rewards = combine(scores, weights)
@@ -197,8 +201,8 @@ class RewardModel:
     def from_pretrained(cls, path: str, device: str = "auto") -> "RewardModel":
         "Load one from a directory or hub id."
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             raise ValueError(f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
         if info["missing_keys"]: raise ValueError(f"{str(path)!r} is not a reward model: it has no trained score head (missing: {', '.join(sorted(info['missing_keys']))})")

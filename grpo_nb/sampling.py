@@ -63,8 +63,7 @@ def sample(
 ) -> Rollout:  # with `logprobs`; N = B * G rows, groups contiguous
     """Draw `num_generations` completions of each query: q -> o_1 ... o_G.
 
-    A prompt is read once and its cache copied for its group; finished rows leave the batch. A model without such a cache
-    passes whole sequences, with a warning. Refused with a `ValueError`: no queries, an empty prompt, one that does not fit, a number out of range."""
+    A model without a cache of keys and values passes whole sequences, with a warning. `ValueError`: no queries, an empty prompt, one that does not fit, a number out of range."""
     for name, value, good in [("num_generations", num_generations, num_generations >= 1), ("temperature", temperature, temperature > 0),
                               ("max_completion_length", max_completion_length, max_completion_length >= 1),
                               ("top_p", top_p, 0 < top_p <= 1), ("top_k", top_k, top_k >= 0)]:
@@ -173,8 +172,7 @@ def _decode(model, prompt_ids, prompt_mask, G, max_length, temperature, top_p, t
 # %% ../nbs/04_sampling.ipynb #d2d5ee11
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: list[Query], num_generations: int, config, generator: torch.Generator | None = None) -> Rollout:
     "`sample` as the config says; log-probs are exact, or None (in bfloat16, for a group) where the update will find them exactly."
-    rollout = sample(model, tokenizer, queries, num_generations, config.max_completion_length, config.temperature,
-                     config.top_p, config.top_k, generator)
+    rollout = sample(model, tokenizer, queries, num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k, generator)
     if config.dtype == "bfloat16":
         rollout.logprobs = None
         if num_generations == 1: rollout.logprobs = in_pieces(lambda piece: token_logprobs(model, piece, config.temperature), rollout, config.max_tokens_per_micro_batch, sharing_width(model, rollout))

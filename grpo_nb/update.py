@@ -8,6 +8,7 @@ __all__ = ['piece_loss', 'update', 'checkpoint_layers']
 # %% ../nbs/11_update.ipynb #35b9890c
 from collections import defaultdict
 from functools import partial
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -24,9 +25,7 @@ from .value import ValueModel, value_loss
 
 # %% ../nbs/11_update.ipynb #9e94a517
 def piece_loss(policy: PreTrainedModel, piece: Rollout, config, beta: float, totals: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Policy loss, KL in the loss and entropy bonus of one micro-batch (2402.03300, eq. 3), and sums over its tokens (KL, entropy: nats); `totals`: num_sequences, num_tokens of the step.
-
-    If `piece.logprobs` is None, this pass is the first on fresh samples, and fills it in."""
+    "Policy loss, KL in the loss and entropy bonus of one micro-batch (2402.03300, eq. 3), and sums over its tokens (nats); `totals`: num_sequences, num_tokens of the step. The first pass on fresh samples fills in `piece.logprobs`."
     mask = piece.loss_mask(config.mask_truncated_completions)
     logprobs, entropy = token_logprobs(policy, piece, config.temperature, return_entropy=True)
     if piece.logprobs is None: piece.logprobs = logprobs.detach()
@@ -71,11 +70,13 @@ def update(
                 loss = value_loss(value_model(piece), piece.values, piece.returns, piece.loss_mask(config.mask_truncated_completions), config.cliprange_value, totals["num_tokens"])
                 (config.vf_coef * loss).backward()
                 metrics["value_loss"] += loss.item()
-        for model, o, name in trained:
-            metrics[name] += nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-            o.step()
+        norms = {name: nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item() for model, _, name in trained}
+        for name, norm in norms.items(): metrics[name] += norm
+        finite = isfinite(sum(norms.values()))
+        metrics["skipped_updates"] += config.num_iterations * (not finite)  # a count, not a mean
+        for _, o, _ in trained if finite else []: o.step()
     if rollout.logprobs is None and metrics: rollout.logprobs = in_order([piece.logprobs for piece in pieces], cut, rollout)
-    return {name: x / config.num_iterations for name, x in metrics.items()} or {"loss": 0.0, "grad_norm": 0.0}
+    return {name: x / config.num_iterations for name, x in metrics.items()} or {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0.0}
 
 # %% ../nbs/11_update.ipynb #04b201c6
 def checkpoint_layers(model: nn.Module):

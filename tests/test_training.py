@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from grpo_nb import training
-from grpo_nb.algorithm import CONFIGS, RECIPES, SCHEDULERS, make_config
+from grpo_nb.algorithm import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
 from grpo_nb.training import chat, checkpoints, evaluate, main, open_run, parse_arguments, train, train_reward_model
@@ -264,9 +264,10 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "reward_model_prompts": [(12, LEARNED)], "reward_model_steps": [(3, LEARNED)],
     "epsilon": [0.02], "epsilon_high": [0.02], "delta": [1.02], "objective": ["clip", "cispo"], "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo"],
     "importance_sampling_level": ["token", "sequence"], "mask_truncated_completions": [(True, {"max_completion_length": 3})], "entropy_coef": [0.1],
-    "max_completion_length": [2], "temperature": [0.5], "top_p": [0.5], "top_k": [2], "learning_rate": [1e-5], "lr_scheduler_type": list(SCHEDULERS),
+    "max_completion_length": [2], "temperature": [0.5], "top_p": [0.5], "top_k": [2], "learning_rate": [1e-5], "lr_scheduler_type": ["constant", "constant_with_warmup", "linear", "cosine"],
     "warmup_steps": [5], "max_grad_norm": [0.01], "max_steps": [1], "eval_steps": [1], "eval_size": [3], "save_steps": [1],
-    "seed": [1], "device": ["auto", "cpu"], "dtype": ["float32", "bfloat16"], "max_tokens_per_micro_batch": [1], "reference_dtype": ["float32", "bfloat16"], "gradient_checkpointing": [True], "resume": [True]}
+    "seed": [1], "device": ["auto", "cpu"], "dtype": ["float32", "bfloat16"], "max_tokens_per_micro_batch": [1], "reference_dtype": ["float32", "bfloat16"], "gradient_checkpointing": [True], "resume": [True],
+    "on_reward_error": ["stop", "drop"], "max_skipped_steps": [1]}  # what these two do is in test_faults.py
 OPTIONS = {
     "grpo": SHARED | {"algorithm": ["grpo"], "num_generations": [2], "dynamic_sampling": [(2, {"reward_funcs": ["accuracy"]})], "scale_rewards": ["group", "batch", "none"], "baseline": ["mean", "leave_one_out"],
                       "use_bias_correction_kl": [True]},
@@ -274,7 +275,7 @@ OPTIONS = {
                      "whiten_advantages": [False], "kl_target": [0.001]}}
 CASES = [(algorithm, name, value) for algorithm, options in OPTIONS.items() for name, values in options.items() for value in values]
 TWINS = {"dapo": "bnpo", "constant_with_warmup": "constant"}  # two names of one thing
-HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "gradient_checkpointing", "resume"}  # leave the training as it is
+HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "gradient_checkpointing", "resume", "on_reward_error", "max_skipped_steps"}  # leave the training as it is
 
 
 def test_every_option_is_tried():
