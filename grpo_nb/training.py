@@ -46,7 +46,7 @@ from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry
                             process_reward, score)
 from .rollout import Rollout
 from .sampling import check_context, sample
-from .task import Query, Task, load_task
+from .task import TASKS, Query, Task, load_task
 from .update import checkpoint_layers
 from .value import ValueModel
 
@@ -299,7 +299,8 @@ def open_run(
     for needed in ("config.json", "model"):
         if not (directory / needed).exists(): raise ValueError(f"{str(directory)!r} is not a finished run: it has no {needed}")
     saved = json.loads((directory / "config.json").read_text()) | {"device": device}
-    config = make_config(**saved | ({"task": None} if task else {}) | ({"reward_funcs": None} if reward_funcs else {}))
+    own = task is not None and saved["task"] not in TASKS  # the name of one that no config could name
+    config = make_config(**saved | ({"task": None} if own else {}) | ({"reward_funcs": None} if reward_funcs else {}))
     task = task or load_task(config.task, digits=config.digits)
     policy, tokenizer = load_policy(str(directory / "model"), device)
     names = [str(directory / "reward_model") if name == "learned" else name for name in reward_funcs or config.reward_funcs]

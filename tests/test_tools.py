@@ -149,6 +149,8 @@ def test_readme_code():
     svg = {"output_type": "display_data", "data": {"image/svg+xml": ["<svg/>"], "text/plain": ["<SVG>"]}}
     out = {"output_type": "stream", "name": "stdout", "text": ["hi\n"]}
     assert readme.code({"source": '#| echo: false\n#| fig-alt: "A"\ndraw()', "outputs": [svg]}, images) == ["![A](nbs/images/index-1.svg)"]
+    linked = {"data": {"text/markdown": "| [a](experiments/train.ipynb) |"}}
+    assert readme.code({"source": "#| echo: false\nmade()", "outputs": [linked]}, images) == ["| [a](nbs/experiments/train.ipynb) |"]
     assert readme.code({"source": "print('hi')", "outputs": [out]}, images) == ["```python\nprint('hi')\n```", "```text\nhi\n```"]
     assert readme.code({"source": "#| hide\n1", "outputs": []}, images) == [] and images == {"index-1.svg": b"<svg/>\n"}
 

@@ -133,6 +133,16 @@ def test_max_tokens_per_micro_batch_is_no_hyper_parameter(tmp_path):
     for name, x in lines[0].items(): assert abs(x - lines[1][name]) < 1e-4, name
 
 
+def test_a_run_on_a_task_object_remembers_its_name(tmp_path):
+    "One that load_task knows keeps its name when the run is opened, or resumed where it was finished; another name no config could have."
+    for task, name in ((load_task("target"), "target"), (replace(load_task("add"), name="mine"), "add")):
+        config = short_config(max_steps=1, output_dir=str(tmp_path / task.name))
+        train(config, task=task, progress=False)
+        assert json.loads((tmp_path / task.name / "config.json").read_text())["task"] == task.name
+        again = train(replace(config, resume=True), task=task, progress=False)
+        assert again.config.task == name and again.task is task
+
+
 # Bug 26: resume ----------------------------------------------------------------------------------------------------------
 
 RESUMED = {"grpo": {"algorithm": "grpo"}, "ppo": {"algorithm": "ppo", "kl_target": 0.001, "beta": 0.1}, "head": {"algorithm": "ppo", "value_model": "head"},

@@ -70,7 +70,7 @@ def output(out: dict, options: dict, images: dict[str, bytes]) -> str:
             own_title = re.search(r"<title[^>]*>([^<]*)", picture)
             alt = options.get("fig-alt") or options.get("fig-cap") or (own_title[1] if own_title else "")
             return f"![{alt}]({IMAGES.relative_to(ROOT).as_posix()}/{name})"
-    if "text/markdown" in data: return text(data["text/markdown"]).strip()
+    if "text/markdown" in data: return prose(text(data["text/markdown"]), "").strip()
     plain = text(out["text"]) if out.get("name") == "stdout" else text(data.get("text/plain", ""))
     return f"```text\n{plain.rstrip()}\n```" if plain.strip() else ""
 
