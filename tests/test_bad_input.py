@@ -39,7 +39,7 @@ TABLE = torch.ones(4, 3)
     ({"learning_rate": 0.0}, ["learning_rate", "0.0", "greater than 0"]), ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
     ({"scale_rewards": "std"}, ["scale_rewards", "'std'", "'group', 'batch' or 'none'"]), ({"objective": "ppo"}, ["objective", "'ppo'", "'clip' or 'cispo'"]),
     ({"loss_type": "sum"}, ["loss_type", "'sum'", "'dr_grpo'"]), ({"importance_sampling_level": "word"}, ["importance_sampling_level", "'word'", "'token' or 'sequence'"]),
-    ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]), ({"reward_funcs": []}, ["reward_funcs", "at least one"]),
+    ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]), ({"reward_funcs": []}, ["reward_funcs", "[]", "at least 1"]),
     ({"reward_weights": [1.0, 2.0]}, ["reward_weights", "2", "1"]), ({"nonsense": 3}, ["nonsense", "3", "allowed", "num_prompts"]),
     ({"algorithm": "grpo", "lam": 0.5}, ["lam", "0.5", "only ppo"]), ({"algorithm": "ppo", "num_generations": 8}, ["num_generations", "8", "only grpo"]),
     ({"learning_rate": math.inf}, ["learning_rate", "inf", "finite"]),

@@ -69,7 +69,8 @@ def child(directory, tmp_path, before=""):
     "The same run in a process of its own; `before` is done there first."
     config = asdict(short_config(**OPTIONS, output_dir=str(directory))) | {"resume": (directory / "config.json").exists()}
     code = f"import json, os, signal, sys\nfrom grpo_nb import training\nfrom grpo_nb.algorithm import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
-    return subprocess.Popen([sys.executable, "-c", code, json.dumps(config)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as here; with two, the last bits are others
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(config)], cwd=tmp_path, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
