@@ -3,6 +3,7 @@
 Bug 26 (resume) and bug 28 (every documented option runs) are here; the others are in test_equations.py."""
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -220,7 +221,7 @@ def test_resume_after_a_kill(tmp_path, straight):
     "Bug 26: the process is killed in the middle of whatever it does, and another one goes on."
     directory = tmp_path / "run"
     flags = [f"--{name}={value}" for name, value in (asdict(short_config(**LONG, **RESUMED["grpo"], output_dir=str(directory)))).items() if value is not None and not isinstance(value, list)]
-    process = subprocess.Popen([sys.executable, "-m", "grpo_nb.training", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "grpo_nb.training", *flags], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 100
     while not checkpoints(directory) and process.poll() is None and time.monotonic() < deadline: time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
