@@ -143,10 +143,10 @@ def make_config(
     algorithm = given.get("algorithm", "grpo")
     if algorithm not in CONFIGS: raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
     known = [f.name for f in fields(CONFIGS[algorithm])]
-    for name, value in ((name, value) for name, value in given.items() if name not in known):
+    for name in (name for name in given if name not in known):
         other = next((a for a in CONFIGS if name in {f.name for f in fields(CONFIGS[a])}), None)
         hint = f"only {other} has it" if other else f"allowed: {', '.join(known)}"
-        raise ValueError(f"{name} = {value!r} is not a parameter of {algorithm}; {hint}")
+        raise ValueError(f"{name} = {given[name]!r} is not a parameter of {algorithm}; {hint}")
     try: return CONFIGS[algorithm](**given)
     except ValidationError as error:
         said = (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"].removeprefix("Value error, ") for e in error.errors())

@@ -138,6 +138,19 @@ def test_without_a_whole_checkpoint_the_run_starts_over(stopped, straight):
     same_run(stopped, straight)
 
 
+def test_only_what_is_its_own_is_removed(tmp_path, straight):
+    "What a killed process left half written goes; a file of the user's with such a name stays, in a fresh run and in a resumed one."
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / ".notes.tmp").write_text("mine")
+    def breaks(*_): raise OSError("no judge")
+    with pytest.raises(RuntimeError, match="no judge"): run(directory, [judged(3, breaks)])
+    (directory / ".config.json.tmp").write_text("half a li")
+    run(directory, [judged()], resume=True)
+    same_run(directory, straight)
+    assert [path.name for path in directory.glob(".*.tmp")] == [".notes.tmp"] and (directory / ".notes.tmp").read_text() == "mine"
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch):
     save = training.save_file
     def full(tensors, path):
