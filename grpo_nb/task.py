@@ -297,10 +297,11 @@ def extract_answer(
     text = text.replace("$", "").replace("{,}", ",")
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,200
     text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
-    mark = next((mark for mark in ("####", "\\boxed{") if mark in text), None)
-    numbers = _NUMBER.findall(text.rpartition(mark)[2].partition("\n")[0] if mark else text)
-    number = numbers[0 if mark else -1] if numbers else None
-    return number if number and len(number) <= MAX_EXPRESSION else None
+    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
+    for mark, end in (("####", "\n"), ("\\boxed{", "}")):
+        if mark in text: found = _NUMBER.search(text.rpartition(mark)[2].partition(end)[0]); break
+    else: found = next(iter(list(_NUMBER.finditer(text))[::-1]), None)
+    return found[0] if found and len(found[0]) <= MAX_EXPRESSION else None
 
 # %% ../nbs/01_task.ipynb #d446021b
 @lru_cache(maxsize=4096)
