@@ -320,7 +320,8 @@ def test_gsm8k_reads_its_columns(tmp_path):
         query = plain.query(i)
         assert query.columns == row | {"source": "us"} and row["question"] in query.prompt and row["question"] in chat.query(i).prompt[0]["content"]
         assert plain.is_right(row["answer"], query) and not plain.is_right(row["answer"] + "1", query) and chat.is_right(plain.solve(query, None), chat.query(i))
-    assert [query.key for query in plain.queries("heldout", 5)] == [query.key for query in chat.queries("heldout", 5)]
+    held = {row["question"] for row in PROBLEMS if zlib.crc32(row["question"].encode()) % 5 == 0}
+    for task in (plain, chat): assert {query.columns["question"] for query in task.queries("heldout", 50)} == held
     scores = accuracy_reward(plain)(prompts=["?"] * 2, completions=["#### 4", "#### 5"], completion_ids=[[1]] * 2, answer=[PROBLEMS[0]["answer"]] * 2)
     assert scores == [1.0, 0.0]
 
