@@ -475,14 +475,16 @@ def step_queries(
     return task.queries("train", n, seed=seed * 1_000_003 + step)
 
 def _check_prompts(config: Config, task: Task, models: Models):
-    "Refuse queries that this model cannot read, on the first ones of training and of evaluation, before anything is written."
+    "Refuse queries that this model cannot read, on the first ones of training and of evaluation or all rows of a table, before anything is written."
     queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries("heldout", config.eval_size)
-    ids, mask = encode_prompts(models.tokenizer, queries)
-    check_context(models.policy, queries, mask.sum(1), config.max_completion_length)
+    if task.sides is not None: queries = list(map(task.query, range(task.size)))  # a table: all of its rows
     tokenizer, unknown = models.tokenizer, models.tokenizer.unk_token_id
-    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): return
-    for query, unread in zip(queries, ((ids == unknown) & mask).any(1).tolist()):
-        if unread: raise ValueError(f"model {config.model!r} cannot read {query.text[:60]!r}: its tokenizer does not know all of these characters")
+    if unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): unknown = None  # it stands for something else, too
+    for part in (queries[start:start + 1000] for start in range(0, len(queries), 1000)):
+        ids, mask = encode_prompts(tokenizer, part)
+        check_context(models.policy, part, mask.sum(1), config.max_completion_length)
+        unread = [] if unknown is None else ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
+        if unread: raise ValueError(f"model {config.model!r} cannot read {part[unread[0]].text[:60]!r}: its tokenizer does not know all of these characters")
 
 # %% ../nbs/13_training.ipynb #f29ccbe0
 def _write_completions(directory: Path, rows: list[dict]):

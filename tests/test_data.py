@@ -250,9 +250,10 @@ def test_a_file_without_answers_of_which_nothing_is_scored(tmp_path):
 
 
 def test_a_model_that_cannot_read_the_prompts_is_refused(tmp_path):
-    "The embedded model knows digits and signs; a word is all unknown characters to it."
-    path = write(tmp_path / "rows.jsonl", [{"prompt": f"What is {row['prompt']}", "answer": "1"} for row in SUMS])
-    with pytest.raises(ValueError, match="cannot read 'What is"): two_steps(tmp_path / "run", task=path)
+    "The embedded model knows digits and signs, and its context is short; the whole table is looked at, also a row that no early step draws."
+    for prompt, says in (("What is 1+1=", "cannot read 'What is"), ("1+" * 1000, "too long")):
+        path = write(tmp_path / "rows.jsonl", [*SUMS * 20, {"prompt": prompt, "answer": "1"}])
+        with pytest.raises(ValueError, match=says): two_steps(tmp_path / "run", task=path)
     assert not (tmp_path / "run").exists()
 
 
