@@ -174,6 +174,15 @@ class Claim:
         if not path.exists(): raise ValueError(f"{path.relative_to(self.root)} is not there yet; papermill this notebook with -p rerun True")
         return pd.read_csv(path)
 
+    def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        "The rows of one run, with its `seconds`: made now, or as this claim's directory keeps them, so that a table of many runs goes on where it was."
+        path = self.directory / f"{name}.csv"
+        if not path.exists():
+            began, rows = time.time(), make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, rows.assign(seconds=round(time.time() - began, 1)).to_csv(index=False))
+        return pd.read_csv(path)
+
     def conclude(self, verdict: str, reason: str, practice: str):
         "Print the verdict, with the numbers behind it and what to take from it, and keep them beside the tables."
         if not verdict.startswith(("holds", "does not hold")): raise ValueError(f'a verdict begins with "holds" or "does not hold", got {verdict!r}')
