@@ -22,14 +22,9 @@ from grpo_nb.algorithm import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
 from grpo_nb.training import chat, checkpoints, evaluate, main, open_run, parse_arguments, train, train_reward_model
-from helpers import python, read_metrics, reproducible, short_config
+from helpers import python, read_metrics, reproducible, run, same_run, short_config
 
 ALGORITHMS = ["grpo", "ppo"]
-
-
-def run(directory, functions=None, **options):
-    "A short training run into a new directory; `functions` are reward functions that have no name."
-    return train(short_config(output_dir=str(directory), **options), reward_funcs=functions, progress=False)
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
@@ -159,14 +154,6 @@ def interrupted(after):
         if len(calls) > after: raise KeyboardInterrupt
         return judge(prompts, completions, **columns)
     return accuracy
-
-
-def same_run(a, b):
-    "Bit for bit: metrics, completions, model, and the last checkpoint (optimisers, sampler, schedule, beta)."
-    assert [reproducible(line) for line in read_metrics(a)] == [reproducible(line) for line in read_metrics(b)]
-    assert pd.read_parquet(a / "completions.parquet").equals(pd.read_parquet(b / "completions.parquet"))
-    for name in ("model/model.safetensors", "checkpoint-5/state.safetensors", "checkpoint-5/trainer.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
