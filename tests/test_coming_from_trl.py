@@ -231,6 +231,13 @@ def test_what_it_logs_cannot_replace_a_metric(tmp_path):
     with pytest.raises(RuntimeError, match="'words' raised ValueError"): train(short_config(output_dir=str(tmp_path / "b")), reward_funcs=[words], progress=False)
 
 
+def test_a_function_that_takes_only_its_columns(tmp_path):
+    "Without **kwargs it gets the columns and no more, where TRL could not call it."
+    def exact(prompts, completions, completion_ids, answer): return [float(a == c) for a, c in zip(answer, completions)]
+    both = [train(short_config(output_dir=str(tmp_path / name)), reward_funcs=given, progress=False).metrics["reward"].tolist() for name, given in [("own", [exact]), ("ours", None)]]
+    assert both[0] == both[1]
+
+
 def test_a_function_beside_one_by_name(tmp_path):
     "TRL's list may mix functions with names of models; config.json says which is which."
     run = train(short_config(output_dir=str(tmp_path / "run")), reward_funcs=["accuracy", functools.partial(weighted, weight=-0.01)], progress=False)
