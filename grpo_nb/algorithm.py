@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -76,6 +76,7 @@ class Config:
     max_tokens_per_micro_batch: PositiveInt = option(default=8192, help="tokens of one forward pass, padding included")
     gradient_checkpointing: bool = option(default=False, help="compute layers again in the backward pass: less memory, more time")
     output_dir: str | None = option(default=None, help="run directory (default: the next free one under runs/)")
+    report_to: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = option(default_factory=list, help="trackers of Accelerate that get every line of metrics, too: tensorboard, wandb, ...; metrics.jsonl is always written")
     resume: bool = option(default=False, help="go on from the newest checkpoint in output_dir")
 
     def __post_init__(self):

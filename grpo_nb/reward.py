@@ -7,10 +7,14 @@ __all__ = ['RewardFunction', 'text_of', 'name_of', 'accuracy_reward', 'brevity_r
            'process_reward', 'judge', 'combine', 'combine_steps', 'score', 'bradley_terry_loss', 'RewardModel']
 
 # %% ../nbs/06_reward.ipynb #18b3c911
+import asyncio
 import copy
+import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from numbers import Integral, Real
 
 import torch
@@ -32,7 +36,7 @@ def text_of(completion: str | list[dict]) -> str:
 
 def name_of(f: RewardFunction) -> str:
     "The name that metrics and errors call it by."
-    return getattr(f, "__name__", type(f).__name__)
+    return name_of(f.func) if isinstance(f, functools.partial) else getattr(f, "__name__", type(f).__name__)
 
 # %% ../nbs/06_reward.ipynb #4593931c
 def _queries(prompts: list, columns: dict) -> list[Query]:
@@ -99,8 +103,9 @@ def _number(name: str, i: int, score) -> float:
     return float(score)
 
 def _checked(name: str, scores, lengths: list[int]) -> list:
-    "What one function returned: for each completion a float, None, or the (end, score) of its steps."
+    "What one function returned or raised: for each completion a float, None, or the (end, score) of its steps."
     n = len(lengths)
+    if isinstance(scores, Exception): raise RuntimeError(f"reward function {name!r} raised {type(scores).__name__}: {scores}") from scores
     if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"): raise TypeError(f"reward function {name!r} must return a list of {n} numbers, got {type(scores).__name__}")
     scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
     if not isinstance(scores, list) or len(scores) != n: raise ValueError(f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}")
@@ -113,22 +118,25 @@ def _checked(name: str, scores, lengths: list[int]) -> list:
     return [None if x is None else steps(i, x) if isinstance(x, (list, tuple)) else _number(name, i, x) for i, x in enumerate(scores)]
 
 # %% ../nbs/06_reward.ipynb #d9ac8da5
-def judge(
-    reward_funcs: list[RewardFunction],
-    rollout: Rollout,
-) -> list[list]:  # of each function, for each completion: a float, None, or a list of (end, score)
-    "Call every reward function on every completion; one that raises is a `RuntimeError` with its name, wrong numbers or types a `ValueError` or `TypeError`."
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    "Where `async` functions run: in a thread, since a notebook's own thread has a loop already; one for all steps, since clients keep their connections."
+    threading.Thread(target=(loop := asyncio.new_event_loop()).run_forever, daemon=True).start()
+    return loop
+
+def judge(reward_funcs: list[RewardFunction], rollout: Rollout) -> list[list]:  # of each function, for each completion: a float, None, or a list of (end, score)
+    "Call every reward function on every completion, `async` ones together; one that raises is a `RuntimeError` with its name, wrong numbers or types a `ValueError` or `TypeError`."
     queries = [query for query in rollout.queries for _ in range(rollout.num_generations)]
     prompts = [query.prompt for query in queries]
     completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, rollout.completions)]
     columns = {name: [query.columns.get(name) for query in queries] for name in sorted({name for query in queries for name in query.columns})}
     ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask)]
-    result = []
-    for f in reward_funcs:
-        try: scores = f(prompts=prompts, completions=completions, completion_ids=ids, **columns)
-        except Exception as error: raise RuntimeError(f"reward function {name_of(f)!r} raised {type(error).__name__}: {error}") from error
-        result.append(_checked(name_of(f), scores, [len(row) for row in ids]))
-    return result
+    def attempt(call, **given):
+        try: return call(**given)
+        except Exception as error: return error
+    scores = [attempt(f, prompts=prompts, completions=completions, completion_ids=ids, **columns) for f in reward_funcs]
+    scores = [asyncio.run_coroutine_threadsafe(x, _loop()) if asyncio.iscoroutine(x) else x for x in scores]  # begun, all of them
+    return [_checked(name_of(f), attempt(x.result) if isinstance(x, Future) else x, [len(row) for row in ids]) for f, x in zip(reward_funcs, scores)]
 
 # %% ../nbs/06_reward.ipynb #84f02149
 def combine(
@@ -139,8 +147,7 @@ def combine(
     weights = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights, dtype=scores.dtype)
     if len(weights) != scores.shape[1]: raise ValueError(f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}")
     if not weights.isfinite().all(): raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
-    total = (scores * weights.to(scores)).nansum(1)
-    return total.masked_fill(scores.isnan().all(1), math.nan)
+    return (scores * weights.to(scores)).nansum(1).masked_fill(scores.isnan().all(1), math.nan)
 
 # %% ../nbs/06_reward.ipynb #47cbe36d
 def combine_steps(

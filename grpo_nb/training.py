@@ -50,6 +50,16 @@ from .task import TASKS, Query, Task, check_task, load_task
 from .update import checkpoint_layers
 from .value import ValueModel
 
+# %% ../nbs/13_training.ipynb #5b0c7e10
+import functools
+import inspect
+from contextlib import ExitStack
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
+from transformers import TrainerState
+
 # %% ../nbs/13_training.ipynb #e18aad1a
 def evaluate(
     policy: PreTrainedModel,
@@ -332,7 +342,7 @@ def open_run(
     config = make_config(**saved | ({"task": None} if _is_own(task, saved["task"]) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
     task = task or _task_of(config)
     policy, tokenizer = load_policy(str(directory / "model"), device)
-    names = [str(directory / "reward_model") if name == "learned" else name for name in reward_funcs or config.reward_funcs]
+    names = [str(directory / "reward_model") if name == "learned" else name for name in _Trainer().bound(reward_funcs) or config.reward_funcs]
     return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
 
 # %% ../nbs/13_training.ipynb #1465f550
@@ -417,6 +427,7 @@ def train(
     task: Task | None = None,  # None: `config.task` by name
     reward_funcs: list[RewardFunction] | None = None,  # None: `config.reward_funcs` by name
     progress: bool = True,  # show a bar
+    on_step: Callable[[dict], None] | None = None,  # called with each line of metrics, after it is written
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
@@ -427,19 +438,23 @@ def train(
     n_rewards = len(reward_funcs or config.reward_funcs)
     if config.reward_weights and len(config.reward_weights) != n_rewards:
         raise ValueError(f"reward_weights must have one weight for each of the {n_rewards} reward functions, got {len(config.reward_weights)}")
+    _check_trackers(config.report_to)
     directory, record = prepare_directory(config), _record(config, task, reward_funcs)
     if config.resume: _check_same(directory, record)
     if config.resume and (directory / "model").exists() and (directory / "config.json").exists():
         print(f"{directory} is finished: nothing to resume")
         return open_run(directory, config.device, task, reward_funcs)
-    models = build_models(config, task, reward_funcs)
+    trainer = _Trainer(TrainerState(max_steps=config.max_steps))
+    models = build_models(config, task, trainer.bound(reward_funcs))
     _check_prompts(config, task, models)
     schedulers, generator = build_schedulers(config, models), torch.Generator(models.policy.device).manual_seed(config.seed)
     done = _resume(directory, models, schedulers, generator, _renewed(config, models)) if config.resume else _Done()
     directory.mkdir(parents=True, exist_ok=config.output_dir is not None)
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
     write_atomically(directory / "metrics.jsonl", "".join(done.lines))
-    try: _steps(config, task, models, schedulers, generator, directory, done, progress)
+    try:
+        with _trackers(config, directory, done.step) as track:
+            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, [track] + [on_step] * (on_step is not None))
     finally: _write_completions(directory, done.rows)
     for name, model in {"reward_model": _renewed(config, models).get("reward"), "model": models.policy}.items():  # model/ last: it says that the run is finished
         if model is None: continue
@@ -453,13 +468,13 @@ def train(
 # %% ../nbs/13_training.ipynb #a0979105
 def _record(config: Config, task: Task, reward_funcs: list[RewardFunction] | None) -> dict:
     "What config.json says: the options, and the names of a task and of reward functions that were passed as objects."
-    custom = {"reward_funcs": [name_of(f) for f in reward_funcs]} if reward_funcs else {}
+    custom = {"reward_funcs": [f if isinstance(f, str) else name_of(f) for f in reward_funcs]} if reward_funcs else {}
     return asdict(config) | {"task": task.name} | custom
 
 def _check_same(directory: Path, record: dict):
     "`ValueError` if the run in this directory was made with other settings than those that are to go on with it."
     if not (directory / "config.json").exists(): return
-    free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
+    free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
     saved = asdict(CONFIGS[record["algorithm"]]()) | json.loads((directory / "config.json").read_text())  # a field that is younger than the run has its default
     other = [f"{name} = {saved.get(name)!r}, now {value!r}" for name, value in record.items() if name not in free and saved.get(name) != value]
     if other: raise ValueError(f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir")
@@ -521,6 +536,61 @@ def _precision(config: Config, device: torch.device):
     "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", cache_enabled=False)
 
+# %% ../nbs/13_training.ipynb #5b0c7e12
+@dataclass
+class _Trainer:
+    "What TRL's trainer hands to a reward function beside the columns."
+    state: TrainerState = field(default_factory=TrainerState)
+    logged: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float): self.logged.setdefault(name, []).append(float(value))
+
+    def bound(self, reward_funcs: list[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
+        "The functions, with that of it which they take: all of it with `**kwargs`, else what their signature names."
+        given = {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": lambda column, values: None}
+        def bind(f):
+            takes = inspect.signature(f).parameters
+            every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+            return functools.partial(f, **{name: x for name, x in given.items() if every or name in takes})
+        return reward_funcs and [bind(f) if callable(f) else f for f in reward_funcs]
+
+    def metrics(self) -> dict[str, float]:
+        "The mean of what was logged since the last call."
+        means = {name: math.fsum(values) / len(values) for name, values in self.logged.items()}
+        self.logged.clear()
+        return means
+
+# %% ../nbs/13_training.ipynb #5b0c7e16
+def _check_trackers(names: list[str]):
+    "`ValueError` for a tracker that Accelerate does not know, or whose package is not installed."
+    installed = [str(name) for name in get_available_trackers()] + [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]
+    other = [name for name in names if name not in installed]
+    if other: raise ValueError(f"report_to = {other} cannot be used; installed of Accelerate's trackers: {', '.join(installed) or 'none'}")
+
+def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTracker:
+    "A tracker of Accelerate that has begun, for a run with so many steps behind it."
+    kind, where = LOGGER_TYPE_TO_CLASS[name], directory / name
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}, "swanlab": {"logdir": where}, "mlflow": {"logging_dir": where}}.get(name, {})
+    where.mkdir(exist_ok=True)
+    tracker = kind("grpo_nb", where, **options) if kind.requires_logging_directory else kind("grpo_nb", **options)
+    tracker.start()
+    if not step: tracker.store_init_configuration({key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()})
+    return tracker
+
+@contextmanager
+def _trackers(config: Config, directory: Path, step: int):
+    "The trackers of a run while it is open; yields a function that gives them a line of metrics. Of several processes only the main one has any."
+    names = config.report_to if config.report_to and PartialState().is_main_process else []
+    trackers = []
+    def track(metrics):
+        values = {name: x for name, x in metrics.items() if x is not None and name != "step"}
+        for tracker in trackers: tracker.log(values, step=metrics["step"])
+    with ExitStack() as stack:
+        for name in names:
+            trackers.append(_tracker(name, config, directory, step))
+            stack.callback(trackers[-1].finish)
+        yield track
+
 # %% ../nbs/13_training.ipynb #e8e992e3
 @contextmanager
 def _noted_signals():
@@ -561,8 +631,8 @@ def _one_step(config, task, models, generator, directory, preferences, step, sav
     with _or_saved(None if outer else save, config, models, generator, step, directory):
         return *STEPS[config.algorithm](models, queries, config, generator), outer
 
-def _steps(config, task, models, schedulers, generator, directory, done, progress):
-    "The steps up to max_steps, each with its line of metrics."
+def _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, listeners):
+    "The steps up to max_steps, each with its line of metrics, which the listeners get, too."
     device, rows, skipped = models.policy.device, done.rows, 0
     completions = json.loads(done.lines[-1])["num_completions"] if done.lines else 0
     what, judge = "accuracy", None
@@ -576,10 +646,10 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
         initial = {} if done.step else {f"eval/initial_{what}": heldout()}
         bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress)
         for step in bar:
-            began = time.perf_counter()
+            began, trainer.state.global_step = time.perf_counter(), step - 1  # steps that are done, as in TRL
             rollout, metrics, outer = _one_step(config, task, models, generator, directory, done.preferences, step, save)
             completions += metrics.pop("num_sampled", len(rollout)) + outer.get("reward_model/completions", 0)
-            metrics = {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
+            metrics = trainer.metrics() | {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
             for scheduler in schedulers: scheduler.step()
             metrics |= {"num_completions": completions, "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
             if step % config.eval_steps == 0 or step == config.max_steps: metrics[f"eval/{what}"] = heldout()
@@ -587,6 +657,7 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             metrics = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
             log.write(json.dumps(metrics) + "\n"); log.flush()
+            for hear in listeners: hear(dict(metrics))
             if config.save_steps and step % config.save_steps == 0: save(step)
             bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), what: metrics.get(f"eval/{what}")}); initial = {}
             if skipped == config.max_skipped_steps:
