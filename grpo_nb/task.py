@@ -300,7 +300,9 @@ def extract_answer(
     text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
     for mark, end in (("####", "\n"), ("\\boxed{", "}")):
         if mark in text: found = _NUMBER.search(text.rpartition(mark)[2].partition(end)[0]); break
-    else: found = next(iter(list(_NUMBER.finditer(text))[::-1]), None)
+    else:
+        found = None
+        for found in _NUMBER.finditer(text): pass  # the last one
     return found[0] if found and len(found[0]) <= MAX_EXPRESSION else None
 
 # %% ../nbs/01_task.ipynb #d446021b
@@ -340,9 +342,10 @@ def gsm8k(
 
 # %% ../nbs/01_task.ipynb #a605b108
 GYM_SIZE = 10_000  # questions of a generator
-GYM_UNFIT = {"coin_flip": "its checker does not come back from 1e999999999"} | dict.fromkeys(
-    ["isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"],
-    "it draws other questions in each process")
+GYM_UNFIT = {"coin_flip": "its checker does not come back from 1e999999999",
+             "complex_arithmetic": "its checker takes nan as right",
+             "game_of_life_halting": "its checker takes any text as right"} | dict.fromkeys(
+    ["isomorphic_strings", "list_functions", "ransom_note", "word_ladder"], "it draws other questions in each process")
 
 def _generator(name: str):
     "A data set of reasoning-gym, refused where it is not safe or not the same each time."

