@@ -110,7 +110,7 @@ def shard(model: nn.Module):
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for module in _shards(model): module.set_gradient_divide_factor(1.0)  # a sum, not a mean
+    for module in _shards(model): module.set_gradient_divide_factor(1.0); module.set_force_sum_reduction_for_comms(True)  # a sum, not a mean
     if not hasattr(model, "get_output_embeddings"): return
     with torch.no_grad(): model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)  # the first pass tells FSDP2 what the root is
     model.reshard()

@@ -455,7 +455,8 @@ def train(
 def _save_model(target: Path, model: PreTrainedModel | RewardModel, tokenizer: PreTrainedTokenizerBase):
     "A model and its tokenizer in a directory of transformers, whole or not at all."
     scratch = target.with_name(f".{target.name}.tmp")
-    state = {"state_dict": {k: full(x) for k, x in model.state_dict().items()}} if hasattr(next(model.parameters()), "full_tensor") else {}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    state = {"state_dict": {k: full(x) for k, x in model.state_dict().items() if k not in tied}} if hasattr(next(model.parameters()), "full_tensor") else {}
     def write():
         model.save_pretrained(scratch, **state); tokenizer.save_pretrained(scratch)
         _replace_directory(scratch, target)
