@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .policy import as_rollout, model_inputs, padding_id, resolve_device
+from .processes import gather, my_share
 from .rollout import Rollout
 from .task import Query, Task
 
@@ -178,8 +179,9 @@ def score(
         except (RuntimeError, TypeError, ValueError):
             if on_error == "stop": raise
             return [[None] * len(part)] * len(reward_funcs)
-    parts = [rollout] if on_error == "stop" else [rollout.select([group]) for group in range(len(rollout.queries))]
-    judged = [sum(columns, []) for columns in zip(*map(judgement, parts))]
+    mine = range(len(rollout.queries))[my_share(len(rollout.queries))]  # of several processes, each judges its groups
+    parts = [rollout.select(groups) for groups in ([list(mine)] if on_error == "stop" else [[group] for group in mine]) if groups]
+    judged = [sum(columns, []) for columns in zip(*sum(gather(lambda: [judgement(part) for part in parts]), []))]
     total = lambda x: math.nan if x is None else math.fsum(score for _, score in x) if isinstance(x, list) else x
     scores = torch.tensor([[total(x) for x in column] for column in judged], device=rollout.completion_ids.device).T
     rollout.rewards = combine(scores, weights)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OURS', 'RULES', 'SMOLLM2_WHEEL', 'SMOLLM2_GGUF', 'SMOLLM2_SHA256', 'SMOLLM2_HUB', 'evaluate', 'rollout_metrics',
            'peak_memory', 'table', 'write_atomically', 'prepare_directory', 'load_rewards', 'build_models',
-           'build_schedulers', 'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint', 'Run', 'open_run',
-           'preference_pairs', 'train_reward_model', 'outer_iteration', 'train', 'step_queries', 'chat',
-           'fetch_smollm2', 'parse_arguments', 'main']
+           'build_schedulers', 'checkpoint_layers', 'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint',
+           'Run', 'open_run', 'preference_pairs', 'train_reward_model', 'outer_iteration', 'train', 'step_queries',
+           'chat', 'fetch_smollm2', 'parse_arguments', 'main']
 
 # %% ../nbs/13_training.ipynb #3cc6756c
 import argparse
@@ -30,24 +30,28 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
 from .group import informative
+from .processes import add_up, all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
 from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry_loss, brevity_reward, format_reward, name_of, overlong_reward,
                             process_reward, score)
 from .rollout import Rollout
 from .sampling import check_context, sample
 from .task import TASKS, Query, Task, check_task, load_task
-from .update import checkpoint_layers
 from .value import ValueModel
 
 # %% ../nbs/13_training.ipynb #5b0c7e10
@@ -55,7 +59,6 @@ import functools
 import inspect
 from contextlib import ExitStack
 
-from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 from transformers import TrainerState
@@ -113,7 +116,8 @@ def table(
 
 # %% ../nbs/13_training.ipynb #774bdf4f
 def write_atomically(path: Path, content: str | bytes):
-    "Write a file so that it is never seen half written."
+    "Write a file so that it is never seen half written; of several processes, the main one does."
+    if process()[0]: return
     scratch = path.with_name(f".{path.name}.tmp")
     with open(scratch, "wb") as f:
         f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
@@ -198,6 +202,7 @@ def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] 
     if config.gradient_checkpointing:
         checkpoint_layers(policy)
         if models.value is not None and config.value_model == "separate": checkpoint_layers(models.value.trunk)
+    if sharded() and process()[1] > 1: _shard_models(config, models)
     return models
 
 # %% ../nbs/13_training.ipynb #7354fd23
@@ -206,6 +211,26 @@ def build_schedulers(config: Config, models: Models) -> list:
     warm = config.lr_scheduler_type == "constant" and config.warmup_steps  # "constant" alone would ignore the warm-up
     return [get_scheduler("constant_with_warmup" if warm else config.lr_scheduler_type, o, config.warmup_steps, config.max_steps)
             for o in (models.optimizer, models.value_optimizer) if o is not None]
+
+# %% ../nbs/13_training.ipynb #5a7c1e02
+def _shard_models(config: Config, models: Models):
+    "Let FSDP2 cut the models over the processes; the optimisers go on with the cut weights."
+    separate = models.value is not None and config.value_model == "separate"
+    for model in [models.policy, models.reference] + [models.value] * separate:
+        if model is not None: shard(model)
+    for model, optimizer in _trained(models).values(): optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+
+def _generator(config: Config, device: torch.device) -> torch.Generator:
+    "The random numbers of sampling: from the seed, and in other processes than the main one from their rank too."
+    rank = process()[0]
+    return torch.Generator(device).manual_seed(random.Random(f"sampling {config.seed} {rank}").getrandbits(31) if rank else config.seed)
+
+# %% ../nbs/13_training.ipynb #04b201c6
+def checkpoint_layers(model: nn.Module):
+    "From now on, keep only the input of each layer for the backward pass; `ValueError` if the model's layers are not known."
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers: raise ValueError(f"gradient_checkpointing is not available for {type(model).__name__}: it marks no layers for it")
+    for layer in layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 # %% ../nbs/13_training.ipynb #62e73e3f
 def _trained(models: Models) -> dict:
@@ -219,17 +244,21 @@ def _renewed(config: Config, models: Models) -> dict:
 
 def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, renewed: dict, keep: int = 2):
     "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed. `OSError` if the disk is full; what was there is still there."
-    tensors = {"generator": generator.get_state()} | {f"{name}.weights.{k}": p.detach() for name, model in renewed.items() for k, p in model.named_parameters()}
+    tensors = {"generator": all_rows(generator.get_state()[None]).squeeze(0)} | {f"{name}.weights.{k}": full(p.detach()) for name, model in renewed.items() for k, p in model.named_parameters()}
     for name, (model, optimizer) in _trained(models).items():
-        tensors |= {f"{name}.weights.{k}": p.detach() for k, p in model.named_parameters()}
-        tensors |= {f"{name}.optimizer.{i}.{k}": x for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
+        tensors |= {f"{name}.weights.{k}": full(p.detach()) for k, p in model.named_parameters()}
+        tensors |= {f"{name}.optimizer.{i}.{k}": full(x) for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
+    rest = {"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers]}
+    on_main(lambda: _write_checkpoint(directory, step, tensors, rest, keep))
+
+def _write_checkpoint(directory: Path, step: int, tensors: dict, rest: dict, keep: int):
+    "The files of `save_checkpoint`."
     scratch = directory / f".checkpoint-{step}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
         save_file({k: x.contiguous() for k, x in tensors.items()}, scratch / "state.safetensors")
-        rest = {"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers], "sha256": _digest(scratch / "state.safetensors")}
-        write_atomically(scratch / "trainer.json", json.dumps(rest))
+        write_atomically(scratch / "trainer.json", json.dumps(rest | {"sha256": _digest(scratch / "state.safetensors")}))
         _replace_directory(scratch, directory / f"checkpoint-{step}")
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -256,14 +285,14 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
     tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
-    generator.set_state(tensors["generator"])
+    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]])
     with torch.no_grad():
         for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
-            for k, p in model.named_parameters(): p.copy_(tensors[f"{name}.weights.{k}"])
+            for k, p in model.named_parameters(): p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
     for name, (_, optimizer) in _trained(models).items():
-        state = {}
+        state, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
         for key, x in tensors.items():
-            if key.startswith(f"{name}.optimizer."): i, k = key.removeprefix(f"{name}.optimizer.").split("."); state.setdefault(int(i), {})[k] = x
+            if key.startswith(f"{name}.optimizer."): i, k = key.removeprefix(f"{name}.optimizer.").split("."); state.setdefault(int(i), {})[k] = cut_like(x, parameters[int(i)])
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     models.beta = rest["beta"]
     for scheduler, state in zip(schedulers, rest["schedulers"]):
@@ -339,6 +368,7 @@ def open_run(
     for needed in ("config.json", "model"):
         if not (directory / needed).exists(): raise ValueError(f"{str(directory)!r} is not a finished run: it has no {needed}")
     saved = json.loads((directory / "config.json").read_text()) | {"device": device}
+    saved.pop("num_processes", None)  # of the launch, not of the config
     config = make_config(**saved | ({"task": None} if _is_own(task, saved["task"]) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
     task = task or _task_of(config)
     policy, tokenizer = load_policy(str(directory / "model"), device)
@@ -427,55 +457,66 @@ def train(
     task: Task | None = None,  # None: `config.task` by name
     reward_funcs: list[RewardFunction] | None = None,  # None: `config.reward_funcs` by name
     progress: bool = True,  # show a bar
-    on_step: Callable[[dict], None] | None = None,  # called with each line of metrics, after it is written
+    on_step: Callable[[dict], None] | None = None,  # called with each line of metrics, after it is written; of several processes, in the main one
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
     Whatever is wrong with the input is refused (`ValueError`) before anything is written. If a step raises, what was
     measured and sampled in the steps before it is in the directory, and the newest checkpoint can be resumed."""
+    join_launch()
+    if config.num_prompts % process()[1]: raise ValueError(f"num_prompts = {config.num_prompts} must be divisible by the number of processes, {process()[1]}: each takes as many queries of a step")
     task = task or _task_of(config)
     _check_rule(reward_funcs or config.reward_funcs, task)
     n_rewards = len(reward_funcs or config.reward_funcs)
     if config.reward_weights and len(config.reward_weights) != n_rewards:
         raise ValueError(f"reward_weights must have one weight for each of the {n_rewards} reward functions, got {len(config.reward_weights)}")
     _check_trackers(config.report_to)
-    directory, record = prepare_directory(config), _record(config, task, reward_funcs)
+    directory, record = Path(on_main(lambda: str(prepare_directory(config)))), _record(config, task, reward_funcs)
     if config.resume: _check_same(directory, record)
     if config.resume and (directory / "model").exists() and (directory / "config.json").exists():
-        print(f"{directory} is finished: nothing to resume")
+        if process()[0] == 0: print(f"{directory} is finished: nothing to resume")
         return open_run(directory, config.device, task, reward_funcs)
     trainer = _Trainer(TrainerState(max_steps=config.max_steps))
     models = build_models(config, task, trainer.bound(reward_funcs))
     _check_prompts(config, task, models)
-    schedulers, generator = build_schedulers(config, models), torch.Generator(models.policy.device).manual_seed(config.seed)
+    schedulers, generator = build_schedulers(config, models), _generator(config, models.policy.device)
     done = _resume(directory, models, schedulers, generator, _renewed(config, models)) if config.resume else _Done()
-    directory.mkdir(parents=True, exist_ok=config.output_dir is not None)
+    on_main(lambda: directory.mkdir(parents=True, exist_ok=config.output_dir is not None))
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
     write_atomically(directory / "metrics.jsonl", "".join(done.lines))
     try:
         with _trackers(config, directory, done.step) as track:
-            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, [track] + [on_step] * (on_step is not None))
+            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, [track] + [on_step] * (on_step is not None and process()[0] == 0))
     finally: _write_completions(directory, done.rows)
     for name, model in {"reward_model": _renewed(config, models).get("reward"), "model": models.policy}.items():  # model/ last: it says that the run is finished
-        if model is None: continue
-        scratch = directory / f".{name}.tmp"
-        model.save_pretrained(scratch); models.tokenizer.save_pretrained(scratch)
-        _replace_directory(scratch, directory / name)
+        if model is not None: _save_model(directory / name, model, models.tokenizer)
     run = Run(directory, config, _read_metrics(directory), models.policy, models.tokenizer, task, models.rewards)
     write_atomically(directory / "summary.txt", run.summary().to_string() + "\n")
     return run
+
+# %% ../nbs/13_training.ipynb #5a7c1e03
+def _save_model(target: Path, model: PreTrainedModel | RewardModel, tokenizer: PreTrainedTokenizerBase):
+    "A model and its tokenizer in a directory of transformers, whole or not at all."
+    scratch = target.with_name(f".{target.name}.tmp")
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    state = {"state_dict": {k: full(x) for k, x in model.state_dict().items() if k not in tied}} if hasattr(next(model.parameters()), "full_tensor") else {}
+    def write():
+        model.save_pretrained(scratch, **state); tokenizer.save_pretrained(scratch)
+        _replace_directory(scratch, target)
+    on_main(write)
 
 # %% ../nbs/13_training.ipynb #a0979105
 def _record(config: Config, task: Task, reward_funcs: list[RewardFunction] | None) -> dict:
     "What config.json says: the options, and the names of a task and of reward functions that were passed as objects."
     custom = {"reward_funcs": [f if isinstance(f, str) else name_of(f) for f in reward_funcs]} if reward_funcs else {}
-    return asdict(config) | {"task": task.name} | custom
+    return asdict(config) | {"task": task.name} | custom | ({"num_processes": process()[1]} if process()[1] > 1 else {})
 
 def _check_same(directory: Path, record: dict):
     "`ValueError` if the run in this directory was made with other settings than those that are to go on with it."
     if not (directory / "config.json").exists(): return
     free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
-    saved = asdict(CONFIGS[record["algorithm"]]()) | json.loads((directory / "config.json").read_text())  # a field that is younger than the run has its default
+    saved, record = asdict(CONFIGS[record["algorithm"]]()) | json.loads((directory / "config.json").read_text()), {"num_processes": 1} | record  # a field that is younger than the run has its default
+    saved = {"num_processes": 1} | saved
     other = [f"{name} = {saved.get(name)!r}, now {value!r}" for name, value in record.items() if name not in free and saved.get(name) != value]
     if other: raise ValueError(f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir")
 
@@ -517,16 +558,21 @@ class _Done:
     lines: list[str] = field(default_factory=list)  # of metrics.jsonl
     preferences: list[dict] = field(default_factory=list)  # of preferences.jsonl
 
-def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
-    "Up to the newest whole checkpoint, which is put back into the models; a fresh start without one. Damaged ones are removed, with a warning, and what a killed process left."
+def _newest(directory: Path) -> str | None:
+    "The newest whole checkpoint. Damaged ones are removed, with a warning, and what a killed process left."
     for left in [path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")]: shutil.rmtree(left) if left.is_dir() else left.unlink()
     found = checkpoints(directory)
     while found and not is_whole(found[-1][1]):
         _, damaged = found.pop()
         warnings.warn(f"{damaged} is damaged; the run goes on from {found[-1][1].name if found else 'the start'}", stacklevel=3)
         shutil.rmtree(damaged)
-    if not found: return _Done()
-    step = load_checkpoint(found[-1][1], models, schedulers, generator, renewed)
+    return str(found[-1][1]) if found else None
+
+def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
+    "Up to the newest whole checkpoint, which is put back into the models; a fresh start without one."
+    newest = on_main(lambda: _newest(directory))
+    if newest is None: return _Done()
+    step = load_checkpoint(Path(newest), models, schedulers, generator, renewed)
     rows = pd.read_parquet(directory / "completions.parquet")
     return _Done(step, rows[rows["step"] <= step].to_dict("records"), _lines(directory / "metrics.jsonl", step),
                  list(map(json.loads, _lines(directory / "preferences.jsonl", step))))
@@ -580,7 +626,7 @@ def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTr
 @contextmanager
 def _trackers(config: Config, directory: Path, step: int):
     "The trackers of a run while it is open; yields a function that gives them a line of metrics. Of several processes only the main one has any."
-    names = config.report_to if config.report_to and PartialState().is_main_process else []
+    names = config.report_to if process()[0] == 0 else []
     trackers = []
     def track(metrics):
         values = {name: x for name, x in metrics.items() if x is not None and name != "step"}
@@ -597,9 +643,9 @@ def _noted_signals():
     "While it is open, the first SIGINT or SIGTERM is only noted in the list that it yields. (Python hands signals to the main thread alone.)"
     noted = []
     def note(number, frame):
-        if noted: raise KeyboardInterrupt
+        if noted and process()[1] == 1: raise KeyboardInterrupt  # several processes: their launcher passes signals on twice, and has a limit of its own
         noted.append(number)
-        tqdm.write(f"{signal.Signals(number).name}: stopping after this step (again: at once)", file=sys.stderr)
+        if process()[0] == 0: tqdm.write(f"{signal.Signals(number).name}: stopping after this step (again: at once)", file=sys.stderr)
     if threading.current_thread() is not threading.main_thread(): yield noted; return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield noted
@@ -619,7 +665,7 @@ def _or_saved(save: Callable[[int], None] | None, config: Config, models: Models
     with models.optimizer.register_step_post_hook(lambda *_: moved.append(step)):
         try: yield
         except Exception as error:
-            if save and not moved: generator.set_state(before); save(step - 1)
+            if save and not moved and known_to_all(error): generator.set_state(before); save(step - 1)
             raise _explained(error, config, step, directory)
 
 # %% ../nbs/13_training.ipynb #cf6ae5fc
@@ -642,9 +688,9 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
         if last < 1 or last in dict(checkpoints(directory)): return
         _write_completions(directory, rows)
         save_checkpoint(directory, last, models, schedulers, generator, _renewed(config, models))
-    with open(directory / "metrics.jsonl", "a") as log, _precision(config, device), _noted_signals() as signals:
+    with open(directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a") as log, _precision(config, device), _noted_signals() as signals:
         initial = {} if done.step else {f"eval/initial_{what}": heldout()}
-        bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress)
+        bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress or process()[0] > 0)
         for step in bar:
             began, trainer.state.global_step = time.perf_counter(), step - 1  # steps that are done, as in TRL
             rollout, metrics, outer = _one_step(config, task, models, generator, directory, done.preferences, step, save)
@@ -663,11 +709,11 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
             if skipped == config.max_skipped_steps:
                 save(step)
                 raise FloatingPointError(f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}")
-            if signals and step < config.max_steps:
+            if (noted := sum(gather(lambda: signals), [])) and step < config.max_steps:  # by one process is by all
                 save(step)
                 said = f"stopped after step {step}; {directory} can be resumed"
-                tqdm.write(said, file=sys.stderr)
-                raise KeyboardInterrupt(said) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+                if process()[0] == 0: tqdm.write(said, file=sys.stderr)
+                raise KeyboardInterrupt(said) if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
 
 # %% ../nbs/13_training.ipynb #16ff257c
 def chat(run: Run, lines: Iterable[str] = sys.stdin, n: int = 8):
@@ -750,7 +796,9 @@ def main(arguments: list[str] | None = None):
         elif arguments[:1] == ["fetch"]:
             if arguments[1:2] != ["smollm2"] or len(arguments) > 3: raise ValueError("usage: python -m grpo_nb.training fetch smollm2 [package|hub]")
             print("SmolLM2-135M-Instruct is in", fetch_smollm2(*arguments[2:]))
-        else: print(train(parse_arguments(arguments)).summary().to_string())
+        else:
+            summary = train(parse_arguments(arguments)).summary().to_string()
+            if process()[0] == 0: print(summary)
     except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error: sys.exit(f"error: {error}")
     except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
 
