@@ -75,6 +75,10 @@ class Config:
     reference_dtype: Literal["float32", "bfloat16"] = option(default="float32", help="of the reference model's weights")
     max_tokens_per_micro_batch: PositiveInt = option(default=8192, help="tokens of one forward pass, padding included")
     gradient_checkpointing: bool = option(default=False, help="compute layers again in the backward pass: less memory, more time")
+    use_peft: bool = option(default=False, help="LoRA: train small adapters in place of the weights (extra peft)")
+    lora_r: PositiveInt = option(default=16, help="rank of an adapter")
+    lora_alpha: PositiveInt = option(default=32, help="an adapter is scaled by lora_alpha / lora_r")
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | None = option(default=None, help="names of the layers that get one (default: every linear layer but the head)")
     output_dir: str | None = option(default=None, help="run directory (default: the next free one under runs/)")
     report_to: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = option(default_factory=list, help="trackers of Accelerate that get every line of metrics, too: tensorboard, wandb, ...; metrics.jsonl is always written")
     resume: bool = option(default=False, help="go on from the newest checkpoint in output_dir")
@@ -86,6 +90,8 @@ class Config:
         check_task(self.task)
         if self.ref_model_sync_steps and not self.beta and "learned" not in self.reward_funcs:
             raise ValueError(f"ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is \"learned\"")
+        if self.use_peft and self.beta and (self.ref_model_sync_steps or self.reference_dtype != "float32"):
+            raise ValueError("use_peft: the reference is the policy without adapters; ref_model_sync_steps must be 0, reference_dtype float32, or beta 0")
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
             warnings.warn(f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio", stacklevel=3)
@@ -110,7 +116,7 @@ class PPOConfig(Config):
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(default="bnpo", help="how token losses are averaged")
     gamma: Share = option(default=1.0, help="discount a token")
     lam: Annotated[float, Field(ge=0, le=1)] = option(default=0.95, help="GAE: 0 trusts the value model, 1 the reward")
-    value_model: Literal["separate", "head"] = option(default="separate", help="a model of its own, or a head on the policy's trunk")
+    value_model: str = option(default="separate", help="separate (a copy of the policy), head (on the policy's trunk), or the path or hub id to start from")
     vf_coef: PositiveFloat = option(default=1.0, help="weight of the value loss")
     cliprange_value: PositiveFloat = option(default=0.2, help="how far a value may move in one step")
     value_learning_rate: PositiveFloat = option(default=1e-3, help="of the value model (AdamW)")

@@ -45,9 +45,8 @@ def resolve_device(device: str = "auto") -> torch.device:
 # %% ../nbs/03_policy.ipynb #a78fa9fa
 def resolve_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
     '"float32", "bfloat16" or "float64", by name or as a torch dtype.'
-    if dtype in DTYPES.values(): return dtype
-    if dtype not in DTYPES: raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    return DTYPES[dtype]
+    if dtype not in [*DTYPES, *DTYPES.values()]: raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    return DTYPES.get(dtype, dtype)
 
 # %% ../nbs/03_policy.ipynb #95a87135
 def autocast_as_it_is(device: torch.device, cache_enabled: bool):
@@ -83,6 +82,7 @@ def load_policy(
         raise ValueError(f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; got {str(name)!r}: {said}") from error
     finally:
         if bars: transformers_logging.enable_progress_bar()
+    if getattr(model.config, "output_router_logits", False): model.config.output_router_logits = False  # mixture of experts: no auxiliary loss
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/03_policy.ipynb #2ba483d7
@@ -105,15 +105,13 @@ def encode_prompts(
         if not ids: raise ValueError(f"query {i} is empty: its prompt must have at least one token, got {query.prompt!r}")
         rows.append(torch.tensor(ids))
     ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(tokenizer), padding_side="left")
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor([len(row) for row in rows])[:, None]
 
 # %% ../nbs/03_policy.ipynb #d097cf24
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     "Every id that ends a completion, from the generation config and the tokenizer."
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id} - {None})
 
 # %% ../nbs/03_policy.ipynb #18b2ab7b
 def model_inputs(rollout: Rollout) -> dict[str, Tensor]:

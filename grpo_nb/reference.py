@@ -6,6 +6,8 @@
 __all__ = ['reference_logprobs', 'kl', 'kl_in_reward', 'token_rewards', 'adapt_beta', 'next_beta']
 
 # %% ../nbs/05_reference.ipynb #8a3e4a3e
+from contextlib import ExitStack
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -21,9 +23,11 @@ def reference_logprobs(
     temperature: float = 1.0,  # the one it was sampled with
     max_tokens: int | None = None,  # of one forward pass; None: no limit
 ) -> Float[Tensor, "N T"] | None:  # nats; None without a reference
-    "`log pi_ref` of every completion token."
+    "`log pi_ref` of every completion token. A model with adapters (LoRA) is scored without them; afterwards they are on again."
     if reference is None: return None
-    return in_pieces(lambda piece: token_logprobs(reference, piece, temperature), rollout, max_tokens, sharing_width(reference, rollout))
+    with ExitStack() as afterwards:
+        if hasattr(reference, "peft_config"): afterwards.callback(reference.enable_adapters); reference.disable_adapters()
+        return in_pieces(lambda piece: token_logprobs(reference, piece, temperature), rollout, max_tokens, sharing_width(reference, rollout))
 
 # %% ../nbs/05_reference.ipynb #4a39bac0
 def kl(
@@ -61,10 +65,9 @@ def token_rewards(
 ) -> Float[Tensor, "N T"]:
     "Reward of each token of a rollout: its score (or those of its steps), less the price of the KL."
     ref_logprobs = rollout.logprobs if rollout.ref_logprobs is None else rollout.ref_logprobs
-    scores = rollout.rewards.nan_to_num()
-    if rollout.step_rewards is None: return kl_in_reward(scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
-    rewards = kl_in_reward(torch.zeros_like(scores), rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
-    for row, ends, steps in zip(rewards, rollout.step_ends, rollout.step_rewards):
+    scores = rollout.rewards.nan_to_num() if rollout.step_rewards is None else torch.zeros_like(rollout.rewards)
+    rewards = kl_in_reward(scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
+    for row, ends, steps in zip(rewards, rollout.step_ends or [], rollout.step_rewards or []):
         for end, reward in zip(ends, steps): row[end] += reward
     return rewards
 

@@ -219,7 +219,8 @@ class RewardModel:
 
     @classmethod
     def from_policy(cls, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "RewardModel":
-        "An untrained one: a copy of the policy's trunk with a new head (as InstructGPT makes its own)."
+        "An untrained one: a copy of the policy's trunk with a new head (as InstructGPT makes its own). `ValueError` if it has adapters."
+        if hasattr(policy, "peft_config"): raise ValueError("policy has adapters (LoRA): make the reward model before they are added")
         config = copy.deepcopy(policy.config)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)

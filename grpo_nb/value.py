@@ -18,11 +18,13 @@ from .rollout import Rollout
 
 # %% ../nbs/07_value.ipynb #9a2ebbdf
 class ValueModel(nn.Module):
-    "V_psi: a scalar head on a copy of the policy's trunk (a model of its own, as the figure draws it), or on the policy's own trunk."
+    "V_psi: a scalar head on a copy of the policy's trunk (a model of its own, as the figure draws it), or on the policy's own. Of a classifier with one output, its head."
     def __init__(self, policy: PreTrainedModel, shared: bool = False):  # shared: the trunk's parameters stay the policy's, and only the head's are parameters here
         super().__init__()
         if shared: object.__setattr__(self, "trunk", policy.base_model)  # not registered as a part of this module
         else: self.trunk = copy.deepcopy(policy.base_model)
+        head = getattr(policy, "score", getattr(policy, "classifier", None))
+        if getattr(head, "out_features", None) == 1: self.head = copy.deepcopy(head); return
         self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1).to(policy.device, policy.dtype)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
 
