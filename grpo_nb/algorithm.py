@@ -22,7 +22,7 @@ from .policy import resolve_device
 from .reference import next_beta, reference_logprobs, token_rewards
 from .reward import RewardFunction, RewardModel, score
 from .rollout import Rollout
-from .sampling import generate
+from .sampling import Sampler, generate, sample
 from .task import Query, check_task
 from .update import update
 from .value import ValueModel, predict_values
@@ -60,6 +60,9 @@ class Config:
     temperature: PositiveFloat = option(default=1.0, help="of sampling, and of every log-prob")
     top_p: Share = option(default=1.0, help="nucleus sampling; below 1, rho is not the exact ratio")
     top_k: NonNegativeInt = option(default=0, help="keep the k likeliest tokens; above 0, rho is not the exact ratio")
+    use_vllm: bool = option(default=False, help="sample with vLLM, in this process (pip install \"grpo_nb[vllm]\")")
+    vllm_importance_sampling_correction: bool = option(default=False, help="weight each token's policy loss by pi_old / (pi that vLLM sampled from)")
+    vllm_importance_sampling_clip_max: PositiveFloat = option(default=3.0, help="upper bound of that weight")
     learning_rate: PositiveFloat = option(default=1e-4, help="of the policy (AdamW)")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(default="constant", help="how the learning rate goes on after the warm-up")
     warmup_steps: NonNegativeInt = option(default=0, help="of the learning rate")
@@ -92,6 +95,7 @@ class Config:
             raise ValueError(f"ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is \"learned\"")
         if self.use_peft and self.beta and (self.ref_model_sync_steps or self.reference_dtype != "float32"):
             raise ValueError("use_peft: the reference is the policy without adapters; ref_model_sync_steps must be 0, reference_dtype float32, or beta 0")
+        if self.vllm_importance_sampling_correction and not self.use_vllm: raise ValueError("vllm_importance_sampling_correction = True needs use_vllm = True")
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
             warnings.warn(f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio", stacklevel=3)
@@ -170,6 +174,7 @@ class Models:
     reference: PreTrainedModel | None = None  # frozen; None if beta is 0
     value: ValueModel | None = None  # trained; PPO only
     value_optimizer: torch.optim.Optimizer | None = None
+    sampler: Sampler = sample  # draws q -> o from the policy
     beta: float = 0.0  # of PPO; it moves if kl_target is set
     learned: RewardModel | None = None  # the one of `rewards` that an outer iteration trains
 
@@ -181,7 +186,7 @@ def ppo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of PPO: q -> o -> KL and r, v -> GAE -> update of policy and value model (DeepSeekMath 2402.03300, fig. 4, top)."
-    rollout = generate(models.policy, models.tokenizer, queries, 1, config, generator)           # q -> o
+    rollout = generate(models.policy, models.tokenizer, queries, 1, config, generator, models.sampler)  # q -> o
     rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model
     metrics = score(rollout, models.rewards, config.reward_weights, config.on_reward_error)        # reward model -> r
     rollout.values = predict_values(models.value, rollout, config.max_tokens_per_micro_batch)      # value model -> v
@@ -200,7 +205,7 @@ def grpo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of GRPO: q -> o_1 ... o_G -> r_1 ... r_G -> group computation -> update (DeepSeekMath 2402.03300, fig. 4, bottom)."
-    def sample_groups(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator)
+    def sample_groups(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator, models.sampler)
     def score_groups(rollout): return score(rollout, models.rewards, config.reward_weights, config.on_reward_error)
     rollout, metrics = group.dynamic_sampling(sample_groups, score_groups, queries, config)       # q -> o_1 ... o_G -> r_1 ... r_G
     rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model

@@ -28,6 +28,7 @@ class Rollout:
     truncated: Bool[Tensor, "N"]  # stopped by the length limit, not by EOS
     num_generations: int  # G; 1 for PPO
     logprobs: Float[Tensor, "N T"] | None = None  # log pi_old: under the policy that sampled; 0 on padding
+    sampling_logprobs: Float[Tensor, "N T"] | None = None  # the same, as another engine computed it; None where there is none
     ref_logprobs: Float[Tensor, "N T"] | None = None  # log pi_ref; None without a reference model
     rewards: Float[Tensor, "N"] | None = None  # before any KL; NaN where not scored
     scored: Bool[Tensor, "N"] | None = None  # False where every reward function returned None

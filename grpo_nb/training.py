@@ -94,7 +94,15 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     if not scored.all(): metrics["unscored_groups"] = (~scored).view(-1, rollout.num_generations).all(1).sum().item()
     if rollout.num_generations > 1:
         metrics["frac_reward_zero_std"] = 1 - informative(rollout).float().mean().item()
+    if rollout.sampling_logprobs is not None and rollout.logprobs is not None: metrics |= _mismatch(rollout)
     return metrics
+
+def _mismatch(rollout: Rollout) -> dict[str, float]:
+    "How far the sampler's log-probs are from the trainer's: nats a token, and the ratio of probabilities (before any bound)."
+    difference = (rollout.logprobs - rollout.sampling_logprobs)[rollout.completion_mask]
+    ratio = difference.exp()
+    return {"sampling/sampling_logp_difference/mean": difference.abs().mean().item(), "sampling/sampling_logp_difference/max": difference.abs().max().item(),
+            **{f"sampling/importance_sampling_ratio/{name}": getattr(ratio, name)().item() for name in ("min", "mean", "max")}}
 
 # %% ../nbs/13_training.ipynb #27909b8e
 def peak_memory(device: torch.device) -> float:
@@ -232,8 +240,9 @@ def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:  # None
 
 # %% ../nbs/13_training.ipynb #e91dcfc6
 def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None) -> Models:
-    "Load or make every box of the figure that the config asks for."
+    "Load or make every box of the figure that the config asks for; `ImportError` if it asks for vLLM, which is not there."
     if config.use_peft: _needs_peft("use_peft = True")
+    vllm_sampler = _vllm_sampler() if config.use_vllm else None
     torch.manual_seed(config.seed)  # of new heads and adapters
     policy, tokenizer = load_policy(config.model, config.device)
     if hasattr(policy, "peft_config"): raise ValueError(f"model {config.model!r} is a LoRA adapter: merge it into its base model first, and train that")
@@ -255,7 +264,14 @@ def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] 
         checkpoint_layers(policy)
         if value is not None and config.value_model != "head": checkpoint_layers(value.trunk)
     if sharded() and process()[1] > 1: _shard_models(config, models)
+    if vllm_sampler: models.sampler = vllm_sampler(policy, tokenizer, config)
     return models
+
+def _vllm_sampler() -> type:
+    "The sampler of a later chapter, which is optional: imported only by a run that asks for it, before a model is loaded."
+    from grpo_nb.vllm_sampler import VLLMSampler, import_vllm
+    import_vllm()
+    return VLLMSampler
 
 # %% ../nbs/13_training.ipynb #7354fd23
 def build_schedulers(config: Config, models: Models) -> list:

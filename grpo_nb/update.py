@@ -29,6 +29,8 @@ def piece_loss(policy: PreTrainedModel, piece: Rollout, config, beta: float, tot
     if piece.logprobs is None: piece.logprobs = logprobs.detach()
     loss, statistics = policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.epsilon, config.epsilon_high, config.delta,
                                    config.importance_sampling_level, config.objective)
+    if config.vllm_importance_sampling_correction:  # truncated importance sampling (Yao et al. 2025)
+        loss = loss * (piece.logprobs - piece.sampling_logprobs).exp().clamp(max=config.vllm_importance_sampling_clip_max)
     low, high = statistics["clip_low"], statistics["clip_high"]
     sums = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high, "ratio": statistics["rho"], "entropy": entropy}
     if piece.ref_logprobs is not None:
@@ -48,9 +50,9 @@ def update(
     value_model: ValueModel | None = None,  # PPO only
     value_optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, float]:  # of the whole step; mean over its iterations
-    "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout (2402.03300, algorithm 1); `ValueError` if it lacks advantages, or with a beta the reference's log-probs."
-    for name in ["advantages"] + ["ref_logprobs"] * (beta > 0):
-        if getattr(rollout, name) is None: raise ValueError(f"rollout.{name} is None: fill it before the update" + ", or set beta=0" * (beta > 0))
+    "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout (2402.03300, algorithm 1); `ValueError` if it lacks advantages, with a beta the reference's log-probs, or with a correction the sampler's."
+    for name in ["advantages"] + ["ref_logprobs"] * (beta > 0) + ["sampling_logprobs"] * config.vllm_importance_sampling_correction:
+        if getattr(rollout, name) is None: raise ValueError(f"rollout.{name} is None: fill it before the update" + ", or set beta=0" * (name == "ref_logprobs"))
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
     cut = micro_batches(rollout, config.max_tokens_per_micro_batch, sharing_width(policy, rollout))
