@@ -135,7 +135,8 @@ def combine(
     scores: Float[Tensor, "N F"],  # NaN: no judgement
     weights: list[float] | None = None,  # one a function; None: all 1
 ) -> Float[Tensor, "N"]:  # NaN where no function judged
-    "Weighted sum over the functions that judged; `ValueError`: not one finite weight a function."
+    "Weighted sum over the functions that judged; `ValueError`: scores that are not [N, F] and floating point, not one finite weight a function."
+    if scores.dim() != 2 or not scores.is_floating_point(): raise ValueError(f"scores must be floating point and [N, F], got {tuple(scores.shape)} {scores.dtype}")
     weights = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights, dtype=scores.dtype)
     if len(weights) != scores.shape[1]: raise ValueError(f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}")
     if not weights.isfinite().all(): raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
@@ -186,7 +187,8 @@ def bradley_terry_loss(
     chosen: Float[Tensor, "K"],  # scores of the preferred answers
     rejected: Float[Tensor, "K"],  # scores of the others
 ) -> Float[Tensor, ""]:
-    "-log sigmoid(chosen - rejected), mean over pairs (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1)."
+    "-log sigmoid(chosen - rejected), mean over pairs (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1). `ValueError`: not both [K] with K > 0."
+    if chosen.shape != rejected.shape or chosen.dim() != 1 or not len(chosen): raise ValueError(f"chosen and rejected must be [K], K > 0; got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
     return -F.logsigmoid(chosen - rejected).mean()
 
 # %% ../nbs/06_reward.ipynb #cc65731a
