@@ -43,8 +43,7 @@ def policy_loss(
     `ValueError`: other shapes or dtypes, an unknown choice, a bound on the wrong side of 1."""
     rho = ratio(logprobs, old_logprobs, mask, importance_sampling_level)
     if advantages.dim() == 1: advantages = advantages[:, None]
-    if advantages.shape not in (logprobs.shape, (len(logprobs), 1)):
-        raise ValueError(f"advantages must have shape [N] or [N, T] with N, T = {tuple(logprobs.shape)}, got {tuple(advantages.shape)}")
+    if advantages.shape not in (logprobs.shape, (len(logprobs), 1)): raise ValueError(f"advantages must have shape [N] or [N, T] with N, T = {tuple(logprobs.shape)}, got {tuple(advantages.shape)}")
     advantages = torch.where(mask, advantages, 0.0)  # else NaN under the mask would reach the gradient: 0 * NaN
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     if not (low <= 1 <= high and (delta is None or delta >= 1)): raise ValueError(f"epsilon, epsilon_high >= 0 and delta >= 1 are allowed; got {epsilon}, {epsilon_high}, {delta}")

@@ -49,7 +49,8 @@ def accuracy_reward(task: Task) -> RewardFunction:
 
 # %% ../nbs/06_reward.ipynb #f0298176
 def brevity_reward(limit: int = 16) -> RewardFunction:
-    "1 for an empty completion, falling to 0 at `limit` characters."
+    "1 for an empty completion, falling to 0 at `limit` characters, at least 1."
+    if not limit >= 1: raise ValueError(f"limit must be at least 1, got {limit}")
     def brevity(prompts, completions, **columns):
         return [max(0.0, 1 - len(text_of(completion)) / limit) for completion in completions]
     return brevity
@@ -154,7 +155,7 @@ def combine_steps(
     for i, n in enumerate(lengths):
         at = {}
         for column, weight in zip(judged, weights or [1.0] * len(judged)):
-            for end, score in column[i] if isinstance(column[i], list) else [(n - 1, column[i])] if column[i] is not None else []:
+            for end, score in column[i] if isinstance(column[i], list) else [(n - 1, column[i])] if n and column[i] is not None else []:
                 at[end] = at.get(end, 0.0) + weight * score
         result.append(sorted(at.items()))
     return [[score for _, score in steps] for steps in result], [[end for end, _ in steps] for steps in result]
@@ -167,6 +168,7 @@ def score(
     on_error: str = "stop",  # of what `judge` refuses: "stop" | "drop" its group
 ) -> dict[str, float]:  # mean of each function over the completions that it judged
     "The reward stage: fills `rollout.rewards` and `rollout.scored`, and the step rewards if a function gives them."
+    if on_error not in ("stop", "drop"): raise ValueError(f'on_error must be "stop" or "drop", got {on_error!r}')
     def judgement(part):
         try: return judge(reward_funcs, part)
         except (RuntimeError, TypeError, ValueError):

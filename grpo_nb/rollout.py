@@ -45,8 +45,8 @@ class Rollout:
             for name, kind, x in [(f.name, f.type, getattr(self, f.name)) for f in fields(self)]:
                 fits = isinstance(x, kind) if "Tensor" in str(kind) else not isinstance(x, list) or len(x) == (B if name == "queries" else N)
                 if not fits: raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)} with N = {N}; got {(x.dtype, *x.shape) if isinstance(x, Tensor) else x}")
-        holes = self.completion_mask[:, 1:] & ~self.completion_mask[:, :-1]
-        if not self.prompt_mask[:, -1:].any(1).all() or holes.any(): raise ValueError("prompt_mask must be padded on the left only, completion_mask on the right only, and no prompt be empty")
+        if not self.prompt_mask[:, -1:].any(1).all() or (self.completion_mask[:, 1:] > self.completion_mask[:, :-1]).any():
+            raise ValueError("prompt_mask must be padded on the left only, completion_mask on the right only, and no prompt be empty")
 
     def __len__(self) -> int:
         "N, the number of completions."
@@ -62,11 +62,6 @@ def loss_mask(
     return mask & ~rollout.truncated[:, None] if mask_truncated_completions else mask
 
 # %% ../nbs/02_rollout.ipynb #45192df8
-def _rows(value, index: Tensor, columns: slice):
-    "The rows `index` of a tensor or list; of a matrix only `columns`."
-    if isinstance(value, list): return [value[i] for i in index.tolist()]
-    return value[index][:, columns] if value.dim() == 2 else value[index]
-
 def select(
     rollout: Rollout,
     groups: list[int] | Int[Tensor, "K"],  # indices of groups (= of prompts)
@@ -80,9 +75,11 @@ def select(
     rows = (groups[:, None] * G + torch.arange(G, device=device)).flatten()
     prompt_columns = slice(-int(rollout.prompt_mask[groups].sum(1).max()), None)
     completion_columns = slice(0, max(1, int(rollout.completion_mask[rows].sum(1).max())))
+    def cut(name, x):
+        index, columns = (groups, prompt_columns) if name in ("queries", "prompt_ids", "prompt_mask") else (rows, completion_columns)
+        return [x[i] for i in index.tolist()] if isinstance(x, list) else x[index][:, columns] if x.dim() == 2 else x[index]
     filled = {f.name: x for f in fields(rollout) if (x := getattr(rollout, f.name)) is not None and f.name != "num_generations"}
-    return replace(rollout, **{name: _rows(x, groups, prompt_columns) if name in ("queries", "prompt_ids", "prompt_mask") else _rows(x, rows, completion_columns)
-                               for name, x in filled.items()})
+    return replace(rollout, **{name: cut(name, x) for name, x in filled.items()})
 
 # %% ../nbs/02_rollout.ipynb #4927932c
 def join(rollouts: list[Rollout]) -> Rollout:

@@ -7,34 +7,46 @@ a number, Python's own `TypeError` is as good. What takes a tensor, a rollout, a
 one here, of whatever shape, dtype and content: a list in the place of a tensor is Python's `AttributeError`.
 
 The same cases every time; `GRPO_NB_FUZZ=1000` draws a thousand new ones for each test."""
+import ast
+import contextlib
 import copy
+import io
+import json
 import math
+import operator
 import os
+import random
 import re
+import shutil
 import string
 import warnings
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 
+import nbformat
 import pytest
 import torch
+from safetensors.torch import load_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_nb import gae as gae_stage, group as group_stage
+from grpo_nb import gae as gae_stage, group as group_stage, training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import dynamic_sampling, group_advantages, has_variance, informative, process_advantages
-from grpo_nb.algorithm import make_config
+from grpo_nb.algorithm import CONFIGS, Config, GRPOConfig, PPOConfig, make_config
 from grpo_nb.objective import aggregate, policy_loss, ratio
-from grpo_nb.policy import (completions_per_row, first_of_equal, in_order, in_pieces, micro_batches, model_inputs, shared_rows, shares_prompt, sharing_width,
-                            token_logprobs)
+from grpo_nb.policy import (as_rollout, encode_prompts, eos_token_ids, first_of_equal, in_order, in_pieces, load_policy, micro_batches, model_inputs, padding_id,
+                            resolve_device, resolve_dtype, shared_rows, shares_prompt, sharing_width, token_logprobs)
 from grpo_nb.reference import adapt_beta, kl, kl_in_reward, next_beta, reference_logprobs, token_rewards
-from grpo_nb.reward import bradley_terry_loss, combine, combine_steps, judge, score
+from grpo_nb.reward import (accuracy_reward, bradley_terry_loss, brevity_reward, combine, combine_steps, format_reward, judge, name_of, overlong_reward, process_reward,
+                            score, text_of)
 from grpo_nb.rollout import Rollout, join, loss_mask, select
-from grpo_nb.task import Query
-from grpo_nb.training import preference_pairs, rollout_metrics, table
+from grpo_nb.sampling import check_context, generate, sample
+from grpo_nb.task import MAX_EXPRESSION, TASKS, Query, Task, add, add_chat, evaluate_expression, is_heldout, load_task, sums, target
+from grpo_nb.training import (Run, build_models, build_schedulers, checkpoints, fetch_smollm2, is_whole, load_checkpoint, load_rewards, main, open_run, parse_arguments,
+                              preference_pairs, prepare_directory, read_json, rollout_metrics, save_checkpoint, table, train)
 from grpo_nb.update import piece_loss, update
 from grpo_nb.value import ValueModel, predict_values, value_loss
-from helpers import EOS, VOCABULARY, character_tokenizer, random_model, short_config
+from helpers import CHARACTERS, EOS, ROOT, VOCABULARY, character_tokenizer, random_model, short_config
 
 EXAMPLES = int(os.environ.get("GRPO_NB_FUZZ", 60))
 settings.register_profile("fuzz", deadline=None, max_examples=EXAMPLES, database=None, derandomize="GRPO_NB_FUZZ" not in os.environ, report_multiple_bugs=False)
@@ -93,13 +105,13 @@ def spoilt(draw, arguments):
     return arguments
 
 
-def outcome(f, arguments):
+def outcome(f, arguments, *names):
     "What the call returns; None if it is refused. Any other exception than a refusal that names an argument goes on."
     try: return f(**arguments)
     except TypeError as error: assert str(error)
     except ValueError as error:
         inside = [field.name for x in arguments.values() if is_dataclass(x) for field in fields(x)]  # of a rollout or a config
-        assert any(name in str(error) for name in [*arguments, *inside]), f"no argument is named: {error}"
+        assert any(name in str(error) for name in [*arguments, *inside, *names]), f"no argument is named: {error}"
 
 
 def agrees(f, arguments, oracle):
@@ -598,3 +610,288 @@ def test_update(f, beta, data):
     assert (found is None) == refused
     assert all(p.isfinite().all() for p in model.parameters())
     if refused or math.isnan(beta): assert all(p.equal(q) for p, q in zip(model.parameters(), LLAMA.parameters()))
+
+
+# Text --------------------------------------------------------------------------------------------------------------------
+
+def walked(text):
+    "The value of an expression by Python's own parser: its tree is walked, and may hold sums, differences, products and numbers only."
+    if not text or len(text) > MAX_EXPRESSION or set(text) - set("0123456789+-*()"): return None
+    try: tree = ast.parse(re.sub(r"[0-9]+", lambda number: str(int(number[0])), text), mode="eval")  # 007 is 7 here, and an error in Python
+    except SyntaxError: return None
+    def value(node):
+        if isinstance(node, ast.Expression): return value(node.body)
+        if isinstance(node, ast.Constant): return node.value
+        need(isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)))
+        return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[type(node.op)](value(node.left), value(node.right))
+    try: return value(tree)
+    except Outside: return None
+
+
+@st.composite
+def expressions(draw):
+    "An expression as the grammar makes it, and its value; with zeros in front of numbers, and parentheses where none are needed."
+    @st.composite
+    def number(draw): n = draw(st.integers(0, 999)); return "0" * draw(st.integers(0, 2)) + str(n), n, 3
+    def grown(inner):
+        @st.composite
+        def operation(draw):
+            (a, x, high), (b, y, low), sign = draw(inner), draw(inner), draw(st.sampled_from("+-*"))
+            strength = 2 if sign == "*" else 1
+            a, b = (f"({a})" if high < strength else a), (f"({b})" if low <= strength else b)
+            return a + sign + b, {"+": x + y, "-": x - y, "*": x * y}[sign], strength
+        @st.composite
+        def wrapped(draw): text, x, _ = draw(inner); n = draw(st.sampled_from([1, 1, 2, 29])); return "(" * n + text + ")" * n, x, 3
+        return operation() | wrapped()
+    text, x, _ = draw(st.recursive(number(), grown, max_leaves=12))
+    return text, x
+
+
+@fuzz(evaluate_expression)
+@given(expressions(), st.data())
+def test_expressions(expression, data):
+    "Its value, or None if it is too long; and with a character put in, taken out or changed, what Python's parser says."
+    text, x = expression
+    assert evaluate_expression(text) == (x if len(text) <= MAX_EXPRESSION else None) == walked(text)
+    at, character = data.draw(st.integers(0, len(text))), data.draw(st.sampled_from("0123456789+-*()/. _x١²\n"))
+    for changed in (text[:at] + character + text[at:], text[:at] + text[at + 1:], text[:at] + character + text[at + 1:], text[:at]): assert evaluate_expression(changed) == walked(changed)
+
+
+@fuzz(evaluate_expression)
+@given(st.text("0123456789+-*()", max_size=66) | st.text(max_size=8) | st.integers(0, 70).map(lambda n: "(" * n + "1" + ")" * (n // 2)))
+def test_any_text(text):
+    assert evaluate_expression(text) == walked(text)
+
+
+# Tasks, rewards, samples -------------------------------------------------------------------------------------------------
+
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=4)
+NAMES = st.sampled_from([*TASKS])
+
+
+@fuzz(load_task, add, sums, target, add_chat, Task, is_heldout, Query)
+@given(NAMES | ANYTHING, st.integers(1, 3) | ANYTHING, st.sampled_from(["train", "heldout", "test", "", None]), st.sampled_from([1, 3, 20, 0, -1, None, "2", 2.5, math.nan]), st.text(max_size=12))
+def test_tasks(name, digits, split, n, text):
+    "A task by name, its queries, and any text as a question or an answer to it."
+    task = outcome(load_task, {"name": name, "digits": digits}, "task")
+    if task is None: assert name not in [*TASKS] or type(digits) not in (int, bool) or digits not in (1, 2, 3); return
+    asked = task.parse(text)
+    assert asked is None or isinstance(asked, Query) and task.is_right(task.solve(asked, random.Random(0)), asked)
+    queries = outcome(task.queries, {"split": split, "n": n})
+    assert (queries is not None) == (split in ("train", "heldout") and type(n) is int and n > 0)
+    for query in queries or []: assert task.is_right(text, query) in (True, False) and is_heldout(query) == (split == "heldout") and query.text
+
+
+@fuzz(add, sums, target, add_chat)
+@given(st.sampled_from([add, sums, target, add_chat]), ANYTHING)
+def test_digits(make, digits):
+    assert (outcome(make, {"digits": digits}) is None) == (not isinstance(digits, int) or digits not in (1, 2, 3))
+
+
+TOKENIZER = character_tokenizer()
+ADD = load_task("add")
+
+
+@fuzz(accuracy_reward, brevity_reward, format_reward, overlong_reward, process_reward, text_of, name_of, load_rewards)
+@given(st.lists(st.text(max_size=6) | st.text("0123456789+=", max_size=6), min_size=1, max_size=3), st.sampled_from([16, *ODD]), st.sampled_from([None, 4, *ODD]), st.booleans(), st.sampled_from(["accuracy", "process", "beauty", "learned", ""]))
+def test_rules(texts, limit, cache, chat, name):
+    "Rules judge any text: a finite number for each, in their range."
+    ids = [TOKENIZER(text, add_special_tokens=False)["input_ids"] + [EOS] for text in texts]
+    texts = TOKENIZER.batch_decode(ids, skip_special_tokens=True)
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    given = {"prompts": ["1+2="] * len(texts), "completions": completions, "completion_ids": ids, "answer": ["3"] * len(texts)}
+    brief, long = outcome(brevity_reward, {"limit": limit}), outcome(overlong_reward, {"max_completion_length": limit, "cache": cache})
+    assert (brief is None) == (not isinstance(limit, (int, float)) or not limit >= 1)
+    for f, low, high in [(accuracy_reward(ADD), 0, 1), (brief, 0, 1), (format_reward("[0-9]+"), 0, 1), (long, -1, 0)]:
+        scores = f(**given) if f else []
+        assert all(isinstance(x, float) and low <= x <= high for x in scores) and (not f or len(scores) == len(texts) and isinstance(name_of(f), str))
+    assert accuracy_reward(ADD)(**given) == [float(text == "3") for text in texts] == [float(text_of(c) == "3") for c in completions]
+    for steps, row in zip(process_reward(ADD, TOKENIZER)(**given), ids): assert all(0 <= end < len(row) for end, _ in steps) and steps[-1][0] == len(row) - 1
+    rewards = outcome(load_rewards, {"names": [name], "task": ADD, "device": "cpu"}, "reward_funcs")
+    assert (rewards is not None) == (name == "accuracy")
+
+
+@fuzz(judge, score, combine_steps)
+@given(rollouts, st.data())
+def test_scores(rollout, data):
+    "Whatever a reward function returns: refused by name, or one finite number, or NaN where it did not judge."
+    N, lengths = len(rollout), rollout.completion_mask.sum(1).tolist()
+    sensible = st.lists(st.none() | st.integers(-2, 2) | st.floats(-9, 9), min_size=N, max_size=N)
+    returned = data.draw(sensible | st.lists(ANYTHING, min_size=N, max_size=N) | ANYTHING | st.sampled_from([torch.ones(N), torch.ones(N, 2), torch.ones(N) * math.nan, torch.tensor(1.0), [[(0, 1.0)]] * N, [[(-1, 1.0)]] * N]))
+    weights, on_error = data.draw(st.sampled_from([None, [1.0], [0.5], [2], [], [1.0, 1.0], [math.nan]])), data.draw(st.sampled_from(["stop", "drop", "x", None]))
+    def odd(**_): return returned
+    fresh = replace(rollout, rewards=None, scored=None)
+    try: metrics = score(fresh, [odd], weights, on_error)
+    except (TypeError, ValueError) as error: assert re.search("reward function 'odd'|reward_weights|on_error", str(error)); return
+    assert on_error in ("stop", "drop") and weights in (None, [1.0], [0.5], [2]) and metrics.keys() == {"rewards/odd/mean"}
+    assert fresh.rewards.shape == (N,) and fresh.scored.equal(fresh.rewards.isfinite()) and fresh.scored.equal(~fresh.rewards.isnan())
+    if isinstance(returned, list) and all(type(x) in (int, float) for x in returned) and all(map(math.isfinite, returned)):
+        torch.testing.assert_close(fresh.rewards, torch.tensor([(weights or [1.0])[0] * x for x in returned], dtype=torch.float32))
+    for rewards, ends, n in zip(fresh.step_rewards or [], fresh.step_ends or [], lengths): assert len(rewards) == len(ends) and all(0 <= end < n for end in ends)
+
+
+@fuzz(sample, generate, check_context, encode_prompts, as_rollout, padding_id, eos_token_ids)
+@given(st.lists(st.text(CHARACTERS, max_size=70).map(Query) | st.text(max_size=3).map(Query) | st.just(Query([{"role": "user", "content": "1"}])), max_size=3), st.data())
+def test_sampling(queries, data):
+    "Samples within the limits, of which the model itself says what was recorded; or a refusal."
+    arguments = {"num_generations": 2, "max_completion_length": 3, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    for name in data.draw(st.lists(st.sampled_from(sorted(arguments)), max_size=1)): arguments[name] = data.draw(st.sampled_from([2, 0.5, *[x for x in ODD if x != 10**15]]))
+    rollout = outcome(sample, {"model": LLAMA, "tokenizer": TOKENIZER, "queries": queries} | arguments, "query")
+    readable = bool(queries) and all(isinstance(q.prompt, str) and 0 < len(q.prompt) <= 61 for q in queries)
+    assert rollout is None or readable
+    if rollout is None: return
+    assert is_rollout({field.name: getattr(rollout, field.name) for field in fields(rollout)}) and rollout.completion_mask.any(1).all()
+    torch.testing.assert_close(rollout.logprobs, token_logprobs(LLAMA, rollout, arguments["temperature"]).detach(), rtol=0, atol=1e-8)
+    again = outcome(as_rollout, {"tokenizer": TOKENIZER, "queries": queries, "completions": rollout.completions[data.draw(st.integers(0, 2)):]})
+    assert again is None or len(again) % len(queries) == 0
+    assert len(generate(LLAMA, TOKENIZER, queries, 1, short_config(max_completion_length=2))) == len(queries)
+
+
+# Settings ----------------------------------------------------------------------------------------------------------------
+
+FIELDS = sorted({field.name for config in CONFIGS.values() for field in fields(config)} - {"device"})
+VALUES = ANYTHING | st.sampled_from(["grpo", "ppo", "dapo", "add", "target", "cosine", "token", "group", "none", "bfloat16", "True", "1e-4", "auto", 1, 2, 16, 0.5, 2**63, ["accuracy"], ["learned", "learned"], "../x", math.inf])
+
+
+def checked(make):
+    "The config, every field of which is of its type, and which comes back from JSON as it was; None if it is refused by name."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of top-p and top-k
+        try: config = make()
+        except ValueError as error: assert any(name in str(error) for name in [*FIELDS, "is not a parameter"]), error; return
+        assert make_config(**json.loads(json.dumps(asdict(config)))) == config
+        assert not [x for x in asdict(config).values() if isinstance(x, float) and not math.isfinite(x)]
+        torch.Generator().manual_seed(config.seed)
+        return config
+
+
+@fuzz(make_config, Config, GRPOConfig, PPOConfig)
+@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), VALUES, max_size=3))
+def test_configs(parameters):
+    "Parameter sets of any kind, as papermill hands them over: a config, or an error that names a field."
+    config = checked(lambda: make_config(**parameters))
+    if config and "recipe" not in parameters:
+        for name, x in parameters.items(): assert x is None or getattr(config, name) == x or str(x) == str(getattr(config, name)) or float(x) == getattr(config, name)
+
+
+TRAIN = [cell.source for cell in nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4).cells if cell.cell_type == "code"][:4]
+
+
+@fuzz(make_config)
+@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(string.ascii_lowercase, min_size=5, max_size=9).filter(str.isidentifier), VALUES, max_size=2))
+def test_parameters_of_the_notebook(parameters):
+    "The first cells of the train notebook, with another parameters cell behind its own, are `make_config` of these parameters."
+    def notebook():
+        names = {}
+        for source in TRAIN[:2]: exec(source, names)
+        names |= parameters
+        for source in TRAIN[2:]: exec(source, names)
+        return names["config"]
+    found, direct = checked(notebook), checked(lambda: make_config(**parameters))
+    assert found == direct
+
+
+WORDS = st.sampled_from([f"--{name}" for name in FIELDS]) | st.sampled_from(["--help", "-h", "--", "-", "--algorithm", "ppo", "grpo", "--recipe", "dapo", "--nonsense", "--num_prompts=3"]) | st.text(max_size=5) | VALUES.map(str)
+
+
+@fuzz(parse_arguments, main)
+@given(st.lists(WORDS, max_size=5))
+def test_command_lines(words):
+    "A config; an error with a name in it; or the usage, with the exit code that a shell expects."
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try: config = checked(lambda: parse_arguments(words))
+        except SystemExit as end:
+            assert end.code in (0, 2) and (end.code == 0 or "error:" in said.getvalue()); return
+        if config is None:
+            with pytest.raises(SystemExit) as end: main(words)
+            assert str(end.value.code).startswith("error: ")
+
+
+@fuzz(resolve_device, resolve_dtype, fetch_smollm2, load_policy)
+@given(ANYTHING.filter(lambda x: x is not None))
+def test_names(x):
+    "Devices, dtypes, sources and models that do not exist."
+    for f, name, known in ((resolve_device, "device", ("auto", "cpu")), (resolve_dtype, "dtype", ("float32", "bfloat16", "float64")), (fetch_smollm2, "source", ("package", "hub"))):
+        if isinstance(x, str) and x not in known or not isinstance(x, (str, int)): assert outcome(f, {name: x}) is None
+    if isinstance(x, str) and x and x.isidentifier() and x not in ("tiny", "smollm2"): assert outcome(load_policy, {"name": x, "device": "cpu"}, "model") is None
+
+
+# Files -------------------------------------------------------------------------------------------------------------------
+
+JUNK = [b"", b"null", b"[]", b"{}", b"[1]", b'{"step": 1}', b'"x"', b"NaN", b"\xff\xfe", b"{" * 2000]
+
+
+@st.composite
+def damages(draw):
+    "A function of a file's content: something else, cut off, a bit turned, a piece out of the middle, or gone."
+    how, x = draw(st.sampled_from(["junk", "cut", "bit", "piece", "gone"])), draw(st.floats(0, 1, exclude_max=True))
+    junk = draw(st.sampled_from(JUNK))
+    def damage(content):
+        at = int(x * len(content))
+        return {"junk": junk, "cut": content[:at], "bit": content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1:], "piece": content[:at] + content[at + 9:], "gone": None}[how]
+    return damage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A run of three steps with two checkpoints."
+    directory = tmp_path_factory.mktemp("run") / "run"
+    config = short_config(output_dir=str(directory), max_steps=3, save_steps=1, num_prompts=2, num_generations=2, eval_size=2, max_completion_length=3, lr_scheduler_type="cosine")
+    return train(config, progress=False), config
+
+
+def copied(directory, to, damage, name):
+    "A copy with one file damaged; True if the content is another now."
+    shutil.rmtree(to, ignore_errors=True); shutil.copytree(directory, to)
+    before = (to / name).read_bytes()
+    after = damage(before)
+    if after is None: (to / name).unlink()
+    else: (to / name).write_bytes(after)
+    return after != before
+
+
+@fuzz(open_run, read_json, Run)
+@given(damages(), st.sampled_from(["config.json", "metrics.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json"]))
+def test_a_damaged_run(finished, tmp_path_factory, damage, name):
+    "Opened, or refused with the name of what is wrong."
+    directory = tmp_path_factory.getbasetemp() / "damaged"
+    copied(finished[0].directory, directory, damage, name)
+    try: found = open_run(directory)
+    except (OSError, ValueError) as error: assert any(word in str(error) for word in [str(directory), *FIELDS]), error
+    else: assert len(found.metrics) <= 3 and isinstance(found.config, Config)
+
+
+@fuzz(train, is_whole, checkpoints, load_checkpoint, save_checkpoint, build_models, build_schedulers, prepare_directory)
+@given(damages(), st.sampled_from([(step, name) for step in (2, 3) for name in ("trainer.json", "state.safetensors")]))
+def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
+    "Whatever happened to it: it is noticed, and the one before is used, with the state of its step bit for bit."
+    (run, config), (step, name) = finished, which
+    directory = tmp_path_factory.getbasetemp() / "damaged"
+    other = copied(run.directory, directory, damage, f"checkpoint-{step}/{name}")
+    found = {step: is_whole(path) for step, path in checkpoints(directory)}
+    assert found.pop(5 - step) and found.get(step, False) == (not other)
+    newest = 3 if step == 2 or not other else 2
+    models, generator = build_models(config, load_task("add")), torch.Generator()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        done = training._resume(directory, models, build_schedulers(config, models), generator, {})
+    assert done.step == newest and len(done.lines) == newest and {row["step"] for row in done.rows} == set(range(1, newest + 1))
+    saved = load_file(run.directory / f"checkpoint-{newest}/state.safetensors")
+    assert all(p.equal(saved[f"policy.weights.{k}"]) for k, p in models.policy.named_parameters()) and generator.get_state().equal(saved["generator"])
+
+
+@fuzz(train)
+@given(damages(), st.sampled_from(["config.json", "metrics.jsonl", "completions.parquet"]))
+def test_resuming_beside_damaged_files(finished, tmp_path_factory, damage, name):
+    "Gone on with, or refused with the name of the file; nothing is written by a refusal."
+    run, config = finished
+    directory = tmp_path_factory.getbasetemp() / "damaged"
+    copied(run.directory, directory, damage, name)
+    shutil.rmtree(directory / "model")
+    config = replace(config, output_dir=str(directory), resume=True)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    try: found = train(config, progress=False)
+    except (OSError, ValueError) as error:
+        assert str(directory) in str(error), error
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    else: assert list(found.metrics.index) == [1, 2, 3] and set(found.completions["step"]) == {1, 2, 3}
