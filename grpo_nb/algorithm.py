@@ -72,7 +72,7 @@ class Config:
     eval_steps: PositiveInt = option(default=25, help="evaluate every so many steps, and before the first and after the last")
     eval_size: PositiveInt = option(default=200, help="held-out queries of an evaluation")
     save_steps: NonNegativeInt = option(default=50, help="checkpoint every so many steps; 0: none")
-    seed: NonNegativeInt = option(default=0, help="of queries, sampling and initialisation")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(default=0, help="of queries, sampling and initialisation")
     device: str = option(default="auto", help="auto, cpu, cuda, mps, ...")
     dtype: Literal["float32", "bfloat16"] = option(default="float32", help="bfloat16: autocast, weights stay float32")
     reference_dtype: Literal["float32", "bfloat16"] = option(default="float32", help="of the reference model's weights")
@@ -149,10 +149,10 @@ def make_config(
     "The config of one algorithm from loose parameters: recipe first, then what was given. `ValueError` names what is wrong."
     given = {name: value for name, value in parameters.items() if value is not None}
     recipe = given.get("recipe")
-    if recipe is not None and recipe not in RECIPES: raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+    if recipe is not None and recipe not in list(RECIPES): raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
     given = RECIPES.get(recipe, {}) | given
     algorithm = given.get("algorithm", "grpo")
-    if algorithm not in CONFIGS: raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
+    if algorithm not in list(CONFIGS): raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
     known = [f.name for f in fields(CONFIGS[algorithm])]
     for name in (name for name in given if name not in known):
         other = next((a for a in CONFIGS if name in {f.name for f in fields(CONFIGS[a])}), None)

@@ -248,7 +248,7 @@ def micro_batches(
     hidden: int | None = None,  # width of a model that shares prompts; None: a row a completion
 ) -> list[list[int]]:  # groups of each piece
     "Cut a rollout into pieces of whole groups, longest groups together; `ValueError` if `max_tokens` is below 1. Of several processes, each gets its share, in as many pieces (the last may be empty)."
-    if max_tokens is not None and max_tokens < 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
+    if max_tokens is not None and not max_tokens >= 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
     G, prompt = rollout.num_generations, rollout.prompt_mask.sum(1).numpy(force=True)
     completion = rollout.completion_mask.sum(1).numpy(force=True).reshape(-1, G)
     def tokens(groups):

@@ -54,7 +54,8 @@ def accuracy_reward(task: Task) -> RewardFunction:
 
 # %% ../nbs/06_reward.ipynb #f0298176
 def brevity_reward(limit: int = 16) -> RewardFunction:
-    "1 for an empty completion, falling to 0 at `limit` characters."
+    "1 for an empty completion, falling to 0 at `limit` characters, at least 1."
+    if not limit >= 1: raise ValueError(f"limit must be at least 1, got {limit}")
     def brevity(prompts, completions, **columns):
         return [max(0.0, 1 - len(text_of(completion)) / limit) for completion in completions]
     return brevity
@@ -144,7 +145,8 @@ def combine(
     scores: Float[Tensor, "N F"],  # NaN: no judgement
     weights: list[float] | None = None,  # one a function; None: all 1
 ) -> Float[Tensor, "N"]:  # NaN where no function judged
-    "Weighted sum over the functions that judged; `ValueError`: not one finite weight a function."
+    "Weighted sum over the functions that judged; `ValueError`: scores that are not [N, F] and floating point, not one finite weight a function."
+    if scores.dim() != 2 or not scores.is_floating_point(): raise ValueError(f"scores must be floating point and [N, F], got {tuple(scores.shape)} {scores.dtype}")
     weights = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights, dtype=scores.dtype)
     if len(weights) != scores.shape[1]: raise ValueError(f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}")
     if not weights.isfinite().all(): raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
@@ -161,7 +163,7 @@ def combine_steps(
     for i, n in enumerate(lengths):
         at = {}
         for column, weight in zip(judged, weights or [1.0] * len(judged)):
-            for end, score in column[i] if isinstance(column[i], list) else [(n - 1, column[i])] if column[i] is not None else []:
+            for end, score in column[i] if isinstance(column[i], list) else [(n - 1, column[i])] if n and column[i] is not None else []:
                 at[end] = at.get(end, 0.0) + weight * score
         result.append(sorted(at.items()))
     return [[score for _, score in steps] for steps in result], [[end for end, _ in steps] for steps in result]
@@ -174,6 +176,7 @@ def score(
     on_error: str = "stop",  # of what `judge` refuses: "stop" | "drop" its group
 ) -> dict[str, float]:  # mean of each function over the completions that it judged
     "The reward stage: fills `rollout.rewards` and `rollout.scored`, and the step rewards if a function gives them."
+    if on_error not in ("stop", "drop"): raise ValueError(f'on_error must be "stop" or "drop", got {on_error!r}')
     def judgement(part):
         try: return judge(reward_funcs, part)
         except (RuntimeError, TypeError, ValueError):
@@ -195,7 +198,8 @@ def bradley_terry_loss(
     chosen: Float[Tensor, "K"],  # scores of the preferred answers
     rejected: Float[Tensor, "K"],  # scores of the others
 ) -> Float[Tensor, ""]:
-    "-log sigmoid(chosen - rejected), mean over pairs (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1)."
+    "-log sigmoid(chosen - rejected), mean over pairs (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1). `ValueError`: not both [K] with K > 0."
+    if chosen.shape != rejected.shape or chosen.dim() != 1 or not len(chosen): raise ValueError(f"chosen and rejected must be [K], K > 0; got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
     return -F.logsigmoid(chosen - rejected).mean()
 
 # %% ../nbs/06_reward.ipynb #cc65731a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OURS', 'RULES', 'SMOLLM2_WHEEL', 'SMOLLM2_GGUF', 'SMOLLM2_SHA256', 'SMOLLM2_HUB', 'evaluate', 'rollout_metrics',
-           'peak_memory', 'table', 'write_atomically', 'prepare_directory', 'load_rewards', 'add_adapters',
+           'peak_memory', 'table', 'write_atomically', 'read_json', 'prepare_directory', 'load_rewards', 'add_adapters',
            'load_value_model', 'token_classifier', 'build_models', 'build_schedulers', 'checkpoint_layers',
            'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint', 'Run', 'open_run', 'preference_pairs',
            'train_reward_model', 'outer_iteration', 'train', 'step_queries', 'chat', 'fetch_smollm2', 'parse_arguments',
@@ -130,7 +130,8 @@ def write_atomically(path: Path, content: str | bytes):
     "Write a file so that it is never seen half written; of several processes, the main one does."
     if process()[0]: return
     scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "wb") as f:
+    scratch.unlink(missing_ok=True)  # left by a killed process, or a link, which must not be followed
+    with open(scratch, "xb") as f:
         f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
     os.replace(scratch, path)
 
@@ -140,11 +141,24 @@ def _sync(path: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/13_training.ipynb #21c7286c
+def read_json(path: Path) -> dict:
+    "The object in a JSON file; `ValueError` that names the file if it holds none."
+    try: found = json.loads(path.read_text())
+    except ValueError as error: raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict): raise ValueError(f"{path} is damaged: it holds {type(found).__name__}, not an object")
+    return found
+
 # %% ../nbs/13_training.ipynb #dccbb406
+def _remove(path: Path):
+    "Remove a file or a directory, if it is there; of a link only the link."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
+
 def _replace_directory(scratch: Path, target: Path):
     "Put a finished directory in the place of an older one."
     for path in scratch.iterdir(): _sync(path)
-    if target.exists(): shutil.rmtree(target)
+    _remove(target)
     os.replace(scratch, target)
     _sync(target.parent)
 
@@ -326,28 +340,32 @@ def _write_checkpoint(directory: Path, step: int, tensors: dict, rest: dict, kee
     try:
         scratch.mkdir()
         save_file({k: x.contiguous() for k, x in tensors.items()}, scratch / "state.safetensors")
-        write_atomically(scratch / "trainer.json", json.dumps(rest | {"sha256": _digest(scratch / "state.safetensors")}))
+        write_atomically(scratch / "trainer.json", json.dumps(rest | {"sha256": _digest(scratch / "state.safetensors", rest)}))
         _replace_directory(scratch, directory / f"checkpoint-{step}")
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         kept = ", ".join(path.name for _, path in checkpoints(directory)) or "none"
         raise OSError(f"checkpoint-{step} could not be written to {directory} ({error}); checkpoints that are whole: {kept}") from error
-    for _, old in checkpoints(directory)[:-keep]: shutil.rmtree(old)
+    for _, old in checkpoints(directory)[:-keep]: _remove(old)
 
 # %% ../nbs/13_training.ipynb #087d8c26
-def _digest(path: Path) -> str:
-    "SHA-256 of a file."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+def _digest(path: Path, rest: dict) -> str:
+    "SHA-256 of a file and of what is kept beside it."
+    with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256")
+    digest.update(json.dumps(rest).encode())
+    return digest.hexdigest()
 
 def is_whole(checkpoint: Path) -> bool:
-    "Are the tensors of this checkpoint those that were written?"
-    try: return json.loads((checkpoint / "trainer.json").read_text())["sha256"] == _digest(checkpoint / "state.safetensors")
-    except (OSError, ValueError, KeyError, TypeError): return False
+    "Is what this checkpoint holds what was written?"
+    try:
+        rest = read_json(checkpoint / "trainer.json")
+        return rest.pop("sha256") == _digest(checkpoint / "state.safetensors", rest)
+    except (OSError, ValueError, KeyError): return False
 
 # %% ../nbs/13_training.ipynb #26304040
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
     "(step, path) of every checkpoint that was written to its end, oldest first."
-    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json"))
+    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json") if re.fullmatch(r"checkpoint-[0-9]+", p.parent.name))
 
 # %% ../nbs/13_training.ipynb #42476d0c
 def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
@@ -436,9 +454,9 @@ def open_run(
     directory = Path(directory)
     for needed in ("config.json", "model"):
         if not (directory / needed).exists(): raise ValueError(f"{str(directory)!r} is not a finished run: it has no {needed}")
-    saved = json.loads((directory / "config.json").read_text()) | {"device": device}
+    saved = read_json(directory / "config.json") | {"device": device}
     saved.pop("num_processes", None)  # of the launch, not of the config
-    config = make_config(**saved | ({"task": None} if _is_own(task, saved["task"]) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
+    config = make_config(**saved | ({"task": None} if _is_own(task, saved.get("task")) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
     task = task or _task_of(config)
     if (directory / "model" / "adapter_config.json").exists(): _needs_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
@@ -448,7 +466,9 @@ def open_run(
 # %% ../nbs/13_training.ipynb #1465f550
 def _read_metrics(directory: Path) -> pd.DataFrame:
     "metrics.jsonl as a table, one row a step."
-    return pd.DataFrame(map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())).set_index("step")
+    path = directory / "metrics.jsonl"
+    try: return pd.DataFrame(map(json.loads, path.read_text().splitlines())).set_index("step")
+    except (AttributeError, KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 # %% ../nbs/13_training.ipynb #34e4dce4
 def preference_pairs(
@@ -572,6 +592,7 @@ def _save_model(target: Path, model: PreTrainedModel | RewardModel, tokenizer: P
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
     state = {"state_dict": {k: full(x) for k, x in model.state_dict().items() if k not in tied}} if hasattr(next(model.parameters()), "full_tensor") else {}
     def write():
+        _remove(scratch)
         model.save_pretrained(scratch, **state); tokenizer.save_pretrained(scratch)
         _replace_directory(scratch, target)
     on_main(write)
@@ -586,7 +607,7 @@ def _check_same(directory: Path, record: dict):
     "`ValueError` if the run in this directory was made with other settings than those that are to go on with it."
     if not (directory / "config.json").exists(): return
     free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
-    saved, record = asdict(CONFIGS[record["algorithm"]]()) | json.loads((directory / "config.json").read_text()), {"num_processes": 1} | record  # a field that is younger than the run has its default
+    saved, record = asdict(CONFIGS[record["algorithm"]]()) | read_json(directory / "config.json"), {"num_processes": 1} | record  # a field that is younger than the run has its default
     saved = {"num_processes": 1} | saved
     other = [f"{name} = {saved.get(name)!r}, now {value!r}" for name, value in record.items() if name not in free and saved.get(name) != value]
     if other: raise ValueError(f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir")
@@ -618,8 +639,10 @@ def _write_completions(directory: Path, rows: list[dict]):
 
 def _lines(path: Path, start: int) -> list[str]:
     "Whole lines of a JSON-lines file up to a step; none if it is not there."
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+    except (KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is damaged, so the run cannot be resumed: {type(error).__name__} {error}") from None
 
 @dataclass
 class _Done:
@@ -631,12 +654,12 @@ class _Done:
 
 def _newest(directory: Path) -> str | None:
     "The newest whole checkpoint. Damaged ones are removed, with a warning, and what a killed process left."
-    for left in [path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")]: shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for left in [path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")]: _remove(left)
     found = checkpoints(directory)
     while found and not is_whole(found[-1][1]):
         _, damaged = found.pop()
         warnings.warn(f"{damaged} is damaged; the run goes on from {found[-1][1].name if found else 'the start'}", stacklevel=3)
-        shutil.rmtree(damaged)
+        _remove(damaged)
     return str(found[-1][1]) if found else None
 
 def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
@@ -644,9 +667,12 @@ def _resume(directory: Path, models: Models, schedulers: list, generator: torch.
     newest = on_main(lambda: _newest(directory))
     if newest is None: return _Done()
     step = load_checkpoint(Path(newest), models, schedulers, generator, renewed)
-    rows = pd.read_parquet(directory / "completions.parquet")
-    return _Done(step, rows[rows["step"] <= step].to_dict("records"), _lines(directory / "metrics.jsonl", step),
-                 list(map(json.loads, _lines(directory / "preferences.jsonl", step))))
+    try: rows = pd.read_parquet(directory / "completions.parquet").query("step <= @step")
+    except Exception as error: raise ValueError(f"{directory / 'completions.parquet'} is damaged, so the run cannot be resumed: {type(error).__name__} {error}") from None
+    lines = _lines(directory / "metrics.jsonl", step)
+    for name, steps in {"metrics.jsonl": [json.loads(line)["step"] for line in lines], "completions.parquet": sorted(rows["step"].unique())}.items():
+        if steps != [*range(1, step + 1)]: raise ValueError(f"{directory / name} is damaged, so the run cannot be resumed: it does not have each step up to {step} once")
+    return _Done(step, rows.to_dict("records"), lines, list(map(json.loads, _lines(directory / "preferences.jsonl", step))))
 
 # %% ../nbs/13_training.ipynb #e986405b
 def _precision(config: Config, device: torch.device):
@@ -758,6 +784,7 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
     def save(last):
         if last < 1 or last in dict(checkpoints(directory)): return
         _write_completions(directory, rows)
+        _sync(directory / "metrics.jsonl")  # a checkpoint without the lines of its steps could not be resumed
         save_checkpoint(directory, last, models, schedulers, generator, _renewed(config, models))
     with open(directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a") as log, _precision(config, device), _noted_signals() as signals:
         initial = {} if done.step else {f"eval/initial_{what}": heldout()}

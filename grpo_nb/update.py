@@ -51,7 +51,7 @@ def update(
     value_optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, float]:  # of the whole step; mean over its iterations
     "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout (2402.03300, algorithm 1); `ValueError` if it lacks advantages, with a beta the reference's log-probs, or with a correction the sampler's."
-    for name in ["advantages"] + ["ref_logprobs"] * (beta > 0) + ["sampling_logprobs"] * config.vllm_importance_sampling_correction:
+    for name in ["advantages"] + ["ref_logprobs"] * (beta != 0) + ["sampling_logprobs"] * config.vllm_importance_sampling_correction:
         if getattr(rollout, name) is None: raise ValueError(f"rollout.{name} is None: fill it before the update" + ", or set beta=0" * (name == "ref_logprobs"))
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
