@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -22,7 +22,7 @@ from .policy import resolve_device
 from .reference import next_beta, reference_logprobs, token_rewards
 from .reward import RewardFunction, RewardModel, score
 from .rollout import Rollout
-from .sampling import generate
+from .sampling import Sampler, generate, sample
 from .task import Query, check_task
 from .update import update
 from .value import ValueModel, predict_values
@@ -60,6 +60,9 @@ class Config:
     temperature: PositiveFloat = option(default=1.0, help="of sampling, and of every log-prob")
     top_p: Share = option(default=1.0, help="nucleus sampling; below 1, rho is not the exact ratio")
     top_k: NonNegativeInt = option(default=0, help="keep the k likeliest tokens; above 0, rho is not the exact ratio")
+    use_vllm: bool = option(default=False, help="sample with vLLM, in this process (pip install \"grpo_nb[vllm]\")")
+    vllm_importance_sampling_correction: bool = option(default=False, help="weight each token's policy loss by pi_old / (pi that vLLM sampled from)")
+    vllm_importance_sampling_clip_max: PositiveFloat = option(default=3.0, help="upper bound of that weight")
     learning_rate: PositiveFloat = option(default=1e-4, help="of the policy (AdamW)")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(default="constant", help="how the learning rate goes on after the warm-up")
     warmup_steps: NonNegativeInt = option(default=0, help="of the learning rate")
@@ -69,13 +72,18 @@ class Config:
     eval_steps: PositiveInt = option(default=25, help="evaluate every so many steps, and before the first and after the last")
     eval_size: PositiveInt = option(default=200, help="held-out queries of an evaluation")
     save_steps: NonNegativeInt = option(default=50, help="checkpoint every so many steps; 0: none")
-    seed: NonNegativeInt = option(default=0, help="of queries, sampling and initialisation")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(default=0, help="of queries, sampling and initialisation")
     device: str = option(default="auto", help="auto, cpu, cuda, mps, ...")
     dtype: Literal["float32", "bfloat16"] = option(default="float32", help="bfloat16: autocast, weights stay float32")
     reference_dtype: Literal["float32", "bfloat16"] = option(default="float32", help="of the reference model's weights")
     max_tokens_per_micro_batch: PositiveInt = option(default=8192, help="tokens of one forward pass, padding included")
     gradient_checkpointing: bool = option(default=False, help="compute layers again in the backward pass: less memory, more time")
+    use_peft: bool = option(default=False, help="LoRA: train small adapters in place of the weights (extra peft)")
+    lora_r: PositiveInt = option(default=16, help="rank of an adapter")
+    lora_alpha: PositiveInt = option(default=32, help="an adapter is scaled by lora_alpha / lora_r")
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | None = option(default=None, help="names of the layers that get one (default: every linear layer but the head)")
     output_dir: str | None = option(default=None, help="run directory (default: the next free one under runs/)")
+    report_to: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = option(default_factory=list, help="trackers of Accelerate that get every line of metrics, too: tensorboard, wandb, ...; metrics.jsonl is always written")
     resume: bool = option(default=False, help="go on from the newest checkpoint in output_dir")
 
     def __post_init__(self):
@@ -85,6 +93,9 @@ class Config:
         check_task(self.task)
         if self.ref_model_sync_steps and not self.beta and "learned" not in self.reward_funcs:
             raise ValueError(f"ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is \"learned\"")
+        if self.use_peft and self.beta and (self.ref_model_sync_steps or self.reference_dtype != "float32"):
+            raise ValueError("use_peft: the reference is the policy without adapters; ref_model_sync_steps must be 0, reference_dtype float32, or beta 0")
+        if self.vllm_importance_sampling_correction and not self.use_vllm: raise ValueError("vllm_importance_sampling_correction = True needs use_vllm = True")
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
             warnings.warn(f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio", stacklevel=3)
@@ -109,7 +120,7 @@ class PPOConfig(Config):
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(default="bnpo", help="how token losses are averaged")
     gamma: Share = option(default=1.0, help="discount a token")
     lam: Annotated[float, Field(ge=0, le=1)] = option(default=0.95, help="GAE: 0 trusts the value model, 1 the reward")
-    value_model: Literal["separate", "head"] = option(default="separate", help="a model of its own, or a head on the policy's trunk")
+    value_model: str = option(default="separate", help="separate (a copy of the policy), head (on the policy's trunk), or the path or hub id to start from")
     vf_coef: PositiveFloat = option(default=1.0, help="weight of the value loss")
     cliprange_value: PositiveFloat = option(default=0.2, help="how far a value may move in one step")
     value_learning_rate: PositiveFloat = option(default=1e-3, help="of the value model (AdamW)")
@@ -138,10 +149,10 @@ def make_config(
     "The config of one algorithm from loose parameters: recipe first, then what was given. `ValueError` names what is wrong."
     given = {name: value for name, value in parameters.items() if value is not None}
     recipe = given.get("recipe")
-    if recipe is not None and recipe not in RECIPES: raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+    if recipe is not None and recipe not in list(RECIPES): raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
     given = RECIPES.get(recipe, {}) | given
     algorithm = given.get("algorithm", "grpo")
-    if algorithm not in CONFIGS: raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
+    if algorithm not in list(CONFIGS): raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
     known = [f.name for f in fields(CONFIGS[algorithm])]
     for name in (name for name in given if name not in known):
         other = next((a for a in CONFIGS if name in {f.name for f in fields(CONFIGS[a])}), None)
@@ -163,6 +174,7 @@ class Models:
     reference: PreTrainedModel | None = None  # frozen; None if beta is 0
     value: ValueModel | None = None  # trained; PPO only
     value_optimizer: torch.optim.Optimizer | None = None
+    sampler: Sampler = sample  # draws q -> o from the policy
     beta: float = 0.0  # of PPO; it moves if kl_target is set
     learned: RewardModel | None = None  # the one of `rewards` that an outer iteration trains
 
@@ -174,7 +186,7 @@ def ppo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of PPO: q -> o -> KL and r, v -> GAE -> update of policy and value model (DeepSeekMath 2402.03300, fig. 4, top)."
-    rollout = generate(models.policy, models.tokenizer, queries, 1, config, generator)           # q -> o
+    rollout = generate(models.policy, models.tokenizer, queries, 1, config, generator, models.sampler)  # q -> o
     rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model
     metrics = score(rollout, models.rewards, config.reward_weights, config.on_reward_error)        # reward model -> r
     rollout.values = predict_values(models.value, rollout, config.max_tokens_per_micro_batch)      # value model -> v
@@ -193,7 +205,7 @@ def grpo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of GRPO: q -> o_1 ... o_G -> r_1 ... r_G -> group computation -> update (DeepSeekMath 2402.03300, fig. 4, bottom)."
-    def sample_groups(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator)
+    def sample_groups(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator, models.sampler)
     def score_groups(rollout): return score(rollout, models.rewards, config.reward_weights, config.on_reward_error)
     rollout, metrics = group.dynamic_sampling(sample_groups, score_groups, queries, config)       # q -> o_1 ... o_G -> r_1 ... r_G
     rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model

@@ -86,7 +86,8 @@ def _number(index: int, digits: int) -> int:
     return index + (10 ** (digits - 1) if digits > 1 else 0)
 
 def _count(digits: int) -> int:
-    "How many numbers have exactly `digits` digits."
+    "How many numbers have exactly `digits` digits; `ValueError` for other digits than 1, 2 and 3."
+    if not isinstance(digits, int) or digits not in (1, 2, 3): raise ValueError(f"digits must be 1, 2 or 3, got {digits!r}")
     return 10 if digits == 1 else 9 * 10 ** (digits - 1)
 
 # %% ../nbs/01_task.ipynb #9b934d7d
@@ -111,6 +112,7 @@ def sums(
     digits: int = 3,  # most digits of a summand, 1 to 3
 ) -> Task:
     "`3+4=`, `12+34=` or `123+456=`: sums of 1 to `digits` digits, each length as likely; judged as in `add`."
+    _count(digits)  # refuses what it is not given for
     parts = [add(n) for n in range(1, digits + 1)]
     def query(i): return parts[i % digits].query(i // digits % parts[i % digits].size)
     return replace(parts[-1], name="sums", size=digits * parts[-1].size, query=query)
