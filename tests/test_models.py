@@ -13,6 +13,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 
 from grpo_nb import reference, training
 from grpo_nb.algorithm import make_config
+from grpo_nb.plots import trained_parameters
 from grpo_nb.policy import TINY, load_policy, shared_rows, shares_prompt, token_logprobs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
@@ -297,20 +298,21 @@ def test_adapters_on_every_family(directory, tmp_path, family):
 
 def test_the_reference_is_the_policy_without_its_adapters(directory, tmp_path, monkeypatch):
     "Bit for bit those of the base, with no second model in memory; the adapters are on again afterwards, also if the scoring raises."
-    run = train(small(directory("llama"), tmp_path / "run", **LORA), reward_funcs=[recorded([])], progress=False)
-    base, tokenizer = load(directory("llama"))
-    rollout = random_rollout(base, tokenizer)
-    with torch.no_grad(): before = token_logprobs(run.policy, rollout)
-    assert reference_logprobs(run.policy, rollout).equal(reference_logprobs(base, rollout)) and not before.equal(reference_logprobs(base, rollout))
+    (base, tokenizer), models = load(directory("llama")), build_models(small(directory("llama"), tmp_path, **LORA), load_task("add"))
+    policy, rollout = models.policy, random_rollout(base, tokenizer)
+    assert models.reference is policy and build_models(small(directory("llama"), tmp_path, **LORA, beta=0.0), load_task("add")).reference is None
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name: p.normal_(generator=torch.Generator().manual_seed(0))
+        before = token_logprobs(policy, rollout)
+    assert reference_logprobs(policy, rollout).equal(reference_logprobs(base, rollout)) and not before.equal(reference_logprobs(base, rollout))
+    with torch.no_grad(): assert token_logprobs(policy, rollout).equal(before)
     def broken(*arguments): raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(reference, "token_logprobs", broken)
-        reference_logprobs(run.policy, rollout)
-    with torch.no_grad(): assert token_logprobs(run.policy, rollout).equal(before)
-    assert all(p.requires_grad == ("lora_" in name) for name, p in run.policy.named_parameters())
-    for algorithm in ("grpo", "ppo"):
-        models = build_models(small(directory("llama"), tmp_path, algorithm=algorithm, **LORA), load_task("add"))
-        assert models.reference is models.policy
+        reference_logprobs(policy, rollout)
+    with torch.no_grad(): assert token_logprobs(policy, rollout).equal(before)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in policy.named_parameters())
 
 
 @pytest.mark.parametrize("options", [{}, {"algorithm": "ppo"}, {"algorithm": "ppo", "value_model": "head"}], ids=["grpo", "ppo", "head"])
@@ -359,6 +361,17 @@ def test_a_value_model_beside_adapters(directory, tmp_path):
     assert not head.value(rollout).allclose(separate.value(rollout))  # another trunk
     head.value(rollout).sum().backward()
     assert all((p.grad is not None) == ("lora_" in name) for name, p in head.policy.named_parameters())
+
+
+def test_the_comparison_counts_what_is_trained(directory, tmp_path):
+    "The adapters, beside them a value model as large as the base: also of a run that is opened again."
+    def count(model): return sum(p.numel() for p in model.parameters())
+    base, judge = load(directory("llama"))[0], classifier(directory, "llama", tmp_path / "judge")
+    for name, options, beside in [("grpo", {}, 0), ("separate", {"algorithm": "ppo"}, count(base.base_model) + 17), ("head", {"algorithm": "ppo", "value_model": "head"}, 17),
+                                  ("path", {"algorithm": "ppo", "value_model": str(tmp_path / "judge")}, count(judge))]:
+        run = train(small(directory("llama"), tmp_path / name, **LORA, **options), reward_funcs=[recorded([])], progress=False)
+        adapters = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+        for one in (run, open_run(run.directory, reward_funcs=[recorded([])])): assert trained_parameters(one) == adapters + beside
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}], ids=str)
