@@ -18,9 +18,9 @@ from grpo_nb.training import evaluate
 from helpers import ROOT, python
 
 PACKAGE = ROOT / "grpo_nb"
-ORDER = ["figure", "task", "rollout", "policy", "sampling", "reference", "reward", "value", "gae", "group", "objective", "update", "algorithm",
+ORDER = ["figure", "task", "processes", "rollout", "policy", "sampling", "reference", "reward", "value", "gae", "group", "objective", "update", "algorithm",
          "training", "cost", "plots", "ledger", "sweep", "evidence"]  # the chapters, and so the only direction of imports
-CORE = ORDER[2:13]
+CORE = ORDER[3:14]
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 SOURCES = {name: (PACKAGE / f"{name}.py").read_text() for name in MODULES}
 

@@ -22,14 +22,9 @@ from grpo_nb.algorithm import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
 from grpo_nb.training import chat, checkpoints, evaluate, main, open_run, parse_arguments, train, train_reward_model
-from helpers import python, read_metrics, reproducible, short_config
+from helpers import python, read_metrics, reproducible, run, same_run, short_config
 
 ALGORITHMS = ["grpo", "ppo"]
-
-
-def run(directory, functions=None, **options):
-    "A short training run into a new directory; `functions` are reward functions that have no name."
-    return train(short_config(output_dir=str(directory), **options), reward_funcs=functions, progress=False)
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
@@ -162,14 +157,6 @@ def interrupted(after):
     return accuracy
 
 
-def same_run(a, b):
-    "Bit for bit: metrics, completions, model, and the last checkpoint (optimisers, sampler, schedule, beta)."
-    assert [reproducible(line) for line in read_metrics(a)] == [reproducible(line) for line in read_metrics(b)]
-    assert pd.read_parquet(a / "completions.parquet").equals(pd.read_parquet(b / "completions.parquet"))
-    for name in ("model/model.safetensors", "checkpoint-5/state.safetensors", "checkpoint-5/trainer.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     "Five steps without a stop, made once for each algorithm."
@@ -280,6 +267,7 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "max_completion_length": [2], "temperature": [0.5], "top_p": [0.5], "top_k": [2], "learning_rate": [1e-5], "lr_scheduler_type": ["constant", "constant_with_warmup", "linear", "cosine"],
     "warmup_steps": [5], "max_grad_norm": [0.01], "max_steps": [1], "eval_steps": [1], "eval_size": [3], "save_steps": [1],
     "seed": [1], "device": ["auto", "cpu"], "dtype": ["float32", "bfloat16"], "max_tokens_per_micro_batch": [1], "reference_dtype": ["float32", "bfloat16"], "gradient_checkpointing": [True], "resume": [True],
+    "report_to": [["tensorboard"]],  # what it shows is in test_watching.py
     "use_peft": [True], "lora_r": [(4, LORA)], "lora_alpha": [(8, LORA)], "lora_target_modules": [(["q_proj"], LORA)],  # more of them in test_models.py
     "on_reward_error": ["stop", "drop"], "max_skipped_steps": [1]}  # what these two do is in test_faults.py
 OPTIONS = {
@@ -289,7 +277,7 @@ OPTIONS = {
                      "whiten_advantages": [False], "kl_target": [0.001]}}
 CASES = [(algorithm, name, value) for algorithm, options in OPTIONS.items() for name, values in options.items() for value in values]
 TWINS = {"dapo": "bnpo", "constant_with_warmup": "constant"}  # two names of one thing
-HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "gradient_checkpointing", "resume", "on_reward_error", "max_skipped_steps"}  # leave the training as it is
+HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to", "resume", "on_reward_error", "max_skipped_steps"}  # leave the training as it is
 
 
 def test_every_option_is_tried():
