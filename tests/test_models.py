@@ -19,7 +19,7 @@ from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import build_models, checkpoints, load_value_model, open_run, token_classifier, train
+from grpo_nb.training import build_models, checkpoints, load_value_model, open_run, parse_arguments, train
 from grpo_nb.value import ValueModel, predict_values
 from helpers import EOS, PAD, ROOT, VOCABULARY, character_tokenizer, python, random_rollout, read_metrics, reproducible
 
@@ -337,13 +337,13 @@ def test_adapters_resume(tmp_path, options):
 
 
 @pytest.mark.parametrize("path", ["tiny", "mine"])
-def test_an_adapter_finds_its_base_from_everywhere(tmp_path, path):
+def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
     "The embedded model, or one that was named by a relative path: the run opens, and talks, in another process and another directory."
     (tmp_path / "there").mkdir(); (tmp_path / "elsewhere").mkdir()
     if path == "mine": shutil.copytree(TINY, tmp_path / "there/mine")
     flags = ["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj", "--model", path] + "--max_steps 1 --num_prompts 2 --num_generations 2 --eval_size 2 --device cpu --output_dir run".split()
-    trained = python("-m", "grpo_nb.training", *flags, cwd=tmp_path / "there", path=ROOT)
-    assert trained.returncode == 0, trained.stderr
+    monkeypatch.chdir(tmp_path / "there")
+    train(parse_arguments(flags), progress=False)
     spoken = python("-m", "grpo_nb.training", "chat", tmp_path / "there/run", cwd=tmp_path / "elsewhere", stdin="3+4=\n\n", path=ROOT)
     assert spoken.returncode == 0 and "reward" in spoken.stdout, spoken.stderr
     assert json.loads((tmp_path / "there/run/model/adapter_config.json").read_text())["r"] == 16
