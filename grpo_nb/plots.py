@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .policy import token_logprobs
 from .reference import kl
 from .rollout import Rollout
-from .training import Run
+from .training import Run, load_value_model
 from .value import ValueModel
 
 # %% ../nbs/15_plots.ipynb #75c6a1f2
@@ -168,8 +168,11 @@ def plot_comparison(
 # %% ../nbs/15_plots.ipynb #86806313
 def trained_parameters(run: Run) -> int:
     "Weights with a gradient: those of the policy and, for PPO, of the value model that stood beside it."
-    models = [run.policy] + ([ValueModel(run.policy, shared=run.config.value_model == "head")] if run.config.algorithm == "ppo" else [])
-    return sum(p.numel() for model in models for p in model.parameters())
+    def count(model, adapters=False): return sum(p.numel() for name, p in model.named_parameters() if ("lora_" in name) == adapters)
+    if run.config.algorithm == "grpo": return count(run.policy, run.config.use_peft)
+    own = run.config.value_model in ("separate", "head")
+    value = ValueModel(run.policy, shared=run.config.value_model == "head") if own else load_value_model(run.config.value_model, run.policy)
+    return count(run.policy, run.config.use_peft) + count(value)
 
 # %% ../nbs/15_plots.ipynb #bc61d52e
 def comparison_table(

@@ -58,8 +58,7 @@ TINY = Path(__file__).parent / "models" / "tiny" if "__file__" in globals() else
 
 def cache_directory() -> Path:
     "Where fetched models are kept: `$GRPO_NB_CACHE`, else `$XDG_CACHE_HOME/grpo_nb`, else `~/.cache/grpo_nb`."
-    if "GRPO_NB_CACHE" in os.environ: return Path(os.environ["GRPO_NB_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_nb"
+    return Path(os.environ.get("GRPO_NB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_nb")
 
 # %% ../nbs/03_policy.ipynb #1f8e2e6f
 def load_policy(

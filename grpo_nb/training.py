@@ -214,37 +214,46 @@ def _needs_peft(what: str):
     if importlib.util.find_spec("peft") is None: raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
 
 def add_adapters(policy: PreTrainedModel, config: Config):
-    "Train adapters in place of the weights from now on (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
+    "From now on train adapters, not weights (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
     from peft import LoraConfig
-    if Path(policy.name_or_path).exists(): policy.name_or_path = str(Path(policy.name_or_path).resolve())  # found from everywhere
-    layers = "all-linear" if config.lora_target_modules in (None, ["all-linear"]) else config.lora_target_modules
-    try: policy.add_adapter(LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM"))
-    except ValueError as error: raise ValueError(f"lora_target_modules = {config.lora_target_modules} does not fit {type(policy).__name__}: {error}") from error
+    base, names = Path(policy.name_or_path), config.lora_target_modules
+    if base.exists(): policy.name_or_path = str(base.resolve())  # the adapter finds it from everywhere
+    layers = "all-linear" if names in (None, ["all-linear"]) else names
+    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM")
+    try: policy.add_adapter(lora)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules = {names} does not fit {type(policy).__name__}: {error}") from error
 
 # %% ../nbs/13_training.ipynb #c5e7a006
-def load_value_model(name: str, policy: PreTrainedModel) -> ValueModel:  # name: of a classifier or causal language model
-    "A value model that starts from a directory or hub id; `ValueError` if it cannot be loaded, or has another vocabulary than the policy."
-    kinds = {"ForTokenClassification": AutoModelForTokenClassification, "ForSequenceClassification": AutoModelForSequenceClassification}
+def load_value_model(
+    name: str,  # directory or hub id of a sequence or token classifier, or of a causal language model
+    policy: PreTrainedModel,  # whose tokens it must read
+) -> ValueModel:  # on the policy's device
+    "A value model that starts from a checkpoint; `ValueError` if that cannot be loaded, or has another vocabulary."
+    kinds = {"Token": AutoModelForTokenClassification, "Sequence": AutoModelForSequenceClassification}
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = next((auto for end, auto in kinds.items() if (config.architectures or [""])[0].endswith(end)), AutoModelForCausalLM)
+        made_as = (config.architectures or [""])[0]
+        kind = next((kinds[k] for k in kinds if made_as.endswith(f"For{k}Classification")), AutoModelForCausalLM)
         sizes = [c.get_text_config().vocab_size for c in (config, policy.config)]
         if sizes[0] != sizes[1]: raise ValueError(f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}")
         model, info = kind.from_pretrained(name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False)
         if info["missing_keys"]: raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"value_model must be separate, head, or the path or hub id of a model with the policy's vocabulary; got {name!r}: {said}") from error
+        raise ValueError(f"value_model must be separate, head, or the path or hub id of a model that reads the policy's tokens; "
+                         f"got {name!r}: {said}") from error
     return ValueModel(model.to(policy.device))
 
 # %% ../nbs/13_training.ipynb #c5e7a007
-def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:  # None, with a warning: transformers has no such class for this model
-    "A value model as a token classifier with one label, which transformers saves and opens."
+def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
+    "A value model as a token classifier with one label, which transformers saves and opens; None, with a warning, where it has none."
     config = copy.deepcopy(value_model.trunk.config)
     config.num_labels = 1
     try: classifier = AutoModelForTokenClassification.from_config(config, dtype=value_model.head.weight.dtype)
     except ValueError:
-        warnings.warn(f"transformers has no token classifier for {type(value_model.trunk).__name__}; the value model is not saved", stacklevel=3)
+        name = type(value_model.trunk).__name__
+        warnings.warn(f"transformers has no token classifier for {name}; the value model is not saved", stacklevel=3)
         return None
     classifier.base_model.load_state_dict({name: full(x) for name, x in value_model.trunk.state_dict().items()})
     head = classifier.score if hasattr(classifier, "score") else classifier.classifier
