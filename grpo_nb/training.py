@@ -536,8 +536,8 @@ def _check_trackers(names: list[str]):
 def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTracker:
     "A tracker of Accelerate that has begun, for a run with so many steps behind it."
     kind, where = LOGGER_TYPE_TO_CLASS[name], directory / name
-    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}, "swanlab": {"logdir": where}, "mlflow": {"logging_dir": where}}.get(name, {})
-    where.mkdir(exist_ok=True)
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}}.get(name, {})
+    if options or kind.requires_logging_directory: where.mkdir(exist_ok=True)
     tracker = kind("grpo_nb", where, **options) if kind.requires_logging_directory else kind("grpo_nb", **options)
     tracker.start()
     if not step: tracker.store_init_configuration({key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()})
