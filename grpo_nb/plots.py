@@ -101,7 +101,8 @@ class LivePlot:
         metrics: tuple[str, ...] = ("reward", "eval/accuracy", "kl"),  # as metrics.jsonl names them, in order
         seconds: float = 5.0,  # from one picture to the next, at least
     ):
-        if not metrics or isinstance(metrics, str): raise ValueError(f"metrics must hold names of metrics, got {metrics!r}")
+        if not metrics or isinstance(metrics, str):
+            raise ValueError(f"metrics must hold names of metrics, got {metrics!r}")
         if not seconds > 0: raise ValueError(f"seconds must be positive, got {seconds!r}")
         titles = {name: title for title, name in PANELS.items()}
         self.panels, self.seconds = {titles.get(name, name): name for name in metrics}, seconds
