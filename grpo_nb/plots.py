@@ -52,7 +52,7 @@ def _curve(metrics: pd.DataFrame, metric: str) -> pd.Series:
 # %% ../nbs/15_plots.ipynb #3e56d38d
 def _panels(titles: list[str], xlabel: str, columns: int) -> tuple[Figure, list[Axes]]:
     "A grid of empty panels."
-    rows = -(-len(titles) // columns)
+    rows = max(1, -(-len(titles) // columns))
     fig, axes = plt.subplots(rows, columns, figsize=(10, 2.4 * rows + .4), layout="constrained", squeeze=False)
     for ax in axes.flat[len(titles):]: ax.remove()
     for ax, title in zip(axes.flat, titles):
@@ -94,12 +94,15 @@ def _in_a_notebook() -> bool:
 class LivePlot:
     """Learning curves that are redrawn while a run goes on: `with LivePlot() as plot: train(config, on_step=plot)`.
 
-    In a notebook one picture, which is replaced; elsewhere nothing is drawn. `ValueError` for a time that is not positive."""
+    In a notebook one picture, which is replaced; elsewhere nothing is drawn. One for each run.
+    `ValueError`: no metrics, one text in place of several, or a time that is not positive."""
     def __init__(
         self,
         metrics: tuple[str, ...] = ("reward", "eval/accuracy", "kl"),  # as metrics.jsonl names them, in order
         seconds: float = 5.0,  # from one picture to the next, at least
     ):
+        if not metrics or isinstance(metrics, str):
+            raise ValueError(f"metrics must hold names of metrics, got {metrics!r}")
         if not seconds > 0: raise ValueError(f"seconds must be positive, got {seconds!r}")
         titles = {name: title for title, name in PANELS.items()}
         self.panels, self.seconds = {titles.get(name, name): name for name in metrics}, seconds

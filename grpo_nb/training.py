@@ -469,7 +469,8 @@ def open_run(
     task = task or _task_of(config)
     if (directory / "model" / "adapter_config.json").exists(): _needs_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
-    names = [str(directory / "reward_model") if name == "learned" else name for name in _Trainer().bound(reward_funcs) or config.reward_funcs]
+    names = _Trainer().bound(reward_funcs) or config.reward_funcs
+    names = [str(directory / "reward_model") if name == "learned" else name for name in names]
     return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
 
 # %% ../nbs/13_training.ipynb #1465f550
@@ -585,7 +586,8 @@ def train(
     write_atomically(directory / "metrics.jsonl", "".join(done.lines))
     try:
         with _trackers(config, directory, done.step) as track:
-            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, [track] + [on_step] * (on_step is not None and process()[0] == 0))
+            listeners = [track] + [on_step] * (on_step is not None and process()[0] == 0)
+            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, listeners)
     finally: _write_completions(directory, done.rows)
     value = None if models.value is None or config.value_model == "head" else token_classifier(models.value)
     for name, model in {"reward_model": _renewed(config, models).get("reward"), "value_model": value, "model": models.policy}.items():  # model/ last: it says that the run is finished
@@ -700,8 +702,9 @@ class _Trainer:
     def log_metric(self, name: str, value: float): self.logged.setdefault(name, []).append(float(value))
 
     def bound(self, reward_funcs: list[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
-        "The functions, with that of it which they take: all of it with `**kwargs`, else what their signature names."
-        given = {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": lambda column, values: None}
+        "The functions, given what they take of it: with `**kwargs` all, else what their signature names."
+        given = {"trainer_state": self.state, "log_metric": self.log_metric,
+                 "log_extra": lambda column, values: None}
         def bind(f):
             takes = inspect.signature(f).parameters
             every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
@@ -717,23 +720,25 @@ class _Trainer:
 # %% ../nbs/13_training.ipynb #5b0c7e16
 def _check_trackers(names: list[str]):
     "`ValueError` for a tracker that Accelerate does not know, or whose package is not installed."
-    installed = [str(name) for name in get_available_trackers()] + [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]
-    other = [name for name in names if name not in installed]
-    if other: raise ValueError(f"report_to = {other} cannot be used; installed of Accelerate's trackers: {', '.join(installed) or 'none'}")
+    own = [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]  # registered by the user
+    installed = [*map(str, get_available_trackers()), *own]
+    other, said = [name for name in names if name not in installed], ", ".join(installed) or "none"
+    if other: raise ValueError(f"report_to = {other} cannot be used; installed of Accelerate's trackers: {said}")
 
 def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTracker:
     "A tracker of Accelerate that has begun, for a run with so many steps behind it."
     kind, where = LOGGER_TYPE_TO_CLASS[name], directory / name
-    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}, "swanlab": {"logdir": where}, "mlflow": {"logging_dir": where}}.get(name, {})
-    where.mkdir(exist_ok=True)
-    tracker = kind("grpo_nb", where, **options) if kind.requires_logging_directory else kind("grpo_nb", **options)
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}}.get(name, {})
+    if options or kind.requires_logging_directory: where.mkdir(exist_ok=True)
+    tracker = kind("grpo_nb", *[where] * kind.requires_logging_directory, **options)
     tracker.start()
-    if not step: tracker.store_init_configuration({key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()})
+    plain = {key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()}
+    if not step: tracker.store_init_configuration(plain)
     return tracker
 
 @contextmanager
 def _trackers(config: Config, directory: Path, step: int):
-    "The trackers of a run while it is open; yields a function that gives them a line of metrics. Of several processes only the main one has any."
+    "The trackers of a run, while it is open: yields what tells them a line. Only the main process has any."
     names = config.report_to if process()[0] == 0 else []
     trackers = []
     def track(metrics):
