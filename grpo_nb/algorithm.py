@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -23,7 +23,7 @@ from .reference import next_beta, reference_logprobs, token_rewards
 from .reward import RewardFunction, RewardModel, score
 from .rollout import Rollout
 from .sampling import Sampler, generate, sample
-from .task import TASKS, Query
+from .task import Query, check_task
 from .update import update
 from .value import ValueModel, predict_values
 
@@ -37,8 +37,8 @@ class Config:
     algorithm: Literal["ppo", "grpo"] = option(default="grpo", help="which half of the figure: ppo or grpo")
     recipe: str | None = option(default=None, help="start from the settings of a paper, see RECIPES")
     model: str = option(default="tiny", help="policy: tiny, smollm2, a directory or a hub id")
-    task: str = option(default="add", help="add, sums, target or add_chat")
-    digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query")
+    task: str = option(default="add", help="add, sums, target, add_chat, a file, a data set, gsm8k:... or gym:..., see load_task")
+    digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query, of the first four tasks")
     reward_funcs: Annotated[list[str], Field(min_length=1)] = option(default_factory=lambda: ["accuracy"], help="accuracy, brevity, format, overlong, process, learned, or the path of a reward model")
     reward_weights: list[float] | None = option(default=None, help="one weight a reward function (default: all 1)")
     on_reward_error: Literal["stop", "drop"] = option(default="stop", help="where a reward function raises or returns NaN: stop, with a checkpoint, or drop that group")
@@ -72,22 +72,29 @@ class Config:
     eval_steps: PositiveInt = option(default=25, help="evaluate every so many steps, and before the first and after the last")
     eval_size: PositiveInt = option(default=200, help="held-out queries of an evaluation")
     save_steps: NonNegativeInt = option(default=50, help="checkpoint every so many steps; 0: none")
-    seed: NonNegativeInt = option(default=0, help="of queries, sampling and initialisation")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(default=0, help="of queries, sampling and initialisation")
     device: str = option(default="auto", help="auto, cpu, cuda, mps, ...")
     dtype: Literal["float32", "bfloat16"] = option(default="float32", help="bfloat16: autocast, weights stay float32")
     reference_dtype: Literal["float32", "bfloat16"] = option(default="float32", help="of the reference model's weights")
     max_tokens_per_micro_batch: PositiveInt = option(default=8192, help="tokens of one forward pass, padding included")
     gradient_checkpointing: bool = option(default=False, help="compute layers again in the backward pass: less memory, more time")
+    use_peft: bool = option(default=False, help="LoRA: train small adapters in place of the weights (extra peft)")
+    lora_r: PositiveInt = option(default=16, help="rank of an adapter")
+    lora_alpha: PositiveInt = option(default=32, help="an adapter is scaled by lora_alpha / lora_r")
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | None = option(default=None, help="names of the layers that get one (default: every linear layer but the head)")
     output_dir: str | None = option(default=None, help="run directory (default: the next free one under runs/)")
+    report_to: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = option(default_factory=list, help="trackers of Accelerate that get every line of metrics, too: tensorboard, wandb, ...; metrics.jsonl is always written")
     resume: bool = option(default=False, help="go on from the newest checkpoint in output_dir")
 
     def __post_init__(self):
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"reward_weights must have one weight for each of the {len(self.reward_funcs)} reward_funcs, got {len(self.reward_weights)}")
         if self.reward_funcs.count("learned") > 1: raise ValueError(f"reward_funcs may hold one \"learned\", got {self.reward_funcs}")
-        if self.task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        check_task(self.task)
         if self.ref_model_sync_steps and not self.beta and "learned" not in self.reward_funcs:
             raise ValueError(f"ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is \"learned\"")
+        if self.use_peft and self.beta and (self.ref_model_sync_steps or self.reference_dtype != "float32"):
+            raise ValueError("use_peft: the reference is the policy without adapters; ref_model_sync_steps must be 0, reference_dtype float32, or beta 0")
         if self.vllm_importance_sampling_correction and not self.use_vllm: raise ValueError("vllm_importance_sampling_correction = True needs use_vllm = True")
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
@@ -113,7 +120,7 @@ class PPOConfig(Config):
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(default="bnpo", help="how token losses are averaged")
     gamma: Share = option(default=1.0, help="discount a token")
     lam: Annotated[float, Field(ge=0, le=1)] = option(default=0.95, help="GAE: 0 trusts the value model, 1 the reward")
-    value_model: Literal["separate", "head"] = option(default="separate", help="a model of its own, or a head on the policy's trunk")
+    value_model: str = option(default="separate", help="separate (a copy of the policy), head (on the policy's trunk), or the path or hub id to start from")
     vf_coef: PositiveFloat = option(default=1.0, help="weight of the value loss")
     cliprange_value: PositiveFloat = option(default=0.2, help="how far a value may move in one step")
     value_learning_rate: PositiveFloat = option(default=1e-3, help="of the value model (AdamW)")
@@ -142,10 +149,10 @@ def make_config(
     "The config of one algorithm from loose parameters: recipe first, then what was given. `ValueError` names what is wrong."
     given = {name: value for name, value in parameters.items() if value is not None}
     recipe = given.get("recipe")
-    if recipe is not None and recipe not in RECIPES: raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+    if recipe is not None and recipe not in list(RECIPES): raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
     given = RECIPES.get(recipe, {}) | given
     algorithm = given.get("algorithm", "grpo")
-    if algorithm not in CONFIGS: raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
+    if algorithm not in list(CONFIGS): raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
     known = [f.name for f in fields(CONFIGS[algorithm])]
     for name in (name for name in given if name not in known):
         other = next((a for a in CONFIGS if name in {f.name for f in fields(CONFIGS[a])}), None)

@@ -56,6 +56,7 @@ def training_bytes(
     bytes_per_number: int = 4,  # float32
 ) -> dict[str, int]:  # bytes by purpose
     "Bytes that a model holds during training with AdamW: weights; and, if trained, a gradient and two moments. No activations."
+    if not (num_parameters >= 0 and bytes_per_number > 0): raise ValueError(f"num_parameters must not be negative, bytes_per_number positive; got {num_parameters} and {bytes_per_number}")
     size = num_parameters * bytes_per_number
     return {"weights": size, "gradient": size * trained, "moments": 2 * size * trained}
 
@@ -69,6 +70,7 @@ def forward_flops(
     scalar: bool = False,  # a scalar head, not the projection to the vocabulary
 ) -> float:  # FLOPs; a multiplication and an addition are two
     "FLOPs of one forward pass: 2 a matrix weight and token, and attention without a causal discount (PaLM 2204.02311, appendix B)."
+    if not min(rows, tokens, context, outputs) >= 0: raise ValueError(f"rows, tokens, context and outputs must not be negative, got {rows}, {tokens}, {context} and {outputs}")
     head = size.hidden if scalar else size.vocabulary
     return rows * (2 * size.matrices * tokens + 4 * size.attention * tokens * context + 2 * head * outputs)
 
@@ -89,6 +91,8 @@ def flops(
     reward: Size | None = None,  # of a reward model with a scalar head; None: a rule
 ) -> dict[str, float]:  # FLOPs of each box
     "FLOPs of one training step by box (DeepSeekMath 2402.03300, fig. 4); 0 for a box that the algorithm does not have."
+    if not (1 <= prompt_length < float("inf") and 1 <= completion_length < float("inf")):
+        raise ValueError(f"prompt_length and completion_length must be at least one token, got {prompt_length} and {completion_length}")
     P, T, B = prompt_length, completion_length, config.num_prompts
     N, mu, ppo = B * getattr(config, "num_generations", 1), config.num_iterations, config.algorithm == "ppo"
     k = completions_per_row(N // B, P, T, size.hidden)

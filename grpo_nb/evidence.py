@@ -9,6 +9,7 @@ __all__ = ['iqm', 'interval', 'difference', 'summarise', 'plot_summary', 'pass_a
 # %% ../nbs/18_evidence.ipynb #ad868cd7
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from .plots import COLORS
 from .sampling import sample
 from .sweep import sweep
 from .task import Task
-from .training import write_atomically
+from .training import read_json, write_atomically
 
 # %% ../nbs/18_evidence.ipynb #34e821a5
 def iqm(
@@ -128,6 +129,7 @@ def read_metrics(
     every: int = 1,  # keep each so many steps, and the last
 ) -> pd.DataFrame:  # a row for each run and step: the cell's parameters, `run` (its number), `seconds` (of the run), step, metrics
     "The metrics of a sweep's runs in one tidy table; step 0 has the accuracy before training. Failed cells are left out."
+    if not every >= 1: raise ValueError(f"every must be at least 1, got {every}")
     tables = []
     for number, run in runs[runs["error"].isna()].iterrows():
         metrics = pd.read_json(Path(run["directory"]) / "metrics.jsonl", lines=True)
@@ -148,6 +150,7 @@ class Claim:
     jobs: int = 1  # runs at once
 
     def __post_init__(self):
+        if not re.fullmatch(r"\w+", self.name): raise ValueError(f"name must be letters, digits and _, because files are called by it; got {self.name!r}")
         here = [Path.cwd(), *Path.cwd().parents]
         self.root = next((folder for folder in here if (folder / "settings.ini").exists()), None)
         if self.root is None: raise ValueError(f"no settings.ini in {here[0]} or above it: run this inside a checkout of the repository")
@@ -174,6 +177,15 @@ class Claim:
         if not path.exists(): raise ValueError(f"{path.relative_to(self.root)} is not there yet; papermill this notebook with -p rerun True")
         return pd.read_csv(path)
 
+    def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        "The rows of one run, with its `seconds`: made now, or as this claim's directory keeps them, so that a table of many runs goes on where it was."
+        path = self.directory / f"{name}.csv"
+        if not path.exists():
+            began, rows = time.time(), make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, rows.assign(seconds=round(time.time() - began, 1)).to_csv(index=False))
+        return pd.read_csv(path)
+
     def conclude(self, verdict: str, reason: str, practice: str):
         "Print the verdict, with the numbers behind it and what to take from it, and keep them beside the tables."
         if not verdict.startswith(("holds", "does not hold")): raise ValueError(f'a verdict begins with "holds" or "does not hold", got {verdict!r}')
@@ -182,7 +194,7 @@ class Claim:
 
     def _noted(self) -> dict:
         path = self.results / f"{self.name}.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def _note(self, **facts):
         "Add facts to this claim's file; a file that would not change is not touched."
@@ -202,7 +214,8 @@ def verdicts(
     "Every verdict that is kept in a directory, with the runs behind it and the seconds that they took."
     rows = {}
     for path in sorted(Path(directory).glob("*.json")):
-        noted = json.loads(path.read_text())
-        rows[path.stem] = {name: noted.get(name) for name in ("claim", "verdict", "reason", "practice")} | {
+        noted = read_json(path)
+        try: rows[path.stem] = {name: noted.get(name) for name in ("claim", "verdict", "reason", "practice")} | {
             name: sum(table[name] for table in noted.get("tables", {}).values()) for name in ("runs", "seconds")}
+        except (AttributeError, KeyError, TypeError) as error: raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -20,9 +20,10 @@ def gae(
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # (advantages, returns), 0 on padding
     """Generalised advantage estimation (Schulman et al. 2016, 1506.02438, eq. 16); returns are A + V, for the value loss.
 
-    Computed in float64, returned in the dtype of `rewards`. `ValueError` if the shapes differ."""
-    if not rewards.shape == values.shape == mask.shape:
-        raise ValueError(f"rewards, values and mask must have one shape, got {tuple(rewards.shape)}, {tuple(values.shape)}, {tuple(mask.shape)}")
+    Computed in float64, returned in the dtype of `rewards`. `ValueError`: other shapes or dtypes, gamma or lam outside of [0, 1]."""
+    fits = rewards.shape == values.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool and rewards.is_floating_point()
+    if not fits: raise ValueError(f"rewards, values and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (rewards, values, mask)]}")
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1): raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
     r, v = (torch.where(mask, x, 0.0).double() for x in (rewards, values))
     advantage, next_value, columns = r.new_zeros(len(r)), r.new_zeros(len(r)), []
     for t in reversed(range(r.shape[1])):
@@ -30,7 +31,7 @@ def gae(
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, 0.0)
         next_value = v[:, t]  # 0 on padding: after the last token nothing more is expected
         columns.append(advantage)
-    advantages = torch.stack(columns[::-1], 1)
+    advantages = torch.stack(columns[::-1], 1) if columns else r
     return advantages.to(rewards.dtype), torch.where(mask, advantages + v, 0.0).to(rewards.dtype)
 
 # %% ../nbs/08_gae.ipynb #73212f5d
@@ -39,10 +40,11 @@ def whiten(
     mask: Bool[Tensor, "N T"],  # the entries that count
     shift_mean: bool = True,  # False: only scale, keep the mean
 ) -> Float[Tensor, "N T"]:  # 0 where not masked
-    "Scale to unit standard deviation (ddof 1) over the masked entries, and shift to mean 0. All equal: only shifted."
+    "Scale to unit standard deviation (ddof 1) over the masked entries, and shift to mean 0. All equal: only shifted. `ValueError`: other shapes or dtypes."
+    fits = x.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool and x.is_floating_point()
+    if not fits: raise ValueError(f"x and mask must have one shape [N, T], mask be bool; got {[(t.dtype, *t.shape) for t in (x, mask)]}")
     real = x[mask].double()
-    if real.numel() == 0: return torch.zeros_like(x)
-    mean = real.mean()
+    mean = real.mean()  # NaN if nothing is masked: it is not used then
     varies = real.numel() > 1 and real.max() > real.min()  # a mean of equal numbers is not always that number
     centred = real - mean if varies else torch.zeros_like(real)
     scaled = centred / (real.var().sqrt() + 1e-8) if varies else centred

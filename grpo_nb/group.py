@@ -13,8 +13,10 @@ from torch import Tensor
 
 # %% ../nbs/09_group.ipynb #03db9c6d
 def has_variance(rewards: Float[Tensor, "N"], num_generations: int) -> Bool[Tensor, "B"]:
-    "Groups with two different rewards in them; NaN is not scored."
-    r = rewards.view(-1, num_generations)
+    "Groups with two different rewards in them; NaN is not scored. `ValueError`: rewards not [N], of whole groups and floating point."
+    if rewards.dim() != 1 or not rewards.is_floating_point(): raise ValueError(f"rewards must be floating point and [N], got {tuple(rewards.shape)} {rewards.dtype}")
+    if num_generations < 1 or len(rewards) % num_generations: raise ValueError(f"rewards must be a multiple of num_generations = {num_generations}, got {len(rewards)}")
+    r = rewards.view(len(rewards) // num_generations, num_generations)
     return r.nan_to_num(-torch.inf).amax(1) > r.nan_to_num(torch.inf).amin(1)
 
 # %% ../nbs/09_group.ipynb #15495ea9
@@ -27,19 +29,18 @@ def group_advantages(
 ) -> Float[Tensor, "N"]:
     """Advantage of each completion relative to its group (DeepSeekMath 2402.03300, sec. 4.1.2); std with ddof 1.
 
-    `ValueError`: fewer than two generations (nothing to compare with), a number of rewards that is no multiple of them, an unknown choice."""
-    if rewards.dim() != 1: raise ValueError(f"rewards must have shape [N], got {tuple(rewards.shape)}")
-    if num_generations < 2: raise ValueError(f"num_generations must be at least 2: a group of one has nothing to be compared with; got {num_generations}")
-    if len(rewards) % num_generations: raise ValueError(f"rewards must be a multiple of num_generations = {num_generations}, got {len(rewards)}")
+    `ValueError`: fewer than two generations (nothing to compare with), rewards as in `has_variance`, an unknown choice, a negative eps."""
+    if not (num_generations >= 2 and eps >= 0): raise ValueError(f"num_generations must be at least 2 (one has nothing to be compared with), eps >= 0; got {num_generations}, {eps}")
+    varies = has_variance(rewards, num_generations)
     if scale_rewards not in ("group", "batch", "none"): raise ValueError(f'scale_rewards must be "group", "batch" or "none", got {scale_rewards!r}')
     if baseline not in ("mean", "leave_one_out"): raise ValueError(f'baseline must be "mean" or "leave_one_out", got {baseline!r}')
-    r = rewards.double().view(-1, num_generations)  # [B, G]
+    r = rewards.double().view(len(varies), num_generations)  # [B, G]
     scored = ~r.isnan()
     n = scored.sum(1, keepdim=True).double()
     centred = r - _baseline(r, n, baseline)
     if scale_rewards == "group": centred = centred / (_std(r, n) + eps)
     if scale_rewards == "batch": centred = centred / (_std(r.view(1, -1), n.sum().view(1, 1)) + eps)
-    return torch.where(scored & has_variance(rewards, num_generations)[:, None], centred, 0.0).view(-1).to(rewards.dtype)
+    return torch.where(scored & varies[:, None], centred, 0.0).view(-1).to(rewards.dtype)
 
 def _baseline(r: Float[Tensor, "B G"], n: Float[Tensor, "B 1"], kind: str) -> Float[Tensor, "B G"]:
     "Mean of the group, or of the other members of it."
@@ -56,7 +57,7 @@ def _pooled(step_rewards: list[list[float]], num_generations: int) -> Float[Tens
     "All step rewards of each group in one row, filled up with NaN: not scored."
     pools = [[reward for steps in step_rewards[start:start + num_generations] for reward in steps] for start in range(0, len(step_rewards), num_generations)]
     width = max([2, *map(len, pools)])
-    return torch.tensor([pool + [torch.nan] * (width - len(pool)) for pool in pools], dtype=torch.float64)
+    return torch.tensor([pool + [torch.nan] * (width - len(pool)) for pool in pools], dtype=torch.float64).view(len(pools), width)
 
 # %% ../nbs/09_group.ipynb #ab2dd8e3
 def process_advantages(
@@ -70,14 +71,14 @@ def process_advantages(
 ) -> Float[Tensor, "N T"]:  # T = max(n_tokens); 0 on padding
     """Token-wise advantages from step rewards (DeepSeekMath 2402.03300, sec. 4.1.3); a completion without steps gets 0.
 
-    `ValueError`: fewer than two generations, lists of different lengths, a step that ends outside of its completion."""
+    `ValueError`: fewer than two generations, lists of different lengths, a negative length, a step that ends outside of its completion."""
     N = len(n_tokens)
     if num_generations < 2: raise ValueError(f"num_generations must be at least 2, got {num_generations}")
     if not len(step_rewards) == len(step_ends) == N: raise ValueError(f"step_rewards and step_ends must have one list for each of the {N} completions, got {len(step_rewards)} and {len(step_ends)}")
     if N % num_generations: raise ValueError(f"n_tokens must be a multiple of num_generations = {num_generations}, got {N}")
     for i, (rewards, ends, n) in enumerate(zip(step_rewards, step_ends, n_tokens)):
         if len(rewards) != len(ends): raise ValueError(f"step_rewards of completion {i} has {len(rewards)} steps, its step_ends {len(ends)}")
-        if any(not 0 <= end < n for end in ends): raise ValueError(f"step_ends of completion {i} must lie in 0..{n - 1}, got {ends}")
+        if n < 0 or any(not 0 <= end < n for end in ends): raise ValueError(f"step_ends of completion {i} must lie in 0..{n - 1}, got {ends}")
     pooled = _pooled(step_rewards, num_generations)
     standardised = group_advantages(pooled.view(-1), pooled.shape[1], scale_rewards, baseline, eps).view(pooled.shape).tolist()
     result = torch.zeros(N, max(n_tokens, default=0), dtype=torch.float64)

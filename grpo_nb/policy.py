@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .processes import add_up, process
 from .rollout import Rollout
 from .task import Query
 
@@ -44,9 +45,8 @@ def resolve_device(device: str = "auto") -> torch.device:
 # %% ../nbs/03_policy.ipynb #a78fa9fa
 def resolve_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
     '"float32", "bfloat16" or "float64", by name or as a torch dtype.'
-    if dtype in DTYPES.values(): return dtype
-    if dtype not in DTYPES: raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    return DTYPES[dtype]
+    if dtype not in [*DTYPES, *DTYPES.values()]: raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    return DTYPES.get(dtype, dtype)
 
 # %% ../nbs/03_policy.ipynb #95a87135
 def autocast_as_it_is(device: torch.device, cache_enabled: bool):
@@ -82,6 +82,7 @@ def load_policy(
         raise ValueError(f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; got {str(name)!r}: {said}") from error
     finally:
         if bars: transformers_logging.enable_progress_bar()
+    if getattr(model.config, "output_router_logits", False): model.config.output_router_logits = False  # mixture of experts: no auxiliary loss
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/03_policy.ipynb #2ba483d7
@@ -104,15 +105,13 @@ def encode_prompts(
         if not ids: raise ValueError(f"query {i} is empty: its prompt must have at least one token, got {query.prompt!r}")
         rows.append(torch.tensor(ids))
     ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(tokenizer), padding_side="left")
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor([len(row) for row in rows])[:, None]
 
 # %% ../nbs/03_policy.ipynb #d097cf24
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     "Every id that ends a completion, from the generation config and the tokenizer."
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id} - {None})
 
 # %% ../nbs/03_policy.ipynb #18b2ab7b
 def model_inputs(rollout: Rollout) -> dict[str, Tensor]:
@@ -248,8 +247,8 @@ def micro_batches(
     max_tokens: int | None,  # tokens of one forward pass, padding included; None: no limit
     hidden: int | None = None,  # width of a model that shares prompts; None: a row a completion
 ) -> list[list[int]]:  # groups of each piece
-    "Cut a rollout into pieces of whole groups, longest groups together; `ValueError` if `max_tokens` is below 1."
-    if max_tokens is not None and max_tokens < 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
+    "Cut a rollout into pieces of whole groups, longest groups together; `ValueError` if `max_tokens` is below 1. Of several processes, each gets its share, in as many pieces (the last may be empty)."
+    if max_tokens is not None and not max_tokens >= 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
     G, prompt = rollout.num_generations, rollout.prompt_mask.sum(1).numpy(force=True)
     completion = rollout.completion_mask.sum(1).numpy(force=True).reshape(-1, G)
     def tokens(groups):
@@ -257,20 +256,22 @@ def micro_batches(
         if not hidden: return n.size * int(p.max() + n.max())
         k = completions_per_row(G, int(p.max()), int(n.sum()) / n.size, hidden)
         return n.size // k * int((p[:, None] + n.reshape(len(groups), -1, k).sum(2)).max())
-    pieces = [[]]
-    for g in sorted(range(len(prompt)), key=lambda g: (-tokens([g]), g)):
-        if max_tokens and pieces[-1] and tokens([*pieces[-1], g]) > max_tokens: pieces.append([])
-        pieces[-1].append(g)
-    return pieces
+    pieces, (rank, n) = [[]], process()
+    order = sorted(range(len(prompt)), key=lambda g: (-tokens([g]), g))
+    for dealt in (order[i:i + n] for i in range(0, len(order), n)):  # one group to each process
+        if max_tokens and pieces[-1] and max(tokens([*pieces[-1], *dealt][r::n]) for r in range(len(dealt))) > max_tokens: pieces.append([])
+        pieces[-1] += dealt
+    return [piece[rank::n] for piece in pieces]
 
 # %% ../nbs/03_policy.ipynb #06a6cba4
 def in_pieces(compute: Callable[[Rollout], Tensor], rollout: Rollout, max_tokens: int | None, hidden: int | None) -> Float[Tensor, "N T"]:
     "`compute` of a rollout, [n, t] of each of its micro-batches, without a gradient."
     pieces = micro_batches(rollout, max_tokens, hidden)
-    with torch.inference_mode(), autocast_as_it_is(rollout.completion_ids.device, cache_enabled=False): parts = [compute(rollout.select(groups)) for groups in pieces]
+    with (torch.inference_mode if process()[1] == 1 else torch.no_grad)(), autocast_as_it_is(rollout.completion_ids.device, cache_enabled=False): parts = [compute(rollout.select(groups or [0])) for groups in pieces]
     return in_order(parts, pieces, rollout)
 
 def in_order(parts: list[Float[Tensor, "n t"]], pieces: list[list[int]], rollout: Rollout) -> Float[Tensor, "N T"]:
-    "What was computed of each micro-batch, as the rollout has its rows."
-    order = torch.tensor(sum(pieces, []), device=parts[0].device).argsort()
-    return torch.cat([F.pad(x, (0, rollout.completion_ids.shape[1] - x.shape[1])) for x in parts]).unflatten(0, (-1, rollout.num_generations))[order].flatten(0, 1)
+    "What was computed of each micro-batch, in this process and the others, as the rollout has its rows."
+    whole = parts[0].new_zeros(rollout.completion_ids.shape).unflatten(0, (-1, rollout.num_generations))
+    for x, groups in zip(parts, pieces): whole[groups, :, :x.shape[1]] = x.unflatten(0, (-1, rollout.num_generations))[:len(groups)]
+    return add_up(whole.flatten(0, 1))

@@ -6,6 +6,8 @@
 __all__ = ['reference_logprobs', 'kl', 'kl_in_reward', 'token_rewards', 'adapt_beta', 'next_beta']
 
 # %% ../nbs/05_reference.ipynb #8a3e4a3e
+from contextlib import ExitStack
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -21,9 +23,11 @@ def reference_logprobs(
     temperature: float = 1.0,  # the one it was sampled with
     max_tokens: int | None = None,  # of one forward pass; None: no limit
 ) -> Float[Tensor, "N T"] | None:  # nats; None without a reference
-    "`log pi_ref` of every completion token."
+    "`log pi_ref` of every completion token. A model with adapters (LoRA) is scored without them; afterwards they are on again."
     if reference is None: return None
-    return in_pieces(lambda piece: token_logprobs(reference, piece, temperature), rollout, max_tokens, sharing_width(reference, rollout))
+    with ExitStack() as afterwards:
+        if hasattr(reference, "peft_config"): afterwards.callback(reference.enable_adapters); reference.disable_adapters()
+        return in_pieces(lambda piece: token_logprobs(reference, piece, temperature), rollout, max_tokens, sharing_width(reference, rollout))
 
 # %% ../nbs/05_reference.ipynb #4a39bac0
 def kl(
@@ -48,11 +52,12 @@ def kl_in_reward(
     mask: Bool[Tensor, "N T"],  # real tokens, EOS included
     beta: float,  # price of one nat
 ) -> Float[Tensor, "N T"]:  # per-token rewards; 0 on padding
-    "Per-token rewards of PPO: -beta * k1 on each token, the score on the last real one (DeepSeekMath 2402.03300, eq. 2)."
+    "Per-token rewards of PPO: -beta * k1 on each token, the score on the last real one (DeepSeekMath 2402.03300, eq. 2). `ValueError`: other shapes or dtypes."
+    fits = scores.shape == mask.shape[:1] and logprobs.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
+    if not fits: raise ValueError(f"scores must be [N], logprobs and mask [N, T], mask bool; got {[(x.dtype, *x.shape) for x in (scores, logprobs, mask)]}")
     rewards = torch.where(mask, -beta * kl(logprobs, ref_logprobs, "k1"), 0.0)
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1, keepdim=True)
-    score = torch.where(mask.any(1), scores, 0.0).to(rewards.dtype)[:, None]  # a completion without a token gets nothing
-    return rewards.scatter_add(1, last, score)
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))  # a completion without a token has none, and gets nothing
+    return torch.where(last, rewards + scores[:, None].to(rewards.dtype), rewards)
 
 # %% ../nbs/05_reference.ipynb #517f97a1
 def token_rewards(
@@ -61,10 +66,9 @@ def token_rewards(
 ) -> Float[Tensor, "N T"]:
     "Reward of each token of a rollout: its score (or those of its steps), less the price of the KL."
     ref_logprobs = rollout.logprobs if rollout.ref_logprobs is None else rollout.ref_logprobs
-    scores = rollout.rewards.nan_to_num()
-    if rollout.step_rewards is None: return kl_in_reward(scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
-    rewards = kl_in_reward(torch.zeros_like(scores), rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
-    for row, ends, steps in zip(rewards, rollout.step_ends, rollout.step_rewards):
+    scores = rollout.rewards.nan_to_num() if rollout.step_rewards is None else torch.zeros_like(rollout.rewards)
+    rewards = kl_in_reward(scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
+    for row, ends, steps in zip(rewards, rollout.step_ends or [], rollout.step_rewards or []):
         for end, reward in zip(ends, steps): row[end] += reward
     return rewards
 
@@ -76,7 +80,8 @@ def adapt_beta(
     num_completions: int,  # n, that the observation is made of
     horizon: int = 10_000,  # completions; the larger, the slower
 ) -> float:
-    "Proportional controller of the KL coefficient (Ziegler et al. 2019, 1909.08593, sec. 2.2)."
+    "Proportional controller of the KL coefficient (Ziegler et al. 2019, 1909.08593, sec. 2.2). `ValueError`: a target or a horizon that is not positive."
+    if not (kl_target > 0 and horizon > 0): raise ValueError(f"kl_target and horizon must be positive, got {kl_target} and {horizon}")
     error = min(max(observed_kl / kl_target - 1, -0.2), 0.2)
     return beta * (1 + error * num_completions / horizon)
 

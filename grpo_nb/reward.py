@@ -7,10 +7,14 @@ __all__ = ['RewardFunction', 'text_of', 'name_of', 'accuracy_reward', 'brevity_r
            'process_reward', 'judge', 'combine', 'combine_steps', 'score', 'bradley_terry_loss', 'RewardModel']
 
 # %% ../nbs/06_reward.ipynb #18b3c911
+import asyncio
 import copy
+import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from numbers import Integral, Real
 
 import torch
@@ -20,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .policy import as_rollout, model_inputs, padding_id, resolve_device
+from .processes import gather, my_share
 from .rollout import Rollout
 from .task import Query, Task
 
@@ -32,7 +37,7 @@ def text_of(completion: str | list[dict]) -> str:
 
 def name_of(f: RewardFunction) -> str:
     "The name that metrics and errors call it by."
-    return getattr(f, "__name__", type(f).__name__)
+    return name_of(f.func) if isinstance(f, functools.partial) else getattr(f, "__name__", type(f).__name__)
 
 # %% ../nbs/06_reward.ipynb #4593931c
 def _queries(prompts: list, columns: dict) -> list[Query]:
@@ -49,7 +54,8 @@ def accuracy_reward(task: Task) -> RewardFunction:
 
 # %% ../nbs/06_reward.ipynb #f0298176
 def brevity_reward(limit: int = 16) -> RewardFunction:
-    "1 for an empty completion, falling to 0 at `limit` characters."
+    "1 for an empty completion, falling to 0 at `limit` characters, at least 1."
+    if not limit >= 1: raise ValueError(f"limit must be at least 1, got {limit}")
     def brevity(prompts, completions, **columns):
         return [max(0.0, 1 - len(text_of(completion)) / limit) for completion in completions]
     return brevity
@@ -99,8 +105,9 @@ def _number(name: str, i: int, score) -> float:
     return float(score)
 
 def _checked(name: str, scores, lengths: list[int]) -> list:
-    "What one function returned: for each completion a float, None, or the (end, score) of its steps."
+    "What one function returned or raised: for each completion a float, None, or the (end, score) of its steps."
     n = len(lengths)
+    if isinstance(scores, Exception): raise RuntimeError(f"reward function {name!r} raised {type(scores).__name__}: {scores}") from scores
     if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"): raise TypeError(f"reward function {name!r} must return a list of {n} numbers, got {type(scores).__name__}")
     scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
     if not isinstance(scores, list) or len(scores) != n: raise ValueError(f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}")
@@ -113,34 +120,37 @@ def _checked(name: str, scores, lengths: list[int]) -> list:
     return [None if x is None else steps(i, x) if isinstance(x, (list, tuple)) else _number(name, i, x) for i, x in enumerate(scores)]
 
 # %% ../nbs/06_reward.ipynb #d9ac8da5
-def judge(
-    reward_funcs: list[RewardFunction],
-    rollout: Rollout,
-) -> list[list]:  # of each function, for each completion: a float, None, or a list of (end, score)
-    "Call every reward function on every completion; one that raises is a `RuntimeError` with its name, wrong numbers or types a `ValueError` or `TypeError`."
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    "Where `async` functions run: in a thread, since a notebook's own thread has a loop already; one for all steps, since clients keep their connections."
+    threading.Thread(target=(loop := asyncio.new_event_loop()).run_forever, daemon=True).start()
+    return loop
+
+def judge(reward_funcs: list[RewardFunction], rollout: Rollout) -> list[list]:  # of each function, for each completion: a float, None, or a list of (end, score)
+    "Call every reward function on every completion, `async` ones together; one that raises is a `RuntimeError` with its name, wrong numbers or types a `ValueError` or `TypeError`."
     queries = [query for query in rollout.queries for _ in range(rollout.num_generations)]
     prompts = [query.prompt for query in queries]
     completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, rollout.completions)]
     columns = {name: [query.columns.get(name) for query in queries] for name in sorted({name for query in queries for name in query.columns})}
     ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask)]
-    result = []
-    for f in reward_funcs:
-        try: scores = f(prompts=prompts, completions=completions, completion_ids=ids, **columns)
-        except Exception as error: raise RuntimeError(f"reward function {name_of(f)!r} raised {type(error).__name__}: {error}") from error
-        result.append(_checked(name_of(f), scores, [len(row) for row in ids]))
-    return result
+    def attempt(call, **given):
+        try: return call(**given)
+        except Exception as error: return error
+    scores = [attempt(f, prompts=prompts, completions=completions, completion_ids=ids, **columns) for f in reward_funcs]
+    scores = [asyncio.run_coroutine_threadsafe(x, _loop()) if asyncio.iscoroutine(x) else x for x in scores]  # begun, all of them
+    return [_checked(name_of(f), attempt(x.result) if isinstance(x, Future) else x, [len(row) for row in ids]) for f, x in zip(reward_funcs, scores)]
 
 # %% ../nbs/06_reward.ipynb #84f02149
 def combine(
     scores: Float[Tensor, "N F"],  # NaN: no judgement
     weights: list[float] | None = None,  # one a function; None: all 1
 ) -> Float[Tensor, "N"]:  # NaN where no function judged
-    "Weighted sum over the functions that judged; `ValueError`: not one finite weight a function."
+    "Weighted sum over the functions that judged; `ValueError`: scores that are not [N, F] and floating point, not one finite weight a function."
+    if scores.dim() != 2 or not scores.is_floating_point(): raise ValueError(f"scores must be floating point and [N, F], got {tuple(scores.shape)} {scores.dtype}")
     weights = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights, dtype=scores.dtype)
     if len(weights) != scores.shape[1]: raise ValueError(f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}")
     if not weights.isfinite().all(): raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
-    total = (scores * weights.to(scores)).nansum(1)
-    return total.masked_fill(scores.isnan().all(1), math.nan)
+    return (scores * weights.to(scores)).nansum(1).masked_fill(scores.isnan().all(1), math.nan)
 
 # %% ../nbs/06_reward.ipynb #47cbe36d
 def combine_steps(
@@ -153,7 +163,7 @@ def combine_steps(
     for i, n in enumerate(lengths):
         at = {}
         for column, weight in zip(judged, weights or [1.0] * len(judged)):
-            for end, score in column[i] if isinstance(column[i], list) else [(n - 1, column[i])] if column[i] is not None else []:
+            for end, score in column[i] if isinstance(column[i], list) else [(n - 1, column[i])] if n and column[i] is not None else []:
                 at[end] = at.get(end, 0.0) + weight * score
         result.append(sorted(at.items()))
     return [[score for _, score in steps] for steps in result], [[end for end, _ in steps] for steps in result]
@@ -166,13 +176,15 @@ def score(
     on_error: str = "stop",  # of what `judge` refuses: "stop" | "drop" its group
 ) -> dict[str, float]:  # mean of each function over the completions that it judged
     "The reward stage: fills `rollout.rewards` and `rollout.scored`, and the step rewards if a function gives them."
+    if on_error not in ("stop", "drop"): raise ValueError(f'on_error must be "stop" or "drop", got {on_error!r}')
     def judgement(part):
         try: return judge(reward_funcs, part)
         except (RuntimeError, TypeError, ValueError):
             if on_error == "stop": raise
             return [[None] * len(part)] * len(reward_funcs)
-    parts = [rollout] if on_error == "stop" else [rollout.select([group]) for group in range(len(rollout.queries))]
-    judged = [sum(columns, []) for columns in zip(*map(judgement, parts))]
+    mine = range(len(rollout.queries))[my_share(len(rollout.queries))]  # of several processes, each judges its groups
+    parts = [rollout.select(groups) for groups in ([list(mine)] if on_error == "stop" else [[group] for group in mine]) if groups]
+    judged = [sum(columns, []) for columns in zip(*sum(gather(lambda: [judgement(part) for part in parts]), []))]
     total = lambda x: math.nan if x is None else math.fsum(score for _, score in x) if isinstance(x, list) else x
     scores = torch.tensor([[total(x) for x in column] for column in judged], device=rollout.completion_ids.device).T
     rollout.rewards = combine(scores, weights)
@@ -186,7 +198,8 @@ def bradley_terry_loss(
     chosen: Float[Tensor, "K"],  # scores of the preferred answers
     rejected: Float[Tensor, "K"],  # scores of the others
 ) -> Float[Tensor, ""]:
-    "-log sigmoid(chosen - rejected), mean over pairs (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1)."
+    "-log sigmoid(chosen - rejected), mean over pairs (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1). `ValueError`: not both [K] with K > 0."
+    if chosen.shape != rejected.shape or chosen.dim() != 1 or not len(chosen): raise ValueError(f"chosen and rejected must be [K], K > 0; got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
     return -F.logsigmoid(chosen - rejected).mean()
 
 # %% ../nbs/06_reward.ipynb #cc65731a
@@ -210,7 +223,8 @@ class RewardModel:
 
     @classmethod
     def from_policy(cls, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "RewardModel":
-        "An untrained one: a copy of the policy's trunk with a new head (as InstructGPT makes its own)."
+        "An untrained one: a copy of the policy's trunk with a new head (as InstructGPT makes its own). `ValueError` if it has adapters."
+        if hasattr(policy, "peft_config"): raise ValueError("policy has adapters (LoRA): make the reward model before they are added")
         config = copy.deepcopy(policy.config)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .policy import autocast_as_it_is, encode_prompts, eos_token_ids, in_pieces, padding_id, shares_prompt, sharing_width, token_logprobs
+from .processes import all_rows, my_share, whole
 from .rollout import Rollout
 from .task import Query
 
@@ -71,11 +72,12 @@ def sample(
         if not good: raise ValueError(f"{name} is out of range: {value} (num_generations, max_completion_length >= 1; temperature > 0; 0 < top_p <= 1; top_k >= 0)")
     prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, queries))
     check_context(model, queries, prompt_mask.sum(1), max_completion_length)
-    eos = eos_token_ids(model, tokenizer)
+    eos, mine = eos_token_ids(model, tokenizer), my_share(len(queries))  # of several processes, each draws for its queries
     try:
-        with autocast_as_it_is(model.device, cache_enabled=True):  # if one is on: weights are rounded once, not for each token
-            ids, logprobs = _decode(model.eval(), prompt_ids, prompt_mask, num_generations, max_completion_length, temperature, top_p, top_k, eos, generator)
+        with whole(model), autocast_as_it_is(model.device, cache_enabled=True):  # if one is on: weights are rounded once, not for each token
+            ids, logprobs = _decode(model.eval(), prompt_ids[mine], prompt_mask[mine], num_generations, max_completion_length, temperature, top_p, top_k, eos, generator)
     finally: torch.clear_autocast_cache()  # or the next sampling would find these weights, not what an update has made of them
+    ids, logprobs = all_rows(ids, -1), all_rows(logprobs)
     mask = ids >= 0
     return Rollout(queries, prompt_ids, prompt_mask, ids.masked_fill(~mask, padding_id(tokenizer)), mask,
                    tokenizer.batch_decode([row[row >= 0] for row in ids.cpu()], skip_special_tokens=True),
@@ -145,6 +147,7 @@ def _decode(model, prompt_ids, prompt_mask, G, max_length, temperature, top_p, t
     device, N, P = prompt_ids.device, len(prompt_ids) * G, prompt_ids.shape[1]
     ids, eos = torch.full((N, max_length), -1, device=device), torch.tensor(eos, dtype=torch.long, device=device)
     logprobs = torch.zeros(N, max_length, device=device, dtype=torch.promote_types(model.dtype, torch.float32))
+    if not N: return ids[:, :1], logprobs[:, :1]
     alive, seen = torch.arange(N, device=device), F.pad(prompt_mask.repeat_interleave(G, 0), (0, max_length), value=True)
     padded, ready = not prompt_mask.all(), shares_prompt(model, P + max_length)  # ready: it takes a mask as it is, [N, 1, 1, L], and need not make one for each token
     def plain(t):  # the whole sequence again

@@ -21,7 +21,7 @@ from zlib import crc32
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .training import write_atomically
+from .training import read_json, write_atomically
 
 # %% ../nbs/17_sweep.ipynb #70bbc0d3
 def grid(
@@ -71,7 +71,8 @@ def sweep(
     stands twice, a folder that holds another cell."""
     import papermill
     if not Path(notebook).is_file(): raise ValueError(f"notebook={str(notebook)!r} is not a file")
-    if jobs < 1: raise ValueError(f"jobs={jobs} is not allowed; at least 1")
+    for name, value in {"jobs": jobs, "threads": threads or 1}.items():
+        if not isinstance(value, int) or value < 1: raise ValueError(f"{name}={value} is not allowed; a whole number, at least 1")
     notebook, directory = Path(notebook).resolve(), Path(directory).resolve()
     known = set(papermill.inspect_notebook(notebook))
     if "output_dir" not in known: raise ValueError(f"{notebook.name} has no parameter output_dir, so its cells could not be kept apart")
@@ -84,8 +85,11 @@ def sweep(
         folder = directory / cell_name(cell)
         if folder in folders: raise ValueError(f"the cell {cell} stands twice in the sweep")
         folders.append(folder)
-        found = json.loads((folder / "cell.json").read_text()) if (folder / "cell.json").exists() else None
-        if found and (found["notebook"], found["parameters"]) != (notebook.name, json.loads(json.dumps(cell))):
+        try: plain = json.loads(json.dumps(cell, allow_nan=False))
+        except (TypeError, ValueError) as error: raise ValueError(f"the cell {cell} cannot be handed to a notebook: {error}") from None
+        found = read_json(folder / "cell.json") if (folder / "cell.json").exists() else None
+        if found and not {"notebook", "parameters", "seconds"} <= found.keys(): raise ValueError(f"{folder / 'cell.json'} is damaged: it has only {', '.join(found)}")
+        if found and (found["notebook"], found["parameters"]) != (notebook.name, plain):
             raise ValueError(f"{folder} holds another cell, {found['parameters']} of {found['notebook']}; give another directory")
         done.append(found and found | {"error": None})
 

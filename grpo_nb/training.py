@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['OURS', 'RULES', 'SMOLLM2_WHEEL', 'SMOLLM2_GGUF', 'SMOLLM2_SHA256', 'SMOLLM2_HUB', 'evaluate', 'rollout_metrics',
-           'peak_memory', 'table', 'write_atomically', 'prepare_directory', 'load_rewards', 'build_models',
-           'build_schedulers', 'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint', 'Run', 'open_run',
-           'preference_pairs', 'train_reward_model', 'outer_iteration', 'train', 'step_queries', 'chat',
-           'fetch_smollm2', 'parse_arguments', 'main']
+           'peak_memory', 'table', 'write_atomically', 'read_json', 'prepare_directory', 'load_rewards', 'add_adapters',
+           'load_value_model', 'token_classifier', 'build_models', 'build_schedulers', 'checkpoint_layers',
+           'save_checkpoint', 'is_whole', 'checkpoints', 'load_checkpoint', 'Run', 'open_run', 'preference_pairs',
+           'train_reward_model', 'outer_iteration', 'train', 'step_queries', 'chat', 'fetch_smollm2', 'parse_arguments',
+           'main']
 
 # %% ../nbs/13_training.ipynb #3cc6756c
 import argparse
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -30,25 +32,39 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
+                          HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
 from .group import informative
+from .processes import add_up, all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
 from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry_loss, brevity_reward, format_reward, name_of, overlong_reward,
                             process_reward, score)
 from .rollout import Rollout
 from .sampling import check_context, sample
-from .task import TASKS, Query, Task, load_task
-from .update import checkpoint_layers
+from .task import TASKS, Query, Task, check_task, load_task
 from .value import ValueModel
+
+# %% ../nbs/13_training.ipynb #5b0c7e10
+import functools
+import inspect
+from contextlib import ExitStack
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
+from transformers import TrainerState
 
 # %% ../nbs/13_training.ipynb #e18aad1a
 def evaluate(
@@ -57,11 +73,15 @@ def evaluate(
     task: Task,
     n: int = 200,  # held-out queries; fewer if the task has fewer
     max_completion_length: int = 16,
-) -> float:  # share of right answers, in [0, 1]
-    "Greedy accuracy on held-out queries; the same queries every time."
+    judge: Callable[[Rollout], object] | None = None,  # fills `rollout.rewards`; None: the rule of the task
+) -> float:  # share of right answers, in [0, 1]; with a judge the mean reward
+    "Greedy accuracy on held-out queries, or their mean reward; the same queries every time. `ValueError`: neither rule nor judge."
+    if task.is_right is None and judge is None: raise ValueError(f"task {task.name!r} has no rule for a right answer: judge must fill the rewards, got None")
     queries = list({query.text: query for query in task.queries("heldout", n)}.values())
     rollout = sample(policy, tokenizer, queries, 1, max_completion_length, top_k=1)
-    return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
+    if judge is None: return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
+    judge(rollout)
+    return rollout.rewards[rollout.scored].mean().item()
 
 # %% ../nbs/13_training.ipynb #bea182b9
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -107,9 +127,11 @@ def table(
 
 # %% ../nbs/13_training.ipynb #774bdf4f
 def write_atomically(path: Path, content: str | bytes):
-    "Write a file so that it is never seen half written."
+    "Write a file so that it is never seen half written; of several processes, the main one does."
+    if process()[0]: return
     scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "wb") as f:
+    scratch.unlink(missing_ok=True)  # left by a killed process, or a link, which must not be followed
+    with open(scratch, "xb") as f:
         f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
     os.replace(scratch, path)
 
@@ -119,16 +141,29 @@ def _sync(path: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/13_training.ipynb #21c7286c
+def read_json(path: Path) -> dict:
+    "The object in a JSON file; `ValueError` that names the file if it holds none."
+    try: found = json.loads(path.read_text())
+    except ValueError as error: raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict): raise ValueError(f"{path} is damaged: it holds {type(found).__name__}, not an object")
+    return found
+
 # %% ../nbs/13_training.ipynb #dccbb406
+def _remove(path: Path):
+    "Remove a file or a directory, if it is there; of a link only the link."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
+
 def _replace_directory(scratch: Path, target: Path):
     "Put a finished directory in the place of an older one."
     for path in scratch.iterdir(): _sync(path)
-    if target.exists(): shutil.rmtree(target)
+    _remove(target)
     os.replace(scratch, target)
     _sync(target.parent)
 
 # %% ../nbs/13_training.ipynb #7c890d86
-OURS = ("config.json", "metrics.jsonl", "completions.parquet", "preferences.jsonl", "summary.txt", "model", "reward_model", "checkpoint-*")
+OURS = ("config.json", "metrics.jsonl", "completions.parquet", "preferences.jsonl", "summary.txt", "model", "reward_model", "value_model", "checkpoint-*")
 
 def prepare_directory(config: Config) -> Path:
     "The run directory: chosen and checked, not yet made. `ValueError` if it holds something that is not to be resumed."
@@ -146,6 +181,13 @@ def prepare_directory(config: Config) -> Path:
 # %% ../nbs/13_training.ipynb #d3b934de
 RULES = ("accuracy", "brevity", "format", "overlong", "process", "learned")
 
+def _check_rule(names: list[str | RewardFunction], task: Task):
+    "`ValueError` if a reward function is to tell right from wrong in a task that does not."
+    asks = [name for name in names if name in ("accuracy", "learned") or (name == "process" and task.steps is None)]
+    if asks and task.is_right is None:
+        raise ValueError(f"reward_funcs {', '.join(asks)}: task {task.name!r} has no right answers (no column answer); "
+                         "allowed: brevity, format, overlong, the path of a reward model, or functions of your own")
+
 def load_rewards(
     names: list[str | RewardFunction],  # of RULES, the path or hub id of a reward model, or a callable
     task: Task,
@@ -155,6 +197,7 @@ def load_rewards(
     max_completion_length: int = 16,  # for "overlong"
 ) -> list[RewardFunction]:
     "Reward functions by name."
+    _check_rule(names, task)
     rules = {"accuracy": lambda: accuracy_reward(task), "brevity": brevity_reward, "format": lambda: format_reward(task.form), "overlong": lambda: overlong_reward(max_completion_length),
              "process": lambda: process_reward(task, tokenizer), "learned": lambda: RewardModel.from_policy(policy, tokenizer)}
     missing = [name for name in names if (name in ("process", "learned") and tokenizer is None) or (name == "learned" and policy is None)]
@@ -166,25 +209,75 @@ def load_rewards(
     if not names: raise ValueError("reward_funcs must name at least one reward function, got none")
     return [load(name) for name in names]
 
+# %% ../nbs/13_training.ipynb #c5e7a002
+def _needs_peft(what: str):
+    if importlib.util.find_spec("peft") is None: raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
+
+def add_adapters(policy: PreTrainedModel, config: Config):
+    "Train adapters in place of the weights from now on (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
+    from peft import LoraConfig
+    if Path(policy.name_or_path).exists(): policy.name_or_path = str(Path(policy.name_or_path).resolve())  # found from everywhere
+    layers = "all-linear" if config.lora_target_modules in (None, ["all-linear"]) else config.lora_target_modules
+    try: policy.add_adapter(LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM"))
+    except ValueError as error: raise ValueError(f"lora_target_modules = {config.lora_target_modules} does not fit {type(policy).__name__}: {error}") from error
+
+# %% ../nbs/13_training.ipynb #c5e7a006
+def load_value_model(name: str, policy: PreTrainedModel) -> ValueModel:  # name: of a classifier or causal language model
+    "A value model that starts from a directory or hub id; `ValueError` if it cannot be loaded, or has another vocabulary than the policy."
+    kinds = {"ForTokenClassification": AutoModelForTokenClassification, "ForSequenceClassification": AutoModelForSequenceClassification}
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = next((auto for end, auto in kinds.items() if (config.architectures or [""])[0].endswith(end)), AutoModelForCausalLM)
+        sizes = [c.get_text_config().vocab_size for c in (config, policy.config)]
+        if sizes[0] != sizes[1]: raise ValueError(f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}")
+        model, info = kind.from_pretrained(name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False)
+        if info["missing_keys"]: raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"value_model must be separate, head, or the path or hub id of a model with the policy's vocabulary; got {name!r}: {said}") from error
+    return ValueModel(model.to(policy.device))
+
+# %% ../nbs/13_training.ipynb #c5e7a007
+def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:  # None, with a warning: transformers has no such class for this model
+    "A value model as a token classifier with one label, which transformers saves and opens."
+    config = copy.deepcopy(value_model.trunk.config)
+    config.num_labels = 1
+    try: classifier = AutoModelForTokenClassification.from_config(config, dtype=value_model.head.weight.dtype)
+    except ValueError:
+        warnings.warn(f"transformers has no token classifier for {type(value_model.trunk).__name__}; the value model is not saved", stacklevel=3)
+        return None
+    classifier.base_model.load_state_dict({name: full(x) for name, x in value_model.trunk.state_dict().items()})
+    head = classifier.score if hasattr(classifier, "score") else classifier.classifier
+    bias = torch.zeros(1) if value_model.head.bias is None else full(value_model.head.bias)
+    head.load_state_dict({"weight": full(value_model.head.weight), "bias": bias})
+    return classifier
+
 # %% ../nbs/13_training.ipynb #e91dcfc6
 def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None) -> Models:
     "Load or make every box of the figure that the config asks for; `ImportError` if it asks for vLLM, which is not there."
+    if config.use_peft: _needs_peft("use_peft = True")
     vllm_sampler = _vllm_sampler() if config.use_vllm else None
-    torch.manual_seed(config.seed)  # of new heads
+    torch.manual_seed(config.seed)  # of new heads and adapters
     policy, tokenizer = load_policy(config.model, config.device)
+    if hasattr(policy, "peft_config"): raise ValueError(f"model {config.model!r} is a LoRA adapter: merge it into its base model first, and train that")
     names = reward_funcs or config.reward_funcs
     rewards = load_rewards(names, task, config.device, policy, tokenizer, config.max_completion_length)
     policy.requires_grad_(True)
-    models = Models(policy, tokenizer, torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0), rewards, beta=config.beta,
-                    learned=next((f for f, name in zip(rewards, names) if name == "learned"), None))
-    if config.beta > 0: models.reference = copy.deepcopy(policy).requires_grad_(False)
-    for p in models.reference.parameters() if config.beta > 0 else []: p.data = p.data.to(resolve_dtype(config.reference_dtype))  # not its buffers: rotary frequencies do not bear it
+    def adam(model, learning_rate): return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.0)
+    reference, value = None, None
+    if config.beta > 0: reference = policy if config.use_peft else copy.deepcopy(policy).requires_grad_(False)
     if config.algorithm == "ppo":
-        models.value = ValueModel(policy, shared=config.value_model == "head")
-        models.value_optimizer = torch.optim.AdamW(models.value.parameters(), config.value_learning_rate, weight_decay=0.0)
+        from_policy = config.value_model in ("separate", "head")
+        value = ValueModel(policy, shared=config.value_model == "head") if from_policy else load_value_model(config.value_model, policy)
+    if config.use_peft: add_adapters(policy, config)  # last: what was copied has none
+    models = Models(policy, tokenizer, adam(policy, config.learning_rate), rewards, reference, value, beta=config.beta,
+                    learned=next((f for f, name in zip(rewards, names) if name == "learned"), None))
+    for p in reference.parameters() if config.beta > 0 and not config.use_peft else []: p.data = p.data.to(resolve_dtype(config.reference_dtype))  # not its buffers: rotary frequencies do not bear it
+    if value is not None: models.value_optimizer = adam(value, config.value_learning_rate)
     if config.gradient_checkpointing:
         checkpoint_layers(policy)
-        if models.value is not None and config.value_model == "separate": checkpoint_layers(models.value.trunk)
+        if value is not None and config.value_model != "head": checkpoint_layers(value.trunk)
+    if sharded() and process()[1] > 1: _shard_models(config, models)
     if vllm_sampler: models.sampler = vllm_sampler(policy, tokenizer, config)
     return models
 
@@ -201,6 +294,26 @@ def build_schedulers(config: Config, models: Models) -> list:
     return [get_scheduler("constant_with_warmup" if warm else config.lr_scheduler_type, o, config.warmup_steps, config.max_steps)
             for o in (models.optimizer, models.value_optimizer) if o is not None]
 
+# %% ../nbs/13_training.ipynb #5a7c1e02
+def _shard_models(config: Config, models: Models):
+    "Let FSDP2 cut the models over the processes; the optimisers go on with the cut weights."
+    own = [models.reference] * (models.reference is not models.policy) + [models.value] * (config.algorithm == "ppo" and config.value_model != "head")
+    for model in [models.policy] + own:
+        if model is not None: shard(model)
+    for model, optimizer in _trained(models).values(): optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+
+def _generator(config: Config, device: torch.device) -> torch.Generator:
+    "The random numbers of sampling: from the seed, and in other processes than the main one from their rank too."
+    rank = process()[0]
+    return torch.Generator(device).manual_seed(random.Random(f"sampling {config.seed} {rank}").getrandbits(31) if rank else config.seed)
+
+# %% ../nbs/13_training.ipynb #04b201c6
+def checkpoint_layers(model: nn.Module):
+    "From now on, keep only the input of each layer for the backward pass; `ValueError` if the model's layers are not known."
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers: raise ValueError(f"gradient_checkpointing is not available for {type(model).__name__}: it marks no layers for it")
+    for layer in layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
 # %% ../nbs/13_training.ipynb #62e73e3f
 def _trained(models: Models) -> dict:
     "The yellow boxes with their optimisers."
@@ -213,51 +326,60 @@ def _renewed(config: Config, models: Models) -> dict:
 
 def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, renewed: dict, keep: int = 2):
     "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed. `OSError` if the disk is full; what was there is still there."
-    tensors = {"generator": generator.get_state()} | {f"{name}.weights.{k}": p.detach() for name, model in renewed.items() for k, p in model.named_parameters()}
+    tensors = {"generator": all_rows(generator.get_state()[None]).squeeze(0)} | {f"{name}.weights.{k}": full(p.detach()) for name, model in renewed.items() for k, p in model.named_parameters()}
     for name, (model, optimizer) in _trained(models).items():
-        tensors |= {f"{name}.weights.{k}": p.detach() for k, p in model.named_parameters()}
-        tensors |= {f"{name}.optimizer.{i}.{k}": x for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
+        tensors |= {f"{name}.weights.{k}": full(p.detach()) for k, p in model.named_parameters() if p.requires_grad}
+        tensors |= {f"{name}.optimizer.{i}.{k}": full(x) for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
+    rest = {"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers]}
+    on_main(lambda: _write_checkpoint(directory, step, tensors, rest, keep))
+
+def _write_checkpoint(directory: Path, step: int, tensors: dict, rest: dict, keep: int):
+    "The files of `save_checkpoint`."
     scratch = directory / f".checkpoint-{step}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
         save_file({k: x.contiguous() for k, x in tensors.items()}, scratch / "state.safetensors")
-        rest = {"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers], "sha256": _digest(scratch / "state.safetensors")}
-        write_atomically(scratch / "trainer.json", json.dumps(rest))
+        write_atomically(scratch / "trainer.json", json.dumps(rest | {"sha256": _digest(scratch / "state.safetensors", rest)}))
         _replace_directory(scratch, directory / f"checkpoint-{step}")
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         kept = ", ".join(path.name for _, path in checkpoints(directory)) or "none"
         raise OSError(f"checkpoint-{step} could not be written to {directory} ({error}); checkpoints that are whole: {kept}") from error
-    for _, old in checkpoints(directory)[:-keep]: shutil.rmtree(old)
+    for _, old in checkpoints(directory)[:-keep]: _remove(old)
 
 # %% ../nbs/13_training.ipynb #087d8c26
-def _digest(path: Path) -> str:
-    "SHA-256 of a file."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+def _digest(path: Path, rest: dict) -> str:
+    "SHA-256 of a file and of what is kept beside it."
+    with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256")
+    digest.update(json.dumps(rest).encode())
+    return digest.hexdigest()
 
 def is_whole(checkpoint: Path) -> bool:
-    "Are the tensors of this checkpoint those that were written?"
-    try: return json.loads((checkpoint / "trainer.json").read_text())["sha256"] == _digest(checkpoint / "state.safetensors")
-    except (OSError, ValueError, KeyError, TypeError): return False
+    "Is what this checkpoint holds what was written?"
+    try:
+        rest = read_json(checkpoint / "trainer.json")
+        return rest.pop("sha256") == _digest(checkpoint / "state.safetensors", rest)
+    except (OSError, ValueError, KeyError): return False
 
 # %% ../nbs/13_training.ipynb #26304040
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
     "(step, path) of every checkpoint that was written to its end, oldest first."
-    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json"))
+    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json") if re.fullmatch(r"checkpoint-[0-9]+", p.parent.name))
 
 # %% ../nbs/13_training.ipynb #42476d0c
 def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
     tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
-    generator.set_state(tensors["generator"])
+    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]])
     with torch.no_grad():
         for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
-            for k, p in model.named_parameters(): p.copy_(tensors[f"{name}.weights.{k}"])
+            for k, p in model.named_parameters():
+                if p.requires_grad or name in renewed: p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
     for name, (_, optimizer) in _trained(models).items():
-        state = {}
+        state, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
         for key, x in tensors.items():
-            if key.startswith(f"{name}.optimizer."): i, k = key.removeprefix(f"{name}.optimizer.").split("."); state.setdefault(int(i), {})[k] = x
+            if key.startswith(f"{name}.optimizer."): i, k = key.removeprefix(f"{name}.optimizer.").split("."); state.setdefault(int(i), {})[k] = cut_like(x, parameters[int(i)])
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     models.beta = rest["beta"]
     for scheduler, state in zip(schedulers, rest["schedulers"]):
@@ -279,8 +401,13 @@ class Run:
 
     @property
     def accuracy(self) -> tuple[float, float]:
-        "Held-out accuracy (before, after) training."
-        return self.metrics["eval/initial_accuracy"].iloc[0], self.metrics["eval/accuracy"].dropna().iloc[-1]
+        "Held-out accuracy (before, after) training; NaN where the task has no right answers."
+        return self._heldout("accuracy")
+
+    def _heldout(self, what: str) -> tuple[float, float]:
+        "What was measured on held-out queries (before, after) training."
+        last = lambda name: next(iter(self.metrics.get(name, pd.Series(dtype=float)).dropna()[::-1]), math.nan)
+        return last(f"eval/initial_{what}"), last(f"eval/{what}")
 
     @property
     def completions(self) -> pd.DataFrame:
@@ -289,9 +416,10 @@ class Run:
 
     def summary(self) -> pd.Series:
         "The short table: accuracy, reward, KL, time, files."
-        last, (before, after) = self.metrics.tail(10), self.accuracy
-        rows = {"algorithm": self.config.algorithm, "task": f"{self.config.task}, {self.config.digits} digits", "steps": len(self.metrics),
-                "held-out accuracy before": f"{before:.1%}", "held-out accuracy after": f"{after:.1%}", "mean reward, last 10 steps": f"{last['reward'].mean():.3f}"}
+        last, what, form = self.metrics.tail(10), *(("accuracy", ".1%") if self.task.is_right else ("reward", ".3f"))
+        before, after = self._heldout(what)
+        rows = {"algorithm": self.config.algorithm, "task": self.config.task + f", {self.config.digits} digits" * (self.config.task in TASKS), "steps": len(self.metrics),
+                f"held-out {what} before": f"{before:{form}}", f"held-out {what} after": f"{after:{form}}", "mean reward, last 10 steps": f"{last['reward'].mean():.3f}"}
         if "kl" in last: rows["KL to the reference, nats a token"] = f"{last['kl'].mean():.4f}"
         return pd.Series(rows | {"seconds a step": f"{self.metrics['step_time'].median():.2f}", "files": str(self.directory)}, name="run")
 
@@ -305,6 +433,17 @@ class Run:
         return rows.value_counts(dropna=False).reset_index()
 
 # %% ../nbs/13_training.ipynb #67cd4b5a
+def _task_of(config: Config) -> Task:
+    "The task that a config names; only those of the package have digits."
+    return load_task(config.task, **({"digits": config.digits} if config.task in TASKS else {}))
+
+def _is_own(task: Task | None, name: str) -> bool:
+    "Was a task passed whose saved name no config could have?"
+    if task is None: return False
+    try: check_task(name)
+    except ValueError: return True
+    return False
+
 def open_run(
     directory: str | Path,
     device: str = "cpu",
@@ -315,18 +454,21 @@ def open_run(
     directory = Path(directory)
     for needed in ("config.json", "model"):
         if not (directory / needed).exists(): raise ValueError(f"{str(directory)!r} is not a finished run: it has no {needed}")
-    saved = json.loads((directory / "config.json").read_text()) | {"device": device}
-    own = task is not None and saved["task"] not in TASKS  # the name of one that no config could name
-    config = make_config(**saved | ({"task": None} if own else {}) | ({"reward_funcs": None} if reward_funcs else {}))
-    task = task or load_task(config.task, digits=config.digits)
+    saved = read_json(directory / "config.json") | {"device": device}
+    saved.pop("num_processes", None)  # of the launch, not of the config
+    config = make_config(**saved | ({"task": None} if _is_own(task, saved.get("task")) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
+    task = task or _task_of(config)
+    if (directory / "model" / "adapter_config.json").exists(): _needs_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
-    names = [str(directory / "reward_model") if name == "learned" else name for name in reward_funcs or config.reward_funcs]
+    names = [str(directory / "reward_model") if name == "learned" else name for name in _Trainer().bound(reward_funcs) or config.reward_funcs]
     return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
 
 # %% ../nbs/13_training.ipynb #1465f550
 def _read_metrics(directory: Path) -> pd.DataFrame:
     "metrics.jsonl as a table, one row a step."
-    return pd.DataFrame(map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())).set_index("step")
+    path = directory / "metrics.jsonl"
+    try: return pd.DataFrame(map(json.loads, path.read_text().splitlines())).set_index("step")
+    except (AttributeError, KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 # %% ../nbs/13_training.ipynb #34e4dce4
 def preference_pairs(
@@ -405,49 +547,68 @@ def train(
     task: Task | None = None,  # None: `config.task` by name
     reward_funcs: list[RewardFunction] | None = None,  # None: `config.reward_funcs` by name
     progress: bool = True,  # show a bar
+    on_step: Callable[[dict], None] | None = None,  # called with each line of metrics, after it is written; of several processes, in the main one
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
     Whatever is wrong with the input is refused (`ValueError`) before anything is written. If a step raises, what was
     measured and sampled in the steps before it is in the directory, and the newest checkpoint can be resumed."""
-    task = task or load_task(config.task, digits=config.digits)
+    join_launch()
+    if config.num_prompts % process()[1]: raise ValueError(f"num_prompts = {config.num_prompts} must be divisible by the number of processes, {process()[1]}: each takes as many queries of a step")
+    task = task or _task_of(config)
+    _check_rule(reward_funcs or config.reward_funcs, task)
     n_rewards = len(reward_funcs or config.reward_funcs)
     if config.reward_weights and len(config.reward_weights) != n_rewards:
         raise ValueError(f"reward_weights must have one weight for each of the {n_rewards} reward functions, got {len(config.reward_weights)}")
-    directory, record = prepare_directory(config), _record(config, task, reward_funcs)
+    _check_trackers(config.report_to)
+    directory, record = Path(on_main(lambda: str(prepare_directory(config)))), _record(config, task, reward_funcs)
     if config.resume: _check_same(directory, record)
     if config.resume and (directory / "model").exists() and (directory / "config.json").exists():
-        print(f"{directory} is finished: nothing to resume")
+        if process()[0] == 0: print(f"{directory} is finished: nothing to resume")
         return open_run(directory, config.device, task, reward_funcs)
-    models = build_models(config, task, reward_funcs)
+    trainer = _Trainer(TrainerState(max_steps=config.max_steps))
+    models = build_models(config, task, trainer.bound(reward_funcs))
     _check_prompts(config, task, models)
-    schedulers, generator = build_schedulers(config, models), torch.Generator(models.policy.device).manual_seed(config.seed)
+    schedulers, generator = build_schedulers(config, models), _generator(config, models.policy.device)
     done = _resume(directory, models, schedulers, generator, _renewed(config, models)) if config.resume else _Done()
-    directory.mkdir(parents=True, exist_ok=config.output_dir is not None)
+    on_main(lambda: directory.mkdir(parents=True, exist_ok=config.output_dir is not None))
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
     write_atomically(directory / "metrics.jsonl", "".join(done.lines))
-    try: _steps(config, task, models, schedulers, generator, directory, done, progress)
+    try:
+        with _trackers(config, directory, done.step) as track:
+            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, [track] + [on_step] * (on_step is not None and process()[0] == 0))
     finally: _write_completions(directory, done.rows)
-    for name, model in {"reward_model": _renewed(config, models).get("reward"), "model": models.policy}.items():  # model/ last: it says that the run is finished
-        if model is None: continue
-        scratch = directory / f".{name}.tmp"
-        model.save_pretrained(scratch); models.tokenizer.save_pretrained(scratch)
-        _replace_directory(scratch, directory / name)
+    value = None if models.value is None or config.value_model == "head" else token_classifier(models.value)
+    for name, model in {"reward_model": _renewed(config, models).get("reward"), "value_model": value, "model": models.policy}.items():  # model/ last: it says that the run is finished
+        if model is not None: _save_model(directory / name, model, models.tokenizer)
     run = Run(directory, config, _read_metrics(directory), models.policy, models.tokenizer, task, models.rewards)
     write_atomically(directory / "summary.txt", run.summary().to_string() + "\n")
     return run
 
+# %% ../nbs/13_training.ipynb #5a7c1e03
+def _save_model(target: Path, model: PreTrainedModel | RewardModel, tokenizer: PreTrainedTokenizerBase):
+    "A model and its tokenizer in a directory of transformers, whole or not at all."
+    scratch = target.with_name(f".{target.name}.tmp")
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    state = {"state_dict": {k: full(x) for k, x in model.state_dict().items() if k not in tied}} if hasattr(next(model.parameters()), "full_tensor") else {}
+    def write():
+        _remove(scratch)
+        model.save_pretrained(scratch, **state); tokenizer.save_pretrained(scratch)
+        _replace_directory(scratch, target)
+    on_main(write)
+
 # %% ../nbs/13_training.ipynb #a0979105
 def _record(config: Config, task: Task, reward_funcs: list[RewardFunction] | None) -> dict:
     "What config.json says: the options, and the names of a task and of reward functions that were passed as objects."
-    custom = {"reward_funcs": [name_of(f) for f in reward_funcs]} if reward_funcs else {}
-    return asdict(config) | {"task": task.name} | custom
+    custom = {"reward_funcs": [f if isinstance(f, str) else name_of(f) for f in reward_funcs]} if reward_funcs else {}
+    return asdict(config) | {"task": task.name} | custom | ({"num_processes": process()[1]} if process()[1] > 1 else {})
 
 def _check_same(directory: Path, record: dict):
     "`ValueError` if the run in this directory was made with other settings than those that are to go on with it."
     if not (directory / "config.json").exists(): return
-    free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
-    saved = asdict(CONFIGS[record["algorithm"]]()) | json.loads((directory / "config.json").read_text())  # a field that is younger than the run has its default
+    free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
+    saved, record = asdict(CONFIGS[record["algorithm"]]()) | read_json(directory / "config.json"), {"num_processes": 1} | record  # a field that is younger than the run has its default
+    saved = {"num_processes": 1} | saved
     other = [f"{name} = {saved.get(name)!r}, now {value!r}" for name, value in record.items() if name not in free and saved.get(name) != value]
     if other: raise ValueError(f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir")
 
@@ -464,7 +625,12 @@ def step_queries(
 def _check_prompts(config: Config, task: Task, models: Models):
     "Refuse queries that this model cannot read, on the first ones of training and of evaluation, before anything is written."
     queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries("heldout", config.eval_size)
-    check_context(models.policy, queries, encode_prompts(models.tokenizer, queries)[1].sum(1), config.max_completion_length)
+    ids, mask = encode_prompts(models.tokenizer, queries)
+    for model in [models.policy] + ([models.value.trunk] if models.value is not None else []): check_context(model, queries, mask.sum(1), config.max_completion_length)
+    tokenizer, unknown = models.tokenizer, models.tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): return
+    for query, unread in zip(queries, ((ids == unknown) & mask).any(1).tolist()):
+        if unread: raise ValueError(f"model {config.model!r} cannot read {query.text[:60]!r}: its tokenizer does not know all of these characters")
 
 # %% ../nbs/13_training.ipynb #f29ccbe0
 def _write_completions(directory: Path, rows: list[dict]):
@@ -473,8 +639,10 @@ def _write_completions(directory: Path, rows: list[dict]):
 
 def _lines(path: Path, start: int) -> list[str]:
     "Whole lines of a JSON-lines file up to a step; none if it is not there."
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+    except (KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is damaged, so the run cannot be resumed: {type(error).__name__} {error}") from None
 
 @dataclass
 class _Done:
@@ -484,24 +652,87 @@ class _Done:
     lines: list[str] = field(default_factory=list)  # of metrics.jsonl
     preferences: list[dict] = field(default_factory=list)  # of preferences.jsonl
 
-def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
-    "Up to the newest whole checkpoint, which is put back into the models; a fresh start without one. Damaged ones are removed, with a warning, and what a killed process left."
-    for left in [path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")]: shutil.rmtree(left) if left.is_dir() else left.unlink()
+def _newest(directory: Path) -> str | None:
+    "The newest whole checkpoint. Damaged ones are removed, with a warning, and what a killed process left."
+    for left in [path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")]: _remove(left)
     found = checkpoints(directory)
     while found and not is_whole(found[-1][1]):
         _, damaged = found.pop()
         warnings.warn(f"{damaged} is damaged; the run goes on from {found[-1][1].name if found else 'the start'}", stacklevel=3)
-        shutil.rmtree(damaged)
-    if not found: return _Done()
-    step = load_checkpoint(found[-1][1], models, schedulers, generator, renewed)
-    rows = pd.read_parquet(directory / "completions.parquet")
-    return _Done(step, rows[rows["step"] <= step].to_dict("records"), _lines(directory / "metrics.jsonl", step),
-                 list(map(json.loads, _lines(directory / "preferences.jsonl", step))))
+        _remove(damaged)
+    return str(found[-1][1]) if found else None
+
+def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
+    "Up to the newest whole checkpoint, which is put back into the models; a fresh start without one."
+    newest = on_main(lambda: _newest(directory))
+    if newest is None: return _Done()
+    step = load_checkpoint(Path(newest), models, schedulers, generator, renewed)
+    try: rows = pd.read_parquet(directory / "completions.parquet").query("step <= @step")
+    except Exception as error: raise ValueError(f"{directory / 'completions.parquet'} is damaged, so the run cannot be resumed: {type(error).__name__} {error}") from None
+    lines = _lines(directory / "metrics.jsonl", step)
+    for name, steps in {"metrics.jsonl": [json.loads(line)["step"] for line in lines], "completions.parquet": sorted(rows["step"].unique())}.items():
+        if steps != [*range(1, step + 1)]: raise ValueError(f"{directory / name} is damaged, so the run cannot be resumed: it does not have each step up to {step} once")
+    return _Done(step, rows.to_dict("records"), lines, list(map(json.loads, _lines(directory / "preferences.jsonl", step))))
 
 # %% ../nbs/13_training.ipynb #e986405b
 def _precision(config: Config, device: torch.device):
     "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", cache_enabled=False)
+
+# %% ../nbs/13_training.ipynb #5b0c7e12
+@dataclass
+class _Trainer:
+    "What TRL's trainer hands to a reward function beside the columns."
+    state: TrainerState = field(default_factory=TrainerState)
+    logged: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float): self.logged.setdefault(name, []).append(float(value))
+
+    def bound(self, reward_funcs: list[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
+        "The functions, with that of it which they take: all of it with `**kwargs`, else what their signature names."
+        given = {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": lambda column, values: None}
+        def bind(f):
+            takes = inspect.signature(f).parameters
+            every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+            return functools.partial(f, **{name: x for name, x in given.items() if every or name in takes})
+        return reward_funcs and [bind(f) if callable(f) else f for f in reward_funcs]
+
+    def metrics(self) -> dict[str, float]:
+        "The mean of what was logged since the last call."
+        means = {name: math.fsum(values) / len(values) for name, values in self.logged.items()}
+        self.logged.clear()
+        return means
+
+# %% ../nbs/13_training.ipynb #5b0c7e16
+def _check_trackers(names: list[str]):
+    "`ValueError` for a tracker that Accelerate does not know, or whose package is not installed."
+    installed = [str(name) for name in get_available_trackers()] + [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]
+    other = [name for name in names if name not in installed]
+    if other: raise ValueError(f"report_to = {other} cannot be used; installed of Accelerate's trackers: {', '.join(installed) or 'none'}")
+
+def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTracker:
+    "A tracker of Accelerate that has begun, for a run with so many steps behind it."
+    kind, where = LOGGER_TYPE_TO_CLASS[name], directory / name
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}, "swanlab": {"logdir": where}, "mlflow": {"logging_dir": where}}.get(name, {})
+    where.mkdir(exist_ok=True)
+    tracker = kind("grpo_nb", where, **options) if kind.requires_logging_directory else kind("grpo_nb", **options)
+    tracker.start()
+    if not step: tracker.store_init_configuration({key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()})
+    return tracker
+
+@contextmanager
+def _trackers(config: Config, directory: Path, step: int):
+    "The trackers of a run while it is open; yields a function that gives them a line of metrics. Of several processes only the main one has any."
+    names = config.report_to if process()[0] == 0 else []
+    trackers = []
+    def track(metrics):
+        values = {name: x for name, x in metrics.items() if x is not None and name != "step"}
+        for tracker in trackers: tracker.log(values, step=metrics["step"])
+    with ExitStack() as stack:
+        for name in names:
+            trackers.append(_tracker(name, config, directory, step))
+            stack.callback(trackers[-1].finish)
+        yield track
 
 # %% ../nbs/13_training.ipynb #e8e992e3
 @contextmanager
@@ -509,9 +740,9 @@ def _noted_signals():
     "While it is open, the first SIGINT or SIGTERM is only noted in the list that it yields. (Python hands signals to the main thread alone.)"
     noted = []
     def note(number, frame):
-        if noted: raise KeyboardInterrupt
+        if noted and process()[1] == 1: raise KeyboardInterrupt  # several processes: their launcher passes signals on twice, and has a limit of its own
         noted.append(number)
-        tqdm.write(f"{signal.Signals(number).name}: stopping after this step (again: at once)", file=sys.stderr)
+        if process()[0] == 0: tqdm.write(f"{signal.Signals(number).name}: stopping after this step (again: at once)", file=sys.stderr)
     if threading.current_thread() is not threading.main_thread(): yield noted; return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield noted
@@ -531,7 +762,7 @@ def _or_saved(save: Callable[[int], None] | None, config: Config, models: Models
     with models.optimizer.register_step_post_hook(lambda *_: moved.append(step)):
         try: yield
         except Exception as error:
-            if save and not moved: generator.set_state(before); save(step - 1)
+            if save and not moved and known_to_all(error): generator.set_state(before); save(step - 1)
             raise _explained(error, config, step, directory)
 
 # %% ../nbs/13_training.ipynb #cf6ae5fc
@@ -543,40 +774,44 @@ def _one_step(config, task, models, generator, directory, preferences, step, sav
     with _or_saved(None if outer else save, config, models, generator, step, directory):
         return *STEPS[config.algorithm](models, queries, config, generator), outer
 
-def _steps(config, task, models, schedulers, generator, directory, done, progress):
-    "The steps up to max_steps, each with its line of metrics."
+def _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, listeners):
+    "The steps up to max_steps, each with its line of metrics, which the listeners get, too."
     device, rows, skipped = models.policy.device, done.rows, 0
     completions = json.loads(done.lines[-1])["num_completions"] if done.lines else 0
-    accuracy = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length)
+    what, judge = "accuracy", None
+    if task.is_right is None: what, judge = "reward", lambda rollout: score(rollout, models.rewards, config.reward_weights, config.on_reward_error)
+    heldout = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length, judge)
     def save(last):
         if last < 1 or last in dict(checkpoints(directory)): return
         _write_completions(directory, rows)
+        _sync(directory / "metrics.jsonl")  # a checkpoint without the lines of its steps could not be resumed
         save_checkpoint(directory, last, models, schedulers, generator, _renewed(config, models))
-    with open(directory / "metrics.jsonl", "a") as log, _precision(config, device), _noted_signals() as signals:
-        initial = {} if done.step else {"eval/initial_accuracy": accuracy()}
-        bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress)
+    with open(directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a") as log, _precision(config, device), _noted_signals() as signals:
+        initial = {} if done.step else {f"eval/initial_{what}": heldout()}
+        bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress or process()[0] > 0)
         for step in bar:
-            began = time.perf_counter()
+            began, trainer.state.global_step = time.perf_counter(), step - 1  # steps that are done, as in TRL
             rollout, metrics, outer = _one_step(config, task, models, generator, directory, done.preferences, step, save)
             completions += metrics.pop("num_sampled", len(rollout)) + outer.get("reward_model/completions", 0)
-            metrics = {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
+            metrics = trainer.metrics() | {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
             for scheduler in schedulers: scheduler.step()
             metrics |= {"num_completions": completions, "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
-            if step % config.eval_steps == 0 or step == config.max_steps: metrics["eval/accuracy"] = accuracy()
+            if step % config.eval_steps == 0 or step == config.max_steps: metrics[f"eval/{what}"] = heldout()
             rows += table(rollout, step)
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             metrics = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
             log.write(json.dumps(metrics) + "\n"); log.flush()
+            for hear in listeners: hear(dict(metrics))
             if config.save_steps and step % config.save_steps == 0: save(step)
-            bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), "accuracy": metrics.get("eval/accuracy")}); initial = {}
+            bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), what: metrics.get(f"eval/{what}")}); initial = {}
             if skipped == config.max_skipped_steps:
                 save(step)
                 raise FloatingPointError(f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}")
-            if signals and step < config.max_steps:
+            if (noted := sum(gather(lambda: signals), [])) and step < config.max_steps:  # by one process is by all
                 save(step)
                 said = f"stopped after step {step}; {directory} can be resumed"
-                tqdm.write(said, file=sys.stderr)
-                raise KeyboardInterrupt(said) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+                if process()[0] == 0: tqdm.write(said, file=sys.stderr)
+                raise KeyboardInterrupt(said) if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
 
 # %% ../nbs/13_training.ipynb #16ff257c
 def chat(run: Run, lines: Iterable[str] = sys.stdin, n: int = 8):
@@ -659,8 +894,10 @@ def main(arguments: list[str] | None = None):
         elif arguments[:1] == ["fetch"]:
             if arguments[1:2] != ["smollm2"] or len(arguments) > 3: raise ValueError("usage: python -m grpo_nb.training fetch smollm2 [package|hub]")
             print("SmolLM2-135M-Instruct is in", fetch_smollm2(*arguments[2:]))
-        else: print(train(parse_arguments(arguments)).summary().to_string())
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error: sys.exit(f"error: {error}")
+        else:
+            summary = train(parse_arguments(arguments)).summary().to_string()
+            if process()[0] == 0: print(summary)
+    except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error: sys.exit(f"error: {error}")
     except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
 
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from grpo_nb.algorithm import make_config
 from grpo_nb.policy import encode_prompts, token_logprobs
 from grpo_nb.rollout import Rollout
 from grpo_nb.task import Query
+from grpo_nb.training import checkpoints, train
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARACTERS = "0123456789+-*()=:"
@@ -111,6 +113,20 @@ def read_metrics(directory):
 def reproducible(metrics):
     "What must not differ between two runs with the same seed."
     return {name: x for name, x in metrics.items() if not any(word in name for word in ("time", "seconds", "memory"))}
+
+
+def run(directory, functions=None, **options):
+    "Train in this directory: see short_config."
+    return train(short_config(output_dir=str(directory), **options), reward_funcs=functions, progress=False)
+
+
+def same_run(a, b):
+    "Bit for bit: metrics (no line twice, none missing), completions, model, and the last checkpoint (optimisers, sampler, schedule, beta)."
+    assert [reproducible(line) for line in read_metrics(a)] == [reproducible(line) for line in read_metrics(b)]
+    assert pd.read_parquet(a / "completions.parquet").equals(pd.read_parquet(b / "completions.parquet"))
+    last = checkpoints(b)[-1][1].name
+    for name in ("model/model.safetensors", f"{last}/state.safetensors", f"{last}/trainer.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def python(*arguments, cwd, stdin="", path=None, timeout=120):

@@ -117,6 +117,20 @@ def test_a_table_is_made_once_and_read_as_it_was_kept(checkout):
     assert found.loc["01_x", ["runs", "seconds", "verdict"]].tolist() == [2, 3, None]
 
 
+def test_a_table_of_many_runs_goes_on_where_it_was(checkout):
+    "A run whose rows are kept is not made again, in a later table either; what fails leaves nothing behind."
+    claim, made = Claim("00_x", "x", rerun=True), []
+    def rows(seed):
+        made.append(seed)
+        if made == [0, 1]: raise KeyboardInterrupt
+        return pd.DataFrame({"step": [1, 2], "right": [seed, 0.1 + 0.2]})
+    def runs(): return pd.concat([claim.kept(f"seed={seed}", lambda: rows(seed)).assign(run=seed) for seed in (0, 1, 2)])
+    with pytest.raises(KeyboardInterrupt): claim.table("runs", runs)
+    table = claim.table("runs", runs)
+    assert made == [0, 1, 1, 2] and table["right"].tolist() == [0, 0.3, 1, 0.3, 2, 0.3] and {"run", "seconds"} <= set(table)
+    assert sorted(path.name for path in claim.directory.iterdir()) == ["seed=0.csv", "seed=1.csv", "seed=2.csv"]
+
+
 def test_a_smoke_run_keeps_nothing(checkout):
     Claim("01_x", "x", rerun=True).conclude("holds", "because", "do")
     before = {path: path.read_bytes() for path in (checkout / "benchmarks").rglob("*") if path.is_file()}

@@ -11,15 +11,15 @@ import textwrap
 import time
 from dataclasses import asdict
 
-import pandas as pd
 import pytest
 import torch
 
 from grpo_nb import training, update
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
-from grpo_nb.training import checkpoints, is_whole, train
-from helpers import read_metrics, reproducible, short_config
+from grpo_nb.training import checkpoints, is_whole
+from helpers import read_metrics, same_run, short_config
+from helpers import run as run_with
 
 OPTIONS = {"num_prompts": 4, "num_generations": 4, "max_steps": 6, "eval_steps": 3, "eval_size": 4, "save_steps": 1, "max_completion_length": 6,
            "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_iterations": 2, "learning_rate": 1e-3}
@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("GRPO_NB_KILLS", 3))
 
 
 def run(directory, functions=None, **options):
-    return train(short_config(output_dir=str(directory), **OPTIONS | options), reward_funcs=functions, progress=False)
+    return run_with(directory, functions, **OPTIONS | options)
 
 
 def judged(at=None, do=None):
@@ -38,14 +38,6 @@ def judged(at=None, do=None):
         found = do(prompts, completions) if len(calls) == at else None
         return judge(prompts, completions, **columns) if found is None else found
     return accuracy
-
-
-def same_run(a, b, last=6):
-    "Bit for bit: metrics (no line twice, none missing), completions, weights, and the state that is saved."
-    assert [reproducible(line) for line in read_metrics(a)] == [reproducible(line) for line in read_metrics(b)]
-    assert pd.read_parquet(a / "completions.parquet").equals(pd.read_parquet(b / "completions.parquet"))
-    for name in ("model/model.safetensors", f"checkpoint-{last}/state.safetensors", f"checkpoint-{last}/trainer.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,8 @@ def test_train_notebook(tmp_path, monkeypatch, algorithm):
     assert {"summary.txt", "curves.png", "model", "config.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "held-out accuracy after" in shown and "image/png" in shown
+    live, = [cell for cell in notebook.cells if "LivePlot()" in cell.source]
+    assert sum("image/png" in output.get("data", {}) for output in live.outputs) == 1  # redrawn in its place
 
 
 def test_recipes_notebook(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def test_process_advantages_by_definition(steps, scale, baseline):
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=3), min_size=6, max_size=6))
 def test_a_group_is_informative_if_an_advantage_is_not_zero(steps):
     "For steps and for outcomes alike: what dynamic sampling keeps is what has a gradient. A group of equal sums of different steps has one."
-    rollout = SimpleNamespace(num_generations=3, rewards=torch.tensor([sum(s) for s in steps]), step_rewards=steps)
+    rollout = SimpleNamespace(num_generations=3, rewards=torch.tensor([float(sum(s)) for s in steps]), step_rewards=steps)
     A = process_advantages(steps, [list(range(len(s))) for s in steps], 3, [3] * 6).view(2, -1)
     assert (A.abs().amax(1) > 0).tolist() == informative(rollout).tolist()
     outcomes = group_advantages(rollout.rewards, 3).view(2, -1)

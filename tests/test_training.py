@@ -22,14 +22,9 @@ from grpo_nb.algorithm import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
 from grpo_nb.training import chat, checkpoints, evaluate, main, open_run, parse_arguments, train, train_reward_model
-from helpers import python, read_metrics, reproducible, short_config
+from helpers import python, read_metrics, reproducible, run, same_run, short_config
 
 ALGORITHMS = ["grpo", "ppo"]
-
-
-def run(directory, functions=None, **options):
-    "A short training run into a new directory; `functions` are reward functions that have no name."
-    return train(short_config(output_dir=str(directory), **options), reward_funcs=functions, progress=False)
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
@@ -56,7 +51,8 @@ def test_learns(tmp_path, algorithm, num_prompts):
 
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.directory.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "completions.parquet", "model", "checkpoint-2", "summary.txt"}
+    own = {"value_model"} if finished.config.algorithm == "ppo" else set()
+    assert names == {"config.json", "metrics.jsonl", "completions.parquet", "model", "checkpoint-2", "summary.txt"} | own
     assert json.loads((finished.directory / "config.json").read_text()) == asdict(finished.config)
     assert (finished.directory / "summary.txt").read_text().strip() == finished.summary().to_string().strip()
 
@@ -161,14 +157,6 @@ def interrupted(after):
     return accuracy
 
 
-def same_run(a, b):
-    "Bit for bit: metrics, completions, model, and the last checkpoint (optimisers, sampler, schedule, beta)."
-    assert [reproducible(line) for line in read_metrics(a)] == [reproducible(line) for line in read_metrics(b)]
-    assert pd.read_parquet(a / "completions.parquet").equals(pd.read_parquet(b / "completions.parquet"))
-    for name in ("model/model.safetensors", "checkpoint-5/state.safetensors", "checkpoint-5/trainer.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     "Five steps without a stop, made once for each algorithm."
@@ -269,6 +257,7 @@ def test_a_finished_run_is_not_resumed(finished, capsys):
 
 BASE = {"num_prompts": 8, "max_steps": 2, "reward_funcs": ["accuracy", "brevity"], "num_iterations": 3, "learning_rate": 1e-3, "temperature": 2.0, "max_completion_length": 6, "eval_size": 5}
 LEARNED = {"reward_funcs": ["learned"], "reward_model_prompts": 6, "reward_model_steps": 1}
+LORA = {"use_peft": True}
 SHARED = {  # field: values that are not the default, or (value, other options that it needs)
     "model": ["tiny"], "task": ["add", "sums", "target"], "digits": [1, 2, 3], "reward_funcs": [["accuracy"], ["brevity"], ["process", "format"], ["overlong"]],
     "reward_weights": [[0.5, 2.0]], "num_prompts": [3], "num_iterations": [1], "beta": [0.0, 0.5], "ref_model_sync_steps": [(1, {"learning_rate": 1e-2})],
@@ -279,6 +268,8 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "warmup_steps": [5], "max_grad_norm": [0.01], "max_steps": [1], "eval_steps": [1], "eval_size": [3], "save_steps": [1],
     "seed": [1], "device": ["auto", "cpu"], "dtype": ["float32", "bfloat16"], "max_tokens_per_micro_batch": [1], "reference_dtype": ["float32", "bfloat16"], "gradient_checkpointing": [True], "resume": [True],
     "use_vllm": [False], "vllm_importance_sampling_correction": [False], "vllm_importance_sampling_clip_max": [1.0],
+    "report_to": [["tensorboard"]],  # what it shows is in test_watching.py
+    "use_peft": [True], "lora_r": [(4, LORA)], "lora_alpha": [(8, LORA)], "lora_target_modules": [(["q_proj"], LORA)],  # more of them in test_models.py
     "on_reward_error": ["stop", "drop"], "max_skipped_steps": [1]}  # what these two do is in test_faults.py
 OPTIONS = {
     "grpo": SHARED | {"algorithm": ["grpo"], "num_generations": [2], "dynamic_sampling": [(2, {"reward_funcs": ["accuracy"]})], "scale_rewards": ["group", "batch", "none"], "baseline": ["mean", "leave_one_out"],
@@ -287,7 +278,7 @@ OPTIONS = {
                      "whiten_advantages": [False], "kl_target": [0.001]}}
 CASES = [(algorithm, name, value) for algorithm, options in OPTIONS.items() for name, values in options.items() for value in values]
 TWINS = {"dapo": "bnpo", "constant_with_warmup": "constant"}  # two names of one thing
-HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "gradient_checkpointing", "resume", "on_reward_error", "max_skipped_steps"}  # leave the training as it is
+HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to", "resume", "on_reward_error", "max_skipped_steps"}  # leave the training as it is
 HARMLESS |= {"use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max"}  # what they change, with another sampler, is in test_sampler.py and test_vllm.py
 
 
