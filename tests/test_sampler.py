@@ -202,6 +202,11 @@ def test_vllm_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+def test_adapters_are_refused_before_anything_is_done(monkeypatch):
+    monkeypatch.setattr(training, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="use_vllm = True sends whole weights"): build_models(short_config(use_vllm=True, use_peft=True), load_task("add"))
+
+
 def test_vllm_in_several_processes_is_refused(monkeypatch):
-    for name, value in {"is_initialized": True, "get_world_size": 2}.items(): monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(vllm_sampler, "process", lambda: (1, 2))
     with pytest.raises(ValueError, match="one process, this run has 2"): vllm_sampler.import_vllm()
