@@ -264,7 +264,7 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
     tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
-    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]])
+    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]].clone())  # a state must begin where its storage does
     with torch.no_grad():
         for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
             for k, p in model.named_parameters(): p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
