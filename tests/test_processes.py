@@ -108,8 +108,15 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight):
     same_run(directory, straight, 6)
     lines, rows = read_metrics(directory), pd.read_parquet(directory / "completions.parquet")
     assert [x["step"] for x in lines] == list(range(1, 7)) and (rows.groupby("step").size() == 16).all()
-    halves = rows[rows["step"] == 1].groupby("query", sort=False)["completion"].apply(list).tolist()
-    assert halves[:2] != halves[2:]  # other random numbers in the other process
+
+
+def test_each_process_has_random_numbers_of_its_own(monkeypatch):
+    "The main one those of a run of one process."
+    seeds = []
+    for rank in range(3):
+        monkeypatch.setattr(training, "process", lambda: (rank, 3))
+        seeds.append(training._generator(short_config(seed=5), torch.device("cpu")).initial_seed())
+    assert seeds[0] == 5 and len(set(seeds)) == 3
 
 
 def test_it_learns_as_one_process_does(straight, tmp_path):
