@@ -46,7 +46,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
 from .group import informative
-from .processes import add_up, all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
+from .processes import all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
 from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry_loss, brevity_reward, format_reward, name_of, overlong_reward,
                             process_reward, score)
 from .rollout import Rollout
