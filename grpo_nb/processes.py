@@ -6,7 +6,8 @@
 __all__ = ['KINDS', 'process', 'join_launch', 'sharded', 'my_share', 'add_up', 'all_rows', 'gather', 'on_main', 'known_to_all',
            'add_up_gradients', 'shard', 'whole', 'full', 'cut_like']
 
-# %% ../nbs/19_processes.ipynb #900c1ce9
+# %% ../nbs/19_processes.ipynb #c9adef8d
+import atexit
 import json
 import os
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def join_launch():
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)  # its threads must not outlive the interpreter
 
 def sharded() -> bool:
     "Did the launcher ask for FSDP2 (`accelerate launch --use_fsdp`, which sets ACCELERATE_USE_FSDP)?"

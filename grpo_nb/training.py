@@ -49,7 +49,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
 from .group import informative
-from .processes import add_up, all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
+from .processes import all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
 from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry_loss, brevity_reward, format_reward, name_of, overlong_reward,
                             process_reward, score)
 from .rollout import Rollout
@@ -381,7 +381,7 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
     tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
-    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]])
+    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]].clone())  # a state must begin where its storage does
     with torch.no_grad():
         for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
             for k, p in model.named_parameters():
