@@ -998,7 +998,7 @@ def test_figures(algorithm, highlight, text):
 
 EXCEPTIONS = {
     "figure.Box": "made by `boxes`", "figure.Figure": "made by `draw_figure`",
-    "policy.autocast_as_it_is": "takes a device that `resolve_device` made", "policy.cache_directory": "takes nothing",
+    "policy.autocast_as_it_is": "takes a device that `resolve_device` made", "loading.cache_directory": "takes nothing",
     "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
     "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py", "update.checkpoint_layers": "takes a model; test_training.py",
     "algorithm.option": "of transformers", "algorithm.Models": "holds models", "algorithm.ppo_step": "the stages above, in order", "algorithm.grpo_step": "the stages above, in order",
