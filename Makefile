@@ -62,7 +62,7 @@ bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ 
 
 # A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores.
 CLAIMS ?= $(basename $(notdir $(wildcard nbs/experiments/claims/[0-9]*.ipynb)))
-claims: setup ## the article's claims: make what is missing in benchmarks/claims/ (SMOKE=1: in miniature; CLAIMS=02_explore: that one)
+claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and verdicts in benchmarks/claims/ (SMOKE=1: in miniature; CLAIMS=02_explore: that one)
 	@mkdir -p runs/claims; $(if $(SMOKE),rm -rf runs/claims/smoke-*;) failed=; \
 	for name in $(CLAIMS); do \
 	  echo "=== $$name"; began=$$SECONDS; \

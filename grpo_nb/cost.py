@@ -56,7 +56,8 @@ def training_bytes(
     bytes_per_number: int = 4,  # float32
 ) -> dict[str, int]:  # bytes by purpose
     "Bytes that a model holds during training with AdamW: weights; and, if trained, a gradient and two moments. No activations."
-    if not (num_parameters >= 0 and bytes_per_number > 0): raise ValueError(f"num_parameters must not be negative, bytes_per_number positive; got {num_parameters} and {bytes_per_number}")
+    if not (0 <= num_parameters < float("inf") and 0 < bytes_per_number < float("inf")):
+        raise ValueError(f"num_parameters must be finite and not negative, bytes_per_number positive; got {num_parameters} and {bytes_per_number}")
     size = num_parameters * bytes_per_number
     return {"weights": size, "gradient": size * trained, "moments": 2 * size * trained}
 
@@ -70,7 +71,8 @@ def forward_flops(
     scalar: bool = False,  # a scalar head, not the projection to the vocabulary
 ) -> float:  # FLOPs; a multiplication and an addition are two
     "FLOPs of one forward pass: 2 a matrix weight and token, and attention without a causal discount (PaLM 2204.02311, appendix B)."
-    if not min(rows, tokens, context, outputs) >= 0: raise ValueError(f"rows, tokens, context and outputs must not be negative, got {rows}, {tokens}, {context} and {outputs}")
+    if not all(0 <= x < float("inf") for x in (rows, tokens, context, outputs)):
+        raise ValueError(f"rows, tokens, context and outputs must be finite and not negative, got {rows}, {tokens}, {context} and {outputs}")
     head = size.hidden if scalar else size.vocabulary
     return rows * (2 * size.matrices * tokens + 4 * size.attention * tokens * context + 2 * head * outputs)
 

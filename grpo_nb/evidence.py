@@ -33,7 +33,7 @@ def iqm(
     x,  # numbers, e.g. one final accuracy a seed
     axis: int = -1,
 ) -> np.ndarray:
-    "Interquartile mean: without the lowest and the highest quarter (Agarwal et al. 2108.13264, sec. 4.3)."
+    "Interquartile mean: without the lowest and the highest quarter (Agarwal et al. 2108.13264, sec. 4.3); NaN of nothing."
     from scipy.stats import trim_mean
     return trim_mean(np.asarray(x, dtype=float), 0.25, axis=axis)
 
@@ -45,6 +45,7 @@ def interval(
 ) -> tuple[float, float]:  # NaN if a sample has fewer than two numbers
     "Percentile bootstrap interval of a statistic; the same numbers give the same interval."
     from scipy.stats import bootstrap
+    if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     if any(len(x) < 2 for x in samples): return float("nan"), float("nan")
     found = bootstrap([np.asarray(x, dtype=float) for x in samples], statistic, confidence_level=level, n_resamples=5000,
                       vectorized=True, method="percentile", rng=np.random.default_rng(0)).confidence_interval

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .policy import token_logprobs
 from .reference import kl
 from .rollout import Rollout
-from .training import Run
+from .training import Run, load_value_model
 from .value import ValueModel
 
 # %% ../nbs/15_plots.ipynb #75c6a1f2
@@ -52,7 +52,7 @@ def _curve(metrics: pd.DataFrame, metric: str) -> pd.Series:
 # %% ../nbs/15_plots.ipynb #3e56d38d
 def _panels(titles: list[str], xlabel: str, columns: int) -> tuple[Figure, list[Axes]]:
     "A grid of empty panels."
-    rows = -(-len(titles) // columns)
+    rows = max(1, -(-len(titles) // columns))
     fig, axes = plt.subplots(rows, columns, figsize=(10, 2.4 * rows + .4), layout="constrained", squeeze=False)
     for ax in axes.flat[len(titles):]: ax.remove()
     for ax, title in zip(axes.flat, titles):
@@ -94,12 +94,15 @@ def _in_a_notebook() -> bool:
 class LivePlot:
     """Learning curves that are redrawn while a run goes on: `with LivePlot() as plot: train(config, on_step=plot)`.
 
-    In a notebook one picture, which is replaced; elsewhere nothing is drawn. `ValueError` for a time that is not positive."""
+    In a notebook one picture, which is replaced; elsewhere nothing is drawn. One for each run.
+    `ValueError`: no metrics, one text in place of several, or a time that is not positive."""
     def __init__(
         self,
         metrics: tuple[str, ...] = ("reward", "eval/accuracy", "kl"),  # as metrics.jsonl names them, in order
         seconds: float = 5.0,  # from one picture to the next, at least
     ):
+        if not metrics or isinstance(metrics, str):
+            raise ValueError(f"metrics must hold names of metrics, got {metrics!r}")
         if not seconds > 0: raise ValueError(f"seconds must be positive, got {seconds!r}")
         titles = {name: title for title, name in PANELS.items()}
         self.panels, self.seconds = {titles.get(name, name): name for name in metrics}, seconds
@@ -168,8 +171,11 @@ def plot_comparison(
 # %% ../nbs/15_plots.ipynb #86806313
 def trained_parameters(run: Run) -> int:
     "Weights with a gradient: those of the policy and, for PPO, of the value model that stood beside it."
-    models = [run.policy] + ([ValueModel(run.policy, shared=run.config.value_model == "head")] if run.config.algorithm == "ppo" else [])
-    return sum(p.numel() for model in models for p in model.parameters())
+    def count(model, adapters=False): return sum(p.numel() for name, p in model.named_parameters() if ("lora_" in name) == adapters)
+    if run.config.algorithm == "grpo": return count(run.policy, run.config.use_peft)
+    own = run.config.value_model in ("separate", "head")
+    value = ValueModel(run.policy, shared=run.config.value_model == "head") if own else load_value_model(run.config.value_model, run.policy)
+    return count(run.policy, run.config.use_peft) + count(value)
 
 # %% ../nbs/15_plots.ipynb #bc61d52e
 def comparison_table(

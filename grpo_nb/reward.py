@@ -122,7 +122,7 @@ def _checked(name: str, scores, lengths: list[int]) -> list:
 # %% ../nbs/06_reward.ipynb #d9ac8da5
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
-    "Where `async` functions run: in a thread, since a notebook's own thread has a loop already; one for all steps, since clients keep their connections."
+    "Runs `async` functions: in a thread, as a notebook has a loop of its own; for good, as clients stay connected."
     threading.Thread(target=(loop := asyncio.new_event_loop()).run_forever, daemon=True).start()
     return loop
 

@@ -241,7 +241,9 @@ def read_rows(
         source, _, config = name.partition(":")
         found = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(source, config or None)
     except ImportError: raise
-    except Exception as error: raise ValueError(f"task {name!r} could not be read: {error}") from error
+    except Exception as error:
+        where = "" if os.path.exists(name) else " from the Hugging Face hub, and there is no such directory here"
+        raise ValueError(f"task {name!r} could not be read{where}: {error}") from error
     if not isinstance(found, dict): return found.to_list(), None
     train, heldout = found.get("train"), found.get("test", found.get("validation"))
     if len(found) == 1: train, heldout = next(iter(found.values())), None
@@ -271,14 +273,13 @@ def task_from_rows(
     if not rows or (heldout is not None and not heldout):
         raise ValueError(f"task {name!r} must have a row, and a held-out row if it has a split for them; got none")
     queries, n = [], len(rows)
+    def where(i): return f"task {name!r}: {f'row {i + 1}' if i < n else f'held-out row {i - n + 1}'}"
     for i, row in enumerate([*rows, *(heldout or [])]):
-        try: queries.append(as_query(row)); is_heldout(queries[-1])
-        except ValueError as error:
-            where = f"row {i + 1}" if i < n else f"held-out row {i - n + 1}"
-            raise ValueError(f"task {name!r}: {where} {error}") from None
+        try: queries.append(as_query(row)); is_heldout(queries[-1])  # the latter refuses what has no UTF-8
+        except ValueError as error: raise ValueError(f"{where(i)} {error}") from None
     unanswered = [i for i, query in enumerate(queries) if query.columns.get("answer") is None]
     if 0 < len(unanswered) < len(queries):
-        raise ValueError(f"task {name!r}: row {unanswered[0] + 1} has no answer, but others have; allowed: all or none")
+        raise ValueError(f"{where(unanswered[0])} has no answer, but others have; allowed: all or none")
     def is_right(completion, query): return completion.strip() == str(query.columns["answer"]).strip()
     key = lambda i: queries[i].key or queries[i].text
     tested = set(map(key, range(n, len(queries))))  # a prompt that is on both sides is not trained on
@@ -358,7 +359,7 @@ def _generator(name: str):
         near = ", ".join(get_close_matches(name, known, cutoff=.4)) or "none"
         raise ValueError(f"gym must name one of the {len(known)} tasks of reasoning-gym, got {name!r}; near: {near}")
     executes = re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(known[name][0]))
-    reason = GYM_UNFIT.get(name) or (f"its {executes[1]} would run what a model writes" if executes else None)
+    reason = f"it calls {executes[1]}, which may run what a model writes" if executes else GYM_UNFIT.get(name)
     if reason: raise ValueError(f"gym:{name} is not fit for training: {reason}")
     try: return reasoning_gym.create_dataset(name, size=GYM_SIZE, seed=0)
     except Exception as error: raise ValueError(f"gym:{name} could not be made: {error}") from error

@@ -49,7 +49,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
 from .group import informative
-from .processes import add_up, all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
+from .processes import all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
 from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry_loss, brevity_reward, format_reward, name_of, overlong_reward,
                             process_reward, score)
 from .rollout import Rollout
@@ -214,37 +214,46 @@ def _needs_peft(what: str):
     if importlib.util.find_spec("peft") is None: raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
 
 def add_adapters(policy: PreTrainedModel, config: Config):
-    "Train adapters in place of the weights from now on (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
+    "From now on train adapters, not weights (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
     from peft import LoraConfig
-    if Path(policy.name_or_path).exists(): policy.name_or_path = str(Path(policy.name_or_path).resolve())  # found from everywhere
-    layers = "all-linear" if config.lora_target_modules in (None, ["all-linear"]) else config.lora_target_modules
-    try: policy.add_adapter(LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM"))
-    except ValueError as error: raise ValueError(f"lora_target_modules = {config.lora_target_modules} does not fit {type(policy).__name__}: {error}") from error
+    base, names = Path(policy.name_or_path), config.lora_target_modules
+    if base.exists(): policy.name_or_path = str(base.resolve())  # the adapter finds it from everywhere
+    layers = "all-linear" if names in (None, ["all-linear"]) else names
+    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM")
+    try: policy.add_adapter(lora)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules = {names} does not fit {type(policy).__name__}: {error}") from error
 
 # %% ../nbs/13_training.ipynb #c5e7a006
-def load_value_model(name: str, policy: PreTrainedModel) -> ValueModel:  # name: of a classifier or causal language model
-    "A value model that starts from a directory or hub id; `ValueError` if it cannot be loaded, or has another vocabulary than the policy."
-    kinds = {"ForTokenClassification": AutoModelForTokenClassification, "ForSequenceClassification": AutoModelForSequenceClassification}
+def load_value_model(
+    name: str,  # directory or hub id of a sequence or token classifier, or of a causal language model
+    policy: PreTrainedModel,  # whose tokens it must read
+) -> ValueModel:  # on the policy's device
+    "A value model that starts from a checkpoint; `ValueError` if that cannot be loaded, or has another vocabulary."
+    kinds = {"Token": AutoModelForTokenClassification, "Sequence": AutoModelForSequenceClassification}
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = next((auto for end, auto in kinds.items() if (config.architectures or [""])[0].endswith(end)), AutoModelForCausalLM)
+        made_as = (config.architectures or [""])[0]
+        kind = next((kinds[k] for k in kinds if made_as.endswith(f"For{k}Classification")), AutoModelForCausalLM)
         sizes = [c.get_text_config().vocab_size for c in (config, policy.config)]
         if sizes[0] != sizes[1]: raise ValueError(f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}")
         model, info = kind.from_pretrained(name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False)
         if info["missing_keys"]: raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"value_model must be separate, head, or the path or hub id of a model with the policy's vocabulary; got {name!r}: {said}") from error
+        raise ValueError(f"value_model must be separate, head, or the path or hub id of a model that reads the policy's tokens; "
+                         f"got {name!r}: {said}") from error
     return ValueModel(model.to(policy.device))
 
 # %% ../nbs/13_training.ipynb #c5e7a007
-def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:  # None, with a warning: transformers has no such class for this model
-    "A value model as a token classifier with one label, which transformers saves and opens."
+def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
+    "A value model as a token classifier with one label, which transformers saves and opens; None, with a warning, where it has none."
     config = copy.deepcopy(value_model.trunk.config)
     config.num_labels = 1
     try: classifier = AutoModelForTokenClassification.from_config(config, dtype=value_model.head.weight.dtype)
     except ValueError:
-        warnings.warn(f"transformers has no token classifier for {type(value_model.trunk).__name__}; the value model is not saved", stacklevel=3)
+        name = type(value_model.trunk).__name__
+        warnings.warn(f"transformers has no token classifier for {name}; the value model is not saved", stacklevel=3)
         return None
     classifier.base_model.load_state_dict({name: full(x) for name, x in value_model.trunk.state_dict().items()})
     head = classifier.score if hasattr(classifier, "score") else classifier.classifier
@@ -372,7 +381,7 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
     tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
-    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]])
+    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]].clone())  # a state must begin where its storage does
     with torch.no_grad():
         for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
             for k, p in model.named_parameters():
@@ -461,7 +470,8 @@ def open_run(
     task = task or _task_of(config)
     if (directory / "model" / "adapter_config.json").exists(): _needs_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
-    names = [str(directory / "reward_model") if name == "learned" else name for name in _Trainer().bound(reward_funcs) or config.reward_funcs]
+    names = _Trainer().bound(reward_funcs) or config.reward_funcs
+    names = [str(directory / "reward_model") if name == "learned" else name for name in names]
     return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
 
 # %% ../nbs/13_training.ipynb #1465f550
@@ -577,7 +587,8 @@ def train(
     write_atomically(directory / "metrics.jsonl", "".join(done.lines))
     try:
         with _trackers(config, directory, done.step) as track:
-            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, [track] + [on_step] * (on_step is not None and process()[0] == 0))
+            listeners = [track] + [on_step] * (on_step is not None and process()[0] == 0)
+            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, listeners)
     finally: _write_completions(directory, done.rows)
     value = None if models.value is None or config.value_model == "head" else token_classifier(models.value)
     for name, model in {"reward_model": _renewed(config, models).get("reward"), "value_model": value, "model": models.policy}.items():  # model/ last: it says that the run is finished
@@ -624,14 +635,16 @@ def step_queries(
     return task.queries("train", n, seed=seed * 1_000_003 + step)
 
 def _check_prompts(config: Config, task: Task, models: Models):
-    "Refuse queries that this model cannot read, on the first ones of training and of evaluation, before anything is written."
+    "Refuse queries that this model cannot read, on the first ones of training and of evaluation or all rows of a table, before anything is written."
     queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries("heldout", config.eval_size)
-    ids, mask = encode_prompts(models.tokenizer, queries)
-    for model in [models.policy] + ([models.value.trunk] if models.value is not None else []): check_context(model, queries, mask.sum(1), config.max_completion_length)
+    if task.sides is not None: queries = list(map(task.query, range(task.size)))  # a table: all of its rows
     tokenizer, unknown = models.tokenizer, models.tokenizer.unk_token_id
-    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): return
-    for query, unread in zip(queries, ((ids == unknown) & mask).any(1).tolist()):
-        if unread: raise ValueError(f"model {config.model!r} cannot read {query.text[:60]!r}: its tokenizer does not know all of these characters")
+    if unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): unknown = None  # it stands for something else, too
+    for part in (queries[start:start + 1000] for start in range(0, len(queries), 1000)):
+        ids, mask = encode_prompts(tokenizer, part)
+        for model in [models.policy] + ([models.value.trunk] if models.value is not None else []): check_context(model, part, mask.sum(1), config.max_completion_length)
+        unread = [] if unknown is None else ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
+        if unread: raise ValueError(f"model {config.model!r} cannot read {part[unread[0]].text[:60]!r}: its tokenizer does not know all of these characters")
 
 # %% ../nbs/13_training.ipynb #f29ccbe0
 def _write_completions(directory: Path, rows: list[dict]):
@@ -690,8 +703,9 @@ class _Trainer:
     def log_metric(self, name: str, value: float): self.logged.setdefault(name, []).append(float(value))
 
     def bound(self, reward_funcs: list[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
-        "The functions, with that of it which they take: all of it with `**kwargs`, else what their signature names."
-        given = {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": lambda column, values: None}
+        "The functions, given what they take of it: with `**kwargs` all, else what their signature names."
+        given = {"trainer_state": self.state, "log_metric": self.log_metric,
+                 "log_extra": lambda column, values: None}
         def bind(f):
             takes = inspect.signature(f).parameters
             every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
@@ -707,23 +721,25 @@ class _Trainer:
 # %% ../nbs/13_training.ipynb #5b0c7e16
 def _check_trackers(names: list[str]):
     "`ValueError` for a tracker that Accelerate does not know, or whose package is not installed."
-    installed = [str(name) for name in get_available_trackers()] + [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]
-    other = [name for name in names if name not in installed]
-    if other: raise ValueError(f"report_to = {other} cannot be used; installed of Accelerate's trackers: {', '.join(installed) or 'none'}")
+    own = [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]  # registered by the user
+    installed = [*map(str, get_available_trackers()), *own]
+    other, said = [name for name in names if name not in installed], ", ".join(installed) or "none"
+    if other: raise ValueError(f"report_to = {other} cannot be used; installed of Accelerate's trackers: {said}")
 
 def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTracker:
     "A tracker of Accelerate that has begun, for a run with so many steps behind it."
     kind, where = LOGGER_TYPE_TO_CLASS[name], directory / name
-    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}, "swanlab": {"logdir": where}, "mlflow": {"logging_dir": where}}.get(name, {})
-    where.mkdir(exist_ok=True)
-    tracker = kind("grpo_nb", where, **options) if kind.requires_logging_directory else kind("grpo_nb", **options)
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}}.get(name, {})
+    if options or kind.requires_logging_directory: where.mkdir(exist_ok=True)
+    tracker = kind("grpo_nb", *[where] * kind.requires_logging_directory, **options)
     tracker.start()
-    if not step: tracker.store_init_configuration({key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()})
+    plain = {key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()}
+    if not step: tracker.store_init_configuration(plain)
     return tracker
 
 @contextmanager
 def _trackers(config: Config, directory: Path, step: int):
-    "The trackers of a run while it is open; yields a function that gives them a line of metrics. Of several processes only the main one has any."
+    "The trackers of a run, while it is open: yields what tells them a line. Only the main process has any."
     names = config.report_to if process()[0] == 0 else []
     trackers = []
     def track(metrics):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .objective import aggregate, policy_loss
 from .policy import in_order, micro_batches, sharing_width, token_logprobs
-from .processes import add_up, add_up_gradients, process
+from .processes import add_up_gradients, add_up_numbers
 from .reference import kl
 from .rollout import Rollout
 from .value import ValueModel, value_loss
@@ -77,7 +77,6 @@ def update(
         finite = isfinite(sum(norms.values()))
         metrics["skipped_updates"] += config.num_iterations * (not finite)  # a count, not a mean
         for _, o, _ in trained if finite else []: o.step()
-    sums = [name for name in metrics if name not in ("grad_norm", "value_grad_norm", "skipped_updates")]
-    if process()[1] > 1: metrics |= zip(sums, add_up(torch.tensor([metrics[name] for name in sums], dtype=torch.float64)).tolist())
+    metrics |= add_up_numbers({name: x for name, x in metrics.items() if name not in ("grad_norm", "value_grad_norm", "skipped_updates")})
     if rollout.logprobs is None and metrics: rollout.logprobs = in_order([piece.logprobs for piece in pieces], cut, rollout)
     return {name: x / config.num_iterations for name, x in metrics.items()} or {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0.0}

@@ -66,24 +66,25 @@ def child(directory, tmp_path, before=""):
 
 
 def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
-    "One run, killed again and again: each time from where it had begun to write, until once more than it takes."
-    directory, rng, kills = tmp_path / "run", random.Random(int(os.environ.get("GRPO_NB_SEED", 0))), 0
-    for _ in range(4 * KILLS):
-        process = child(directory, tmp_path)
-        while process.poll() is None and not (directory / "config.json").exists(): time.sleep(0.01)
-        before = (directory / "metrics.jsonl").stat().st_mtime_ns if (directory / "metrics.jsonl").exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline and (not (directory / "metrics.jsonl").exists() or (directory / "metrics.jsonl").stat().st_mtime_ns == before): time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        said = process.communicate()[1].decode()
-        assert "Error" not in said, said
-        kills += process.returncode == -signal.SIGKILL
-        if kills >= KILLS or (directory / "model").exists(): break
-    assert kills
-    run(directory, resume=True)
-    same_run(directory, straight)
-    assert not list(directory.glob(".*.tmp"))
+    "Killed again and again, each time some moment after it had begun to write; what is left in the end is the run that nothing happened to."
+    rng, kills, runs = random.Random(int(os.environ.get("GRPO_NB_SEED", 0))), 0, 0
+    while kills < KILLS and runs <= KILLS:
+        directory, runs = tmp_path / f"run-{runs}", runs + 1
+        while kills < KILLS and not (directory / "model").exists():
+            process = child(directory, tmp_path)
+            while process.poll() is None and not (directory / "config.json").exists(): time.sleep(0.01)
+            before = (directory / "metrics.jsonl").stat().st_mtime_ns if (directory / "metrics.jsonl").exists() else 0
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline and (not (directory / "metrics.jsonl").exists() or (directory / "metrics.jsonl").stat().st_mtime_ns == before): time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.4))
+            process.kill()
+            said = process.communicate()[1].decode()
+            assert "Error" not in said, said
+            kills += process.returncode == -signal.SIGKILL
+        run(directory, resume=True)
+        same_run(directory, straight)
+        assert not list(directory.glob(".*.tmp"))
+    assert kills == KILLS
 
 
 @pytest.mark.parametrize("where", ["in the tensors", "before the rename"])

@@ -10,17 +10,24 @@ The same cases every time; `GRPO_NB_FUZZ=1000` draws a thousand new ones for eac
 import ast
 import contextlib
 import copy
+import importlib
+import inspect
 import io
+import itertools
 import json
 import math
 import operator
 import os
+import pkgutil
 import random
 import re
 import shutil
 import string
+import tempfile
 import warnings
 from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -29,18 +36,23 @@ from safetensors.torch import load_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_nb import gae as gae_stage, group as group_stage, training
+import grpo_nb
+from grpo_nb import gae as gae_stage, group as group_stage, ledger, plots, sweep as sweeping, training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import dynamic_sampling, group_advantages, has_variance, informative, process_advantages
 from grpo_nb.algorithm import CONFIGS, Config, GRPOConfig, PPOConfig, make_config
+from grpo_nb.cost import Size, cost_table, flops, forward_flops, measure_flops, parameters, training_bytes
+from grpo_nb.evidence import Claim, difference, interval, iqm, pass_at_k, verdicts
+from grpo_nb.figure import boxes, draw_figure
 from grpo_nb.objective import aggregate, policy_loss, ratio
-from grpo_nb.policy import (as_rollout, encode_prompts, eos_token_ids, first_of_equal, in_order, in_pieces, load_policy, micro_batches, model_inputs, padding_id,
+from grpo_nb.policy import (as_rollout, completions_per_row, encode_prompts, eos_token_ids, first_of_equal, in_order, in_pieces, load_policy, micro_batches, model_inputs, padding_id,
                             resolve_device, resolve_dtype, shared_rows, shares_prompt, sharing_width, token_logprobs)
 from grpo_nb.reference import adapt_beta, kl, kl_in_reward, next_beta, reference_logprobs, token_rewards
 from grpo_nb.reward import (accuracy_reward, bradley_terry_loss, brevity_reward, combine, combine_steps, format_reward, judge, name_of, overlong_reward, process_reward,
                             score, text_of)
 from grpo_nb.rollout import Rollout, join, loss_mask, select
 from grpo_nb.sampling import check_context, generate, sample
+from grpo_nb.sweep import cell_name, grid, sweep
 from grpo_nb.task import MAX_EXPRESSION, TASKS, Query, Task, add, add_chat, evaluate_expression, is_heldout, load_task, sums, target
 from grpo_nb.training import (Run, build_models, build_schedulers, checkpoints, fetch_smollm2, is_whole, load_checkpoint, load_rewards, main, open_run, parse_arguments,
                               preference_pairs, prepare_directory, read_json, rollout_metrics, save_checkpoint, table, train)
@@ -48,7 +60,7 @@ from grpo_nb.update import piece_loss, update
 from grpo_nb.value import ValueModel, predict_values, value_loss
 from helpers import CHARACTERS, EOS, ROOT, VOCABULARY, character_tokenizer, random_model, short_config
 
-EXAMPLES = int(os.environ.get("GRPO_NB_FUZZ", 60))
+EXAMPLES = int(os.environ.get("GRPO_NB_FUZZ", 40))
 settings.register_profile("fuzz", deadline=None, max_examples=EXAMPLES, database=None, derandomize="GRPO_NB_FUZZ" not in os.environ, report_multiple_bugs=False)
 COVERED = set()
 
@@ -112,6 +124,11 @@ def outcome(f, arguments, *names):
     except ValueError as error:
         inside = [field.name for x in arguments.values() if is_dataclass(x) for field in fields(x)]  # of a rollout or a config
         assert any(name in str(error) for name in [*arguments, *inside, *names]), f"no argument is named: {error}"
+
+
+def refused(call, *names):
+    "The same for a call: what it returns, or None if it is refused by one of these names."
+    return outcome(lambda: call(), {}, *names)
 
 
 def agrees(f, arguments, oracle):
@@ -558,9 +575,6 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
         if x is not None: torch.testing.assert_close(x.detach(), y, rtol=0, atol=1e-9)
 
 
-def ask(*_, **__): raise AssertionError("nothing was to be asked")
-
-
 @fuzz(gae_stage.advantages, group_stage.advantages, informative, dynamic_sampling, token_rewards, next_beta, rollout_metrics, table, preference_pairs)
 @given(rollout_fields(), st.data())
 def test_stages(f, data):
@@ -725,7 +739,7 @@ def test_scores(rollout, data):
     except (TypeError, ValueError) as error: assert re.search("reward function 'odd'|reward_weights|on_error", str(error)); return
     assert on_error in ("stop", "drop") and weights in (None, [1.0], [0.5], [2]) and metrics.keys() == {"rewards/odd/mean"}
     assert fresh.rewards.shape == (N,) and fresh.scored.equal(fresh.rewards.isfinite()) and fresh.scored.equal(~fresh.rewards.isnan())
-    if isinstance(returned, list) and all(type(x) in (int, float) for x in returned) and all(map(math.isfinite, returned)):
+    if (on_error == "stop" or len(rollout.queries) == 1) and isinstance(returned, list) and all(type(x) in (int, float) and math.isfinite(x) for x in returned):
         torch.testing.assert_close(fresh.rewards, torch.tensor([(weights or [1.0])[0] * x for x in returned], dtype=torch.float32))
     for rewards, ends, n in zip(fresh.step_rewards or [], fresh.step_ends or [], lengths): assert len(rewards) == len(ends) and all(0 <= end < n for end in ends)
 
@@ -895,3 +909,110 @@ def test_resuming_beside_damaged_files(finished, tmp_path_factory, damage, name)
         assert str(directory) in str(error), error
         assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
     else: assert list(found.metrics.index) == [1, 2, 3] and set(found.completions["step"]) == {1, 2, 3}
+
+
+# Costs, grids, evidence, the figure --------------------------------------------------------------------------------------
+
+COUNTS = st.sampled_from([0, 1, 7, 2.5, *ODD])
+SIZE = parameters(LLAMA.config)
+
+
+@fuzz(Size, training_bytes, forward_flops, flops, cost_table, parameters, completions_per_row, measure_flops)
+@given(COUNTS, COUNTS, COUNTS)
+def test_costs(a, b, c):
+    "Not negative, and finite where what is counted is; or refused."
+    def fits(*numbers, least=0): return all(isinstance(x, (int, float)) and x >= least for x in numbers)
+    config, bytes_ = short_config(), outcome(training_bytes, {"num_parameters": a, "bytes_per_number": b})
+    assert (bytes_ is not None) == (fits(a, b) and b > 0 and math.inf not in (a, b)) and (bytes_ is None or bytes_["moments"] == 2 * bytes_["weights"] == 2 * a * b)
+    one = outcome(forward_flops, {"size": SIZE, "rows": a, "tokens": b, "context": c, "outputs": 1})
+    assert (one is not None) == (fits(a, b, c) and math.inf not in (a, b, c)) and (one is None or one >= 0)
+    step = outcome(flops, {"config": config, "size": SIZE, "prompt_length": a, "completion_length": b})
+    assert (step is not None) == (fits(a, b, least=1) and math.inf not in (a, b)) and all(x >= 0 for x in (step or {}).values())
+    if step: assert cost_table(config, LLAMA.config, a, b)["FLOPs"].tolist() == list(step.values())
+    if fits(b, c, least=1) and math.inf not in (b, c): assert 12 % completions_per_row(12, b, c, 16) == 0
+    assert measure_flops(lambda: a)[0] is a
+
+
+@fuzz(iqm, interval, difference, pass_at_k)
+@given(st.lists(st.floats(-9, 9), max_size=6), st.lists(st.floats(-9, 9), max_size=6), st.sampled_from([0.5, 0.95, *ODD]), COUNTS, COUNTS, COUNTS)
+def test_statistics(x, y, level, n, c, k):
+    middle = outcome(iqm, {"x": x}) if x else math.nan
+    assert not x or min(x) - 1e-9 <= middle <= max(x) + 1e-9
+    ends = refused(lambda: interval(x, level=level), "level", "samples")
+    assert (ends is None) == (not isinstance(level, (int, float)) or not 0 < level < 1)
+    if ends and len(x) > 1: assert min(x) - 1e-9 <= ends[0] <= ends[1] <= max(x) + 1e-9
+    if x and y: assert math.isclose(difference(x, y)[0], middle - iqm(y), abs_tol=1e-12)
+    found = outcome(pass_at_k, {"n": n, "c": c, "k": k})
+    whole = all(type(v) in (int, bool) for v in (n, c, k))
+    assert (found is not None) == (whole and 0 <= c <= n and 1 <= k <= n)
+    if found is not None and n < 9: assert math.isclose(found, sum(any(i < c for i in s) for s in itertools.combinations(range(n), k)) / math.comb(n, k))
+
+
+def ask(*_): raise AssertionError("nothing was to be run")
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9) | st.sampled_from(["../..", "/etc/passwd", "a/b", "..", "x" * 300, "a\0b", "\n"])
+
+
+@fuzz(grid, cell_name, sweep)
+@given(st.dictionaries(st.sampled_from(["task", "seed", "model", "beta"]), PLAIN | st.lists(PLAIN, max_size=3), max_size=3), st.sampled_from([1, *ODD]), ANYTHING)
+def test_grids(axes, jobs, value):
+    "A folder for each cell: inside of the directory, with a name that the system allows, and another for another cell. Nothing is run that cannot be."
+    cells = refused(lambda: grid(**axes), *axes)
+    assert (cells is None) == any(x == [] for x in axes.values())
+    names = [cell_name(cell) for cell in cells or []]
+    for name in names: assert Path("runs", name).resolve().parent == Path("runs").resolve() and name not in (".", "..") and len(name.encode()) <= 255 and "\0" not in name
+    assert all((a == b) == (repr(x) == repr(y)) for a, x in zip(names, cells or []) for b, y in zip(names, cells or []))
+    for cells, jobs in (([{"nonsense": 1}], 1), ([{"output_dir": "/etc"}], 1), ([{"seed": 1}] * 2, 1), ([{"seed": {1, 2}}], 1), ([{"beta": math.nan}], 1), ([], jobs)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweeping, "_run_cell", ask)
+            found = refused(lambda: sweep(ROOT / "nbs/experiments/train.ipynb", cells, Path(tempfile.gettempdir()) / "no-such-sweep", jobs, progress=False), "parameter", "twice", "handed", "jobs")
+            assert (found is None) == (cells != [] or not (type(jobs) in (int, bool) and jobs >= 1))
+
+
+@fuzz(verdicts, Claim, read_json)
+@given(damages(), st.text(max_size=9) | st.sampled_from(["01_kl", "../x", "a/b", ".."]))
+def test_claims(tmp_path_factory, damage, name):
+    "A claim's file that is damaged is named; a claim is called by a name that is no path."
+    path = tmp_path_factory.getbasetemp() / "claims" / "01_kl.json"
+    path.parent.mkdir(exist_ok=True)
+    content = damage((ROOT / "benchmarks/claims/01_kl.json").read_bytes())
+    path.write_bytes(content or b"")
+    found = refused(lambda: verdicts(path.parent), str(path))
+    assert found is None or list(found.index) == ["01_kl"]
+    claim = outcome(Claim, {"name": name, "statement": ""})
+    assert (claim is not None) == bool(re.fullmatch(r"\w+", name)) and (claim is None or claim.directory.parent == ROOT / "runs/claims")
+
+
+@fuzz(boxes, draw_figure)
+@given(st.sampled_from(["ppo", "grpo", None, "dpo", "", 1]), st.none() | st.sampled_from(["kl", "gae", "trained", "task"]) | st.text(max_size=5), st.dictionaries(st.sampled_from(["q", "r", "kl"]) | st.text(max_size=4), st.text(max_size=5) | st.lists(st.text(max_size=4) | st.just(1), max_size=3), max_size=2))
+def test_figures(algorithm, highlight, text):
+    "Well-formed SVG, whatever is written into it; or a refusal."
+    figure = outcome(draw_figure, {"algorithm": algorithm, "highlight": highlight, "text": text})
+    assert figure is not None or algorithm not in ("ppo", "grpo", None) or highlight is not None or text
+    if figure: ElementTree.fromstring(re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(figure)))
+    assert (outcome(boxes, {"algorithm": algorithm}) is None) == (algorithm not in ("ppo", "grpo"))
+
+
+# All of them -------------------------------------------------------------------------------------------------------------
+
+EXCEPTIONS = {
+    "figure.Box": "made by `boxes`", "figure.Figure": "made by `draw_figure`",
+    "policy.autocast_as_it_is": "takes a device that `resolve_device` made", "loading.cache_directory": "takes nothing",
+    "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
+    "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py", "update.checkpoint_layers": "takes a model; test_training.py",
+    "algorithm.option": "of transformers", "algorithm.Models": "holds models", "algorithm.ppo_step": "the stages above, in order", "algorithm.grpo_step": "the stages above, in order",
+    "training.evaluate": "`sample` and a task", "training.peak_memory": "takes a device", "training.write_atomically": "test_security.py",
+    "training.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`", "training.outer_iteration": "part of `train`", "training.step_queries": "`Task.queries`",
+    "training.chat": "any line of text is a question: `Task.parse`", "evidence.summarise": "pandas", "evidence.probe": "`sample` and a task", "evidence.read_metrics": "of runs that `sweep` made",
+} | dict.fromkeys([f"plots.{name}" for name in plots.__all__] + ["evidence.plot_summary"], "draws what a run holds") | dict.fromkeys([f"ledger.{name}" for name in ledger.__all__], "the instruments of the tests")
+
+
+def test_every_public_function_is_here():
+    "Fuzzed above, or excepted for a reason; no exception is older than its function."
+    public = {f"{module.name}.{name}" for module in pkgutil.iter_modules(grpo_nb.__path__) if module.name != "_modidx"
+              for name in importlib.import_module(f"grpo_nb.{module.name}").__all__
+              if callable(thing := getattr(importlib.import_module(f"grpo_nb.{module.name}"), name)) and (inspect.isfunction(thing) or inspect.isclass(thing))}
+    covered = {name.removeprefix("grpo_nb.") for name in COVERED}
+    assert public - covered == public & EXCEPTIONS.keys() - covered, sorted(public - covered - EXCEPTIONS.keys())
+    assert not covered & EXCEPTIONS.keys()

@@ -13,12 +13,13 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 
 from grpo_nb import reference, training
 from grpo_nb.algorithm import make_config
+from grpo_nb.plots import trained_parameters
 from grpo_nb.policy import TINY, load_policy, shared_rows, shares_prompt, token_logprobs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import build_models, checkpoints, load_value_model, open_run, token_classifier, train
+from grpo_nb.training import build_models, checkpoints, load_value_model, open_run, parse_arguments, train
 from grpo_nb.value import ValueModel, predict_values
 from helpers import EOS, PAD, ROOT, VOCABULARY, character_tokenizer, python, random_rollout, read_metrics, reproducible
 
@@ -297,20 +298,21 @@ def test_adapters_on_every_family(directory, tmp_path, family):
 
 def test_the_reference_is_the_policy_without_its_adapters(directory, tmp_path, monkeypatch):
     "Bit for bit those of the base, with no second model in memory; the adapters are on again afterwards, also if the scoring raises."
-    run = train(small(directory("llama"), tmp_path / "run", **LORA), reward_funcs=[recorded([])], progress=False)
-    base, tokenizer = load(directory("llama"))
-    rollout = random_rollout(base, tokenizer)
-    with torch.no_grad(): before = token_logprobs(run.policy, rollout)
-    assert reference_logprobs(run.policy, rollout).equal(reference_logprobs(base, rollout)) and not before.equal(reference_logprobs(base, rollout))
+    (base, tokenizer), models = load(directory("llama")), build_models(small(directory("llama"), tmp_path, **LORA), load_task("add"))
+    policy, rollout = models.policy, random_rollout(base, tokenizer)
+    assert models.reference is policy and build_models(small(directory("llama"), tmp_path, **LORA, beta=0.0), load_task("add")).reference is None
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name: p.normal_(generator=torch.Generator().manual_seed(0))
+        before = token_logprobs(policy, rollout)
+    assert reference_logprobs(policy, rollout).equal(reference_logprobs(base, rollout)) and not before.equal(reference_logprobs(base, rollout))
+    with torch.no_grad(): assert token_logprobs(policy, rollout).equal(before)
     def broken(*arguments): raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(reference, "token_logprobs", broken)
-        reference_logprobs(run.policy, rollout)
-    with torch.no_grad(): assert token_logprobs(run.policy, rollout).equal(before)
-    assert all(p.requires_grad == ("lora_" in name) for name, p in run.policy.named_parameters())
-    for algorithm in ("grpo", "ppo"):
-        models = build_models(small(directory("llama"), tmp_path, algorithm=algorithm, **LORA), load_task("add"))
-        assert models.reference is models.policy
+        reference_logprobs(policy, rollout)
+    with torch.no_grad(): assert token_logprobs(policy, rollout).equal(before)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in policy.named_parameters())
 
 
 @pytest.mark.parametrize("options", [{}, {"algorithm": "ppo"}, {"algorithm": "ppo", "value_model": "head"}], ids=["grpo", "ppo", "head"])
@@ -335,13 +337,13 @@ def test_adapters_resume(tmp_path, options):
 
 
 @pytest.mark.parametrize("path", ["tiny", "mine"])
-def test_an_adapter_finds_its_base_from_everywhere(tmp_path, path):
+def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
     "The embedded model, or one that was named by a relative path: the run opens, and talks, in another process and another directory."
     (tmp_path / "there").mkdir(); (tmp_path / "elsewhere").mkdir()
     if path == "mine": shutil.copytree(TINY, tmp_path / "there/mine")
     flags = ["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj", "--model", path] + "--max_steps 1 --num_prompts 2 --num_generations 2 --eval_size 2 --device cpu --output_dir run".split()
-    trained = python("-m", "grpo_nb.training", *flags, cwd=tmp_path / "there", path=ROOT)
-    assert trained.returncode == 0, trained.stderr
+    monkeypatch.chdir(tmp_path / "there")
+    train(parse_arguments(flags), progress=False)
     spoken = python("-m", "grpo_nb.training", "chat", tmp_path / "there/run", cwd=tmp_path / "elsewhere", stdin="3+4=\n\n", path=ROOT)
     assert spoken.returncode == 0 and "reward" in spoken.stdout, spoken.stderr
     assert json.loads((tmp_path / "there/run/model/adapter_config.json").read_text())["r"] == 16
@@ -359,6 +361,17 @@ def test_a_value_model_beside_adapters(directory, tmp_path):
     assert not head.value(rollout).allclose(separate.value(rollout))  # another trunk
     head.value(rollout).sum().backward()
     assert all((p.grad is not None) == ("lora_" in name) for name, p in head.policy.named_parameters())
+
+
+def test_the_comparison_counts_what_is_trained(directory, tmp_path):
+    "The adapters, beside them a value model as large as the base: also of a run that is opened again."
+    def count(model): return sum(p.numel() for p in model.parameters())
+    base, judge = load(directory("llama"))[0], classifier(directory, "llama", tmp_path / "judge")
+    for name, options, beside in [("grpo", {}, 0), ("separate", {"algorithm": "ppo"}, count(base.base_model) + 17), ("head", {"algorithm": "ppo", "value_model": "head"}, 17),
+                                  ("path", {"algorithm": "ppo", "value_model": str(tmp_path / "judge")}, count(judge))]:
+        run = train(small(directory("llama"), tmp_path / name, **LORA, **options), reward_funcs=[recorded([])], progress=False)
+        adapters = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+        for one in (run, open_run(run.directory, reward_funcs=[recorded([])])): assert trained_parameters(one) == adapters + beside
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}], ids=str)

@@ -18,10 +18,10 @@ from grpo_nb.training import evaluate
 from helpers import ROOT, python
 
 PACKAGE = ROOT / "grpo_nb"
-ORDER = ["figure", "task", "processes", "rollout", "policy", "sampling", "reference", "reward", "value", "gae", "group", "objective", "update", "algorithm",
+ORDER = ["figure", "task", "processes", "loading", "rollout", "policy", "sampling", "reference", "reward", "value", "gae", "group", "objective", "update", "algorithm",
          "training", "cost", "plots", "ledger", "sweep", "evidence", "vllm_sampler"]  # the chapters, and so the only direction of imports
 LATER = {("training", "grpo_nb.vllm_sampler")}  # the one import against it: inside a function, for the runs with use_vllm; who has no vLLM need not have that chapter
-CORE = ORDER[3:14]
+CORE = ORDER[4:15]
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 SOURCES = {name: (PACKAGE / f"{name}.py").read_text() for name in MODULES}
 

@@ -169,6 +169,14 @@ def test_the_live_plot_draws_what_it_was_told(notebook):
         with pytest.raises(ValueError, match="seconds must be positive"): LivePlot(seconds=seconds)
 
 
+def test_the_live_plot_of_what_is_not_measured_yet(notebook):
+    "Nothing to draw is no reason to stop a run."
+    with LivePlot(("eval/accuracy", "nothing")) as plot: plot({"step": 51, "reward": 1.0})
+    assert plot.figure().axes == [] and notebook[0]
+    for metrics in ((), "reward"):
+        with pytest.raises(ValueError, match="metrics must hold names"): LivePlot(metrics)
+
+
 def test_the_live_plot_of_a_run_without_a_step(notebook):
     with LivePlot(): pass
     assert not notebook[0]

@@ -6,15 +6,14 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from grpo_nb import algorithm, gae, processes, training
 from grpo_nb.algorithm import Models, make_config
-from grpo_nb.policy import in_pieces, micro_batches, token_logprobs
-from grpo_nb.processes import cut_like, full, process, shard
+from grpo_nb.policy import micro_batches
+from grpo_nb.processes import full, process, shard
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
 from grpo_nb.update import update
@@ -76,31 +75,27 @@ def updates():
         for how in (dict(whiten_rewards=True), dict(loss_type="grpo", max_tokens_per_micro_batch=30)):
             yield one_update(policy, rollout, make_config(algorithm="ppo", **BASE | how), ppo=True, cut=sharded)
         yield one_update(policy, replace(rollout, scored=None), make_config(**BASE, max_tokens_per_micro_batch=40), fresh=True, cut=sharded)
-    alone = list(compute(False))
+    step = given_step()
+    alone, stepped = list(compute(False)), step()
     processes.join_launch()
     worst = [close(a, b, i) for i, (a, b) in enumerate(zip(alone, compute(cut)))]
+    for x, y in zip(stepped[1:], (again := step())[1:]): assert x.equal(y)  # rewards and advantages: the same numbers, from the same rows
+    worst.append(close(stepped[0], again[0], "grpo_step"))
     print(f"process {process()[0]}: {len(worst)} updates, apart by {max(worst):.0e}, cut {cut}")
 
 
-def stages():
-    "A step of GRPO on a given rollout, judged in two processes: rewards, advantages over the batch, log-probs of the reference."
+def given_step():
+    "A step of GRPO on a given rollout, judged in two processes: rewards, advantages over the batch, log-probs of the reference. A function, which computes it."
     tokenizer, start, given = inputs(("1+2=", "34+5=", "678+9="))
     def step():
-        policy, rollout = copy.deepcopy(start), copy.copy(given)
+        policy, rollout = copy.deepcopy(start), replace(given, scored=None, rewards=None, advantages=None, ref_logprobs=None)
         rollout.completions = ["3", "x", "39", "39", "39", "1", "687", "", "687"]
         judge = lambda completions, **_: [float(len(text)) + 0.1 for text in completions]
-        config = make_config(**BASE, scale_rewards="batch", reward_weights=None)
-        rollout = replace(rollout, scored=None, rewards=None, advantages=None, ref_logprobs=None)
         models = Models(policy, tokenizer, torch.optim.SGD(policy.parameters(), lr=1e-4), [judge], copy.deepcopy(policy))
         algorithm.generate = lambda *_: rollout
-        rollout, metrics = algorithm.grpo_step(models, rollout.queries, config)
+        rollout, metrics = algorithm.grpo_step(models, rollout.queries, make_config(**BASE, scale_rewards="batch"))
         return (gradients(policy), metrics, rollout.ref_logprobs), rollout.rewards, rollout.advantages
-    alone = step()
-    processes.join_launch()
-    together = step()
-    close(alone[0], together[0], "grpo_step")
-    assert alone[1].equal(together[1]) and alone[2].equal(together[2])  # the same numbers, from the same rows
-    print(f"process {process()[0]}: same step")
+    return step
 
 
 def run(directory, resume="false"):
