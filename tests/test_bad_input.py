@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grpo_nb.algorithm import make_config
-from grpo_nb.gae import gae
+from grpo_nb.gae import gae, whiten
 from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logprobs
@@ -69,6 +69,10 @@ def test_config(options, words):
     (lambda: kl(TABLE, TABLE, "k4"), ["estimator", "'k4'", '"k1", "k2" or "k3"']),
     (lambda: kl(TABLE, ONE), ["ref_logprobs", "(4, 3)", "(4,)"]),
     (lambda: gae(TABLE, TABLE[:, :2], TABLE > 0), ["rewards, values and mask", "4, 2"]),
+    (lambda: gae(TABLE.long(), TABLE, TABLE > 0), ["rewards", "torch.int64"]),
+    (lambda: whiten(TABLE.long(), TABLE > 0), ["x and mask", "torch.int64"]),
+    (lambda: group_advantages(ONE.long(), 2), ["rewards", "floating point", "torch.int64"]),
+    (lambda: policy_loss(TABLE, TABLE, ONE, TABLE), ["mask be bool", "torch.float32"]),
     (lambda: combine(TABLE, [1.0]), ["reward_weights", "1", "3"]),
     (lambda: load_task("chess"), ["task", "'chess'", "add, sums, target"]),
     (lambda: load_task("add", digits=9), ["digits", "9", "1, 2 or 3"]),
