@@ -42,7 +42,7 @@ run: setup ## train with GRPO on the embedded model, into the next free runs/NNN
 
 test: setup ## run every notebook's tests, then tests/ (but tests/browser: make browser)
 	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
-	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) $(BIN)/python -m pytest tests -q --ignore tests/browser $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --ignore tests/browser $(ARGS)
 
 # vLLM has an environment of its own: its build for CPUs, the newest that there is, pins an older transformers than this library needs,
 # so that is installed over it. Its torchvision, torchaudio and torchcodec are built for CUDA, and nothing here uses them.

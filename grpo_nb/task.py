@@ -394,6 +394,7 @@ ALLOWED = (f"{', '.join(TASKS)}; a file that ends in {', '.join(READERS)}; a dir
 
 def check_task(name: str):
     "`ValueError` unless this is how a task is named; looks at paths, reads nothing."
+    if not isinstance(name, str): raise ValueError(f"task must be one of {ALLOWED}; got {name!r}")
     if name in TASKS: return
     kind, _, rest = name.partition(":")
     if kind not in MAKERS: _check_source(name)

@@ -678,7 +678,7 @@ def test_metrics_are_those_of_the_whole_step(llama, tokenizer, budget):
 def test_rewards_of_a_step():
     "Bug 27: `frac_reward_zero_std` counts groups whose scores are all equal, unscored rows aside."
     rewards = torch.tensor([0.7, 0.7, 0.7, 1, 0, 1, 1, torch.nan, 1, torch.nan, torch.nan, 0])
-    rollout = SimpleNamespace(rewards=rewards, scored=~rewards.isnan(), step_rewards=None, num_generations=3, completion_mask=torch.ones(12, 4, dtype=torch.bool), truncated=torch.arange(12) < 3)
+    rollout = SimpleNamespace(rewards=rewards, scored=~rewards.isnan(), step_rewards=None, sampling_logprobs=None, num_generations=3, completion_mask=torch.ones(12, 4, dtype=torch.bool), truncated=torch.arange(12) < 3)
     metrics = rollout_metrics(rollout)
     close([metrics["frac_reward_zero_std"], metrics["reward"], metrics["completions/mean_length"], metrics["completions/clipped_ratio"]], [0.75, 6.1 / 9, 4, 0.25], 1e-6)
     close(metrics["reward_std"], stdev([0.7] * 3 + [1, 0, 1, 1, 1, 0]), 1e-6)

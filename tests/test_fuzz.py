@@ -37,7 +37,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_nb
-from grpo_nb import gae as gae_stage, group as group_stage, ledger, plots, sweep as sweeping, training
+from grpo_nb import gae as gae_stage, group as group_stage, ledger, plots, processes, sweep as sweeping, training, vllm_sampler
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import dynamic_sampling, group_advantages, has_variance, informative, process_advantages
 from grpo_nb.algorithm import CONFIGS, Config, GRPOConfig, PPOConfig, make_config
@@ -1009,12 +1009,17 @@ EXCEPTIONS = {
     "figure.Box": "made by `boxes`", "figure.Figure": "made by `draw_figure`",
     "policy.autocast_as_it_is": "takes a device that `resolve_device` made", "loading.cache_directory": "takes nothing",
     "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
-    "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py", "update.checkpoint_layers": "takes a model; test_training.py",
+    "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py", "training.checkpoint_layers": "takes a model; test_training.py",
+    "task.read_rows": "test_data.py damages files", "task.task_from_rows": "test_data.py", "task.check_task": "in `load_task`", "task.extract_answer": "hostile texts in test_data.py",
+    "task.gsm8k": "in `load_task`; test_data.py", "task.gym": "in `load_task`; test_data.py",
+    "training.add_adapters": "takes a model and a checked config; test_models.py", "training.load_value_model": "wrong models in test_models.py", "training.token_classifier": "takes a value model; test_models.py",
     "algorithm.option": "of transformers", "algorithm.Models": "holds models", "algorithm.ppo_step": "the stages above, in order", "algorithm.grpo_step": "the stages above, in order",
     "training.evaluate": "`sample` and a task", "training.peak_memory": "takes a device", "training.write_atomically": "test_security.py",
     "training.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`", "training.outer_iteration": "part of `train`", "training.step_queries": "`Task.queries`",
     "training.chat": "any line of text is a question: `Task.parse`", "evidence.summarise": "pandas", "evidence.probe": "`sample` and a task", "evidence.read_metrics": "of runs that `sweep` made",
-} | dict.fromkeys([f"plots.{name}" for name in plots.__all__] + ["evidence.plot_summary"], "draws what a run holds") | dict.fromkeys([f"ledger.{name}" for name in ledger.__all__], "the instruments of the tests")
+} | dict.fromkeys([f"plots.{name}" for name in plots.__all__] + ["evidence.plot_summary"], "draws what a run holds") | dict.fromkeys([f"ledger.{name}" for name in ledger.__all__], "the instruments of the tests") | dict.fromkeys(
+    [f"processes.{name}" for name in processes.__all__], "alone the identity, together in test_processes.py") | dict.fromkeys(
+    [f"vllm_sampler.{name}" for name in vllm_sampler.__all__], "needs vLLM: test_vllm.py")
 
 
 def test_every_public_function_is_here():

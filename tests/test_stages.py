@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_nb import sampling, training
+from grpo_nb import algorithm, training
 from grpo_nb.algorithm import RECIPES, STEPS
 from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import whiten
@@ -326,12 +326,15 @@ def test_a_reward_in_place_of_the_learned_one(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
     "`num_completions` is what was sampled with temperature, for every recipe: refills and preferences included, evaluation (greedy) not."
-    drawn, sample = [], sampling.sample
-    def spy(*arguments, **options):
-        rollout = sample(*arguments, **options)
-        if options.get("top_k") != 1: drawn.append(len(rollout))
-        return rollout
-    for module in (sampling, training): monkeypatch.setattr(module, "sample", spy)
+    drawn = []
+    def spied(draw):
+        def spy(*arguments, **options):
+            rollout = draw(*arguments, **options)
+            if options.get("top_k") != 1: drawn.append(len(rollout))
+            return rollout
+        return spy
+    monkeypatch.setattr(algorithm, "generate", spied(algorithm.generate))  # of a step
+    monkeypatch.setattr(training, "sample", spied(training.sample))  # of preferences and of evaluations
     options = {"num_generations": 4, "reward_model_prompts": 10, "reward_model_steps": 1, "ref_model_sync_steps": 1} if recipe == "iterative" else {"num_generations": 4} if recipe != "ppo" else {"algorithm": "ppo"}
     run = train(short_config(recipe=recipe, max_steps=2, output_dir=str(tmp_path / "run"), **options), progress=False)
     assert run.metrics["num_completions"].iloc[-1] == sum(drawn) >= 2 * 4
