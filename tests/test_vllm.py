@@ -186,3 +186,14 @@ def test_a_run_can_be_repeated_and_resumed(tmp_path):
     train(config(max_steps=4, resume=True, output_dir=str(tmp_path / "parts"), **options), progress=False)
     assert [{k: x for k, x in line.items() if not k.startswith("eval/")} for line in lines("parts")] == \
            [{k: x for k, x in line.items() if not k.startswith("eval/")} for line in lines("first")]
+
+
+def test_a_saved_run_opens_in_vllm(tmp_path):
+    "`model/` is served as it is, with its tokenizer and its ends: greedy answers to texts are ours."
+    run = train(make_config(max_steps=2, num_prompts=4, num_generations=4, eval_size=5, max_completion_length=8, save_steps=0, device="cpu", output_dir=str(tmp_path / "run")), progress=False)
+    for other in list(VLLMSampler._running): other.close()
+    vllm = vllm_sampler.import_vllm()
+    llm = vllm.LLM(model=str(run.directory / "model"), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**30, block_size=32)
+    found = llm.generate([query.text for query in QUERIES], vllm.SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    assert [answer.outputs[0].text for answer in found] == sample(run.policy, run.tokenizer, QUERIES, 1, 16, top_k=1).completions
