@@ -794,7 +794,7 @@ def test_configs(parameters):
     "Parameter sets of any kind, as papermill hands them over: a config, or an error that names a field."
     config = checked(lambda: make_config(**parameters))
     if config and "recipe" not in parameters:
-        for name, x in parameters.items(): assert x is None or getattr(config, name) == x or str(x) == str(getattr(config, name)) or float(x) == getattr(config, name)
+        for name, x in parameters.items(): assert x is None or getattr(config, name) in (x, [x]) or str(x) == str(getattr(config, name)) or float(x) == getattr(config, name)
 
 
 TRAIN = [cell.source for cell in nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4).cells if cell.cell_type == "code"][:4]
