@@ -15,6 +15,7 @@ import argparse
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -31,19 +32,21 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
-                          HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler)
+                          HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, get_scheduler)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
@@ -56,15 +59,6 @@ from .rollout import Rollout
 from .sampling import check_context, sample
 from .task import TASKS, Query, Task, check_task, load_task
 from .value import ValueModel
-
-# %% ../nbs/13_training.ipynb #5b0c7e10
-import functools
-import inspect
-from contextlib import ExitStack
-
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from accelerate.utils import LoggerType
-from transformers import TrainerState
 
 # %% ../nbs/13_training.ipynb #e18aad1a
 def evaluate(
@@ -290,6 +284,7 @@ def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] 
     if vllm_sampler: models.sampler = vllm_sampler(policy, tokenizer, config)
     return models
 
+# %% ../nbs/13_training.ipynb #7e9a1001
 def _vllm_sampler(config: Config) -> type:
     "The sampler of a later chapter, which is optional: imported only by a run that asks for it, before a model is loaded."
     if config.use_peft: raise ValueError("use_vllm = True sends whole weights to the engine, use_peft = True has adapters beside them: choose one")
@@ -666,6 +661,7 @@ class _Done:
     lines: list[str] = field(default_factory=list)  # of metrics.jsonl
     preferences: list[dict] = field(default_factory=list)  # of preferences.jsonl
 
+# %% ../nbs/13_training.ipynb #7e9a1002
 def _newest(directory: Path) -> str | None:
     "The newest whole checkpoint. Damaged ones are removed, with a warning, and what a killed process left."
     for left in [path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")]: _remove(left)
@@ -709,7 +705,7 @@ class _Trainer:
         def bind(f):
             takes = inspect.signature(f).parameters
             every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-            return functools.partial(f, **{name: x for name, x in given.items() if every or name in takes})
+            return partial(f, **{name: x for name, x in given.items() if every or name in takes})
         return reward_funcs and [bind(f) if callable(f) else f for f in reward_funcs]
 
     def metrics(self) -> dict[str, float]:
@@ -791,6 +787,19 @@ def _one_step(config, task, models, generator, directory, preferences, step, sav
     with _or_saved(None if outer else save, config, models, generator, step, directory):
         return *STEPS[config.algorithm](models, queries, config, generator), outer
 
+# %% ../nbs/13_training.ipynb #7e9a1004
+def _end_if_due(config, directory, step, skipped, signals, save):
+    "End the run after this step, with a checkpoint, if too many gradients in a row were not finite or a signal has come."
+    if skipped == config.max_skipped_steps:
+        save(step)
+        raise FloatingPointError(f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}")
+    if (noted := sum(gather(lambda: signals), [])) and step < config.max_steps:  # by one process is by all
+        save(step)
+        said = f"stopped after step {step}; {directory} can be resumed"
+        if process()[0] == 0: tqdm.write(said, file=sys.stderr)
+        raise KeyboardInterrupt(said) if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
+
+# %% ../nbs/13_training.ipynb #7e9a1003
 def _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, listeners):
     "The steps up to max_steps, each with its line of metrics, which the listeners get, too."
     device, rows, skipped = models.policy.device, done.rows, 0
@@ -821,14 +830,7 @@ def _steps(config, task, models, schedulers, generator, directory, done, progres
             for hear in listeners: hear(dict(metrics))
             if config.save_steps and step % config.save_steps == 0: save(step)
             bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), what: metrics.get(f"eval/{what}")}); initial = {}
-            if skipped == config.max_skipped_steps:
-                save(step)
-                raise FloatingPointError(f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}")
-            if (noted := sum(gather(lambda: signals), [])) and step < config.max_steps:  # by one process is by all
-                save(step)
-                said = f"stopped after step {step}; {directory} can be resumed"
-                if process()[0] == 0: tqdm.write(said, file=sys.stderr)
-                raise KeyboardInterrupt(said) if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
+            _end_if_due(config, directory, step, skipped, signals, save)
 
 # %% ../nbs/13_training.ipynb #16ff257c
 def chat(run: Run, lines: Iterable[str] = sys.stdin, n: int = 8):
