@@ -16,7 +16,7 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-vllm bench claims mutants lab docs preview browser screenshots export check clean
+.PHONY: help setup run test test-vllm bench claims mutants lab docs preview browser screenshots export format check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,7 +84,11 @@ export: setup ## write the library and README.md from the notebooks, and clean t
 	$(BIN)/python -c 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()'
 	$(BIN)/python tools/readme.py
 
-check: setup ## are the library, README.md and the notebooks in sync?
+format: setup ## lay the code out: notebooks, tests/, tools/, benchmarks/ (88 columns)
+	$(BIN)/ruff format --quiet .
+
+check: setup ## are the library, README.md and the notebooks in sync, and laid out by `make format`?
+	$(BIN)/ruff format --check .
 	$(BIN)/python tools/check_sync.py
 	$(BIN)/python tools/readme.py --check
 

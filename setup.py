@@ -1,4 +1,5 @@
 "Package metadata. Everything is read from settings.ini, so a name, version or requirement is written once."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -11,14 +12,29 @@ readme = root / "README.md"
 settings = config["DEFAULT"]
 
 name, lib = settings["lib_name"], settings["lib_path"]
-extras = {key.removeprefix("extras_"): value.split() for key, value in settings.items() if key.startswith("extras_")}
-statuses = ["", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+extras = {
+    key.removeprefix("extras_"): value.split()
+    for key, value in settings.items()
+    if key.startswith("extras_")
+}
+statuses = [
+    "",
+    "1 - Planning",
+    "2 - Pre-Alpha",
+    "3 - Alpha",
+    "4 - Beta",
+    "5 - Production/Stable",
+    "6 - Mature",
+    "7 - Inactive",
+]
 
 setup(
     name=name,
     version=settings["version"],
     description=settings["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else settings["description"],
+    long_description=readme.read_text(encoding="utf-8")
+    if readme.exists()
+    else settings["description"],
     long_description_content_type="text/markdown",
     license={"apache2": "Apache-2.0"}[settings["license"]],
     author=settings["author"],
@@ -38,7 +54,14 @@ setup(
     extras_require=extras,
     packages=find_packages(include=[lib, f"{lib}.*"]),
     include_package_data=False,  # just these:
-    package_data={lib: [f"models/**/*.{suffix}" for suffix in ("safetensors", "json", "jinja", "txt", "md")]},
-    entry_points={"nbdev": [f"{lib}={lib}._modidx:d"]},  # how nbdev finds the names that become links in the documentation
+    package_data={
+        lib: [
+            f"models/**/*.{suffix}"
+            for suffix in ("safetensors", "json", "jinja", "txt", "md")
+        ]
+    },
+    entry_points={
+        "nbdev": [f"{lib}={lib}._modidx:d"]
+    },  # how nbdev finds the names that become links in the documentation
     zip_safe=False,
 )

@@ -12,7 +12,16 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass as validated_dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -31,114 +40,331 @@ from .value import ValueModel, predict_values
 Share = Annotated[float, Field(gt=0, le=1)]
 option = HfArg  # a dataclass field with a help text, which the command line shows
 
-@validated_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
+
+@validated_dataclass(
+    config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True
+)
 class Config:
     "What PPO and GRPO share."
-    algorithm: Literal["ppo", "grpo"] = option(default="grpo", help="which half of the figure: ppo or grpo")
-    recipe: str | None = option(default=None, help="start from the settings of a paper, see RECIPES")
-    model: str = option(default="tiny", help="policy: tiny, smollm2, a directory or a hub id")
-    task: str = option(default="add", help="add, sums, target, add_chat, a file, a data set, gsm8k:... or gym:..., see load_task")
-    digits: Literal[1, 2, 3] = option(default=2, help="digits of the numbers in a query, of the first four tasks")
-    reward_funcs: Annotated[list[str], Field(min_length=1)] = option(default_factory=lambda: ["accuracy"], help="accuracy, brevity, format, overlong, process, learned, or the path of a reward model")
-    reward_weights: list[float] | None = option(default=None, help="one weight a reward function (default: all 1)")
-    on_reward_error: Literal["stop", "drop"] = option(default="stop", help="where a reward function raises or returns NaN: stop, with a checkpoint, or drop that group")
+
+    algorithm: Literal["ppo", "grpo"] = option(
+        default="grpo", help="which half of the figure: ppo or grpo"
+    )
+    recipe: str | None = option(
+        default=None, help="start from the settings of a paper, see RECIPES"
+    )
+    model: str = option(
+        default="tiny", help="policy: tiny, smollm2, a directory or a hub id"
+    )
+    task: str = option(
+        default="add",
+        help="add, sums, target, add_chat, a file, a data set, gsm8k:... or gym:..., see load_task",
+    )
+    digits: Literal[1, 2, 3] = option(
+        default=2, help="digits of the numbers in a query, of the first four tasks"
+    )
+    reward_funcs: Annotated[list[str], Field(min_length=1)] = option(
+        default_factory=lambda: ["accuracy"],
+        help="accuracy, brevity, format, overlong, process, learned, or the path of a reward model",
+    )
+    reward_weights: list[float] | None = option(
+        default=None, help="one weight a reward function (default: all 1)"
+    )
+    on_reward_error: Literal["stop", "drop"] = option(
+        default="stop",
+        help="where a reward function raises or returns NaN: stop, with a checkpoint, or drop that group",
+    )
     num_prompts: PositiveInt = option(default=16, help="queries a step")
     num_iterations: PositiveInt = option(default=1, help="mu: updates on one sampling")
-    beta: NonNegativeFloat = option(default=0.01, help="price of the KL to the reference; 0: no reference model")
-    ref_model_sync_steps: NonNegativeInt = option(default=0, help="outer iterations: every so many steps the policy becomes the reference, and a learned reward model is trained on; 0: one iteration")
-    reward_model_prompts: PositiveInt = option(default=2000, help="of a learned reward model: queries that fresh preferences are made from, each time")
-    reward_model_steps: PositiveInt = option(default=150, help="of a learned reward model: gradient steps, each time")
+    beta: NonNegativeFloat = option(
+        default=0.01, help="price of the KL to the reference; 0: no reference model"
+    )
+    ref_model_sync_steps: NonNegativeInt = option(
+        default=0,
+        help="outer iterations: every so many steps the policy becomes the reference, and a learned reward model is trained on; 0: one iteration",
+    )
+    reward_model_prompts: PositiveInt = option(
+        default=2000,
+        help="of a learned reward model: queries that fresh preferences are made from, each time",
+    )
+    reward_model_steps: PositiveInt = option(
+        default=150, help="of a learned reward model: gradient steps, each time"
+    )
     epsilon: Share = option(default=0.2, help="rho is clipped below at 1 - epsilon")
-    epsilon_high: PositiveFloat | None = option(default=None, help="and above at 1 + epsilon_high (default: epsilon)")
-    delta: Annotated[float, Field(gt=1)] | None = option(default=None, help="dual clip: upper bound on rho, also where A < 0")
-    objective: Literal["clip", "cispo"] = option(default="clip", help="clipped surrogate, or clipped weight")
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(default="grpo", help="how token losses are averaged")
-    importance_sampling_level: Literal["token", "sequence"] = option(default="token", help="a ratio for each token or each sequence")
-    mask_truncated_completions: bool = option(default=False, help="no loss on completions cut off by the length limit")
-    entropy_coef: NonNegativeFloat = option(default=0.0, help="weight of an entropy bonus")
+    epsilon_high: PositiveFloat | None = option(
+        default=None, help="and above at 1 + epsilon_high (default: epsilon)"
+    )
+    delta: Annotated[float, Field(gt=1)] | None = option(
+        default=None, help="dual clip: upper bound on rho, also where A < 0"
+    )
+    objective: Literal["clip", "cispo"] = option(
+        default="clip", help="clipped surrogate, or clipped weight"
+    )
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(
+        default="grpo", help="how token losses are averaged"
+    )
+    importance_sampling_level: Literal["token", "sequence"] = option(
+        default="token", help="a ratio for each token or each sequence"
+    )
+    mask_truncated_completions: bool = option(
+        default=False, help="no loss on completions cut off by the length limit"
+    )
+    entropy_coef: NonNegativeFloat = option(
+        default=0.0, help="weight of an entropy bonus"
+    )
     max_completion_length: PositiveInt = option(default=16, help="tokens, EOS included")
-    temperature: PositiveFloat = option(default=1.0, help="of sampling, and of every log-prob")
-    top_p: Share = option(default=1.0, help="nucleus sampling; below 1, rho is not the exact ratio")
-    top_k: NonNegativeInt = option(default=0, help="keep the k likeliest tokens; above 0, rho is not the exact ratio")
-    use_vllm: bool = option(default=False, help="sample with vLLM, in this process (pip install \"grpo_nb[vllm]\")")
-    vllm_importance_sampling_correction: bool = option(default=False, help="weight each token's policy loss by pi_old / (pi that vLLM sampled from)")
-    vllm_importance_sampling_clip_max: PositiveFloat = option(default=3.0, help="upper bound of that weight")
+    temperature: PositiveFloat = option(
+        default=1.0, help="of sampling, and of every log-prob"
+    )
+    top_p: Share = option(
+        default=1.0, help="nucleus sampling; below 1, rho is not the exact ratio"
+    )
+    top_k: NonNegativeInt = option(
+        default=0,
+        help="keep the k likeliest tokens; above 0, rho is not the exact ratio",
+    )
+    use_vllm: bool = option(
+        default=False,
+        help='sample with vLLM, in this process (pip install "grpo_nb[vllm]")',
+    )
+    vllm_importance_sampling_correction: bool = option(
+        default=False,
+        help="weight each token's policy loss by pi_old / (pi that vLLM sampled from)",
+    )
+    vllm_importance_sampling_clip_max: PositiveFloat = option(
+        default=3.0, help="upper bound of that weight"
+    )
     learning_rate: PositiveFloat = option(default=1e-4, help="of the policy (AdamW)")
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(default="constant", help="how the learning rate goes on after the warm-up")
+    lr_scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine"
+    ] = option(
+        default="constant", help="how the learning rate goes on after the warm-up"
+    )
     warmup_steps: NonNegativeInt = option(default=0, help="of the learning rate")
-    max_grad_norm: PositiveFloat = option(default=1.0, help="gradients are clipped to this norm")
-    max_skipped_steps: PositiveInt = option(default=5, help="stop, with a checkpoint, when the gradient was not finite in so many steps in a row")
+    max_grad_norm: PositiveFloat = option(
+        default=1.0, help="gradients are clipped to this norm"
+    )
+    max_skipped_steps: PositiveInt = option(
+        default=5,
+        help="stop, with a checkpoint, when the gradient was not finite in so many steps in a row",
+    )
     max_steps: PositiveInt = option(default=100, help="training steps")
-    eval_steps: PositiveInt = option(default=25, help="evaluate every so many steps, and before the first and after the last")
-    eval_size: PositiveInt = option(default=200, help="held-out queries of an evaluation")
-    save_steps: NonNegativeInt = option(default=50, help="checkpoint every so many steps; 0: none")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(default=0, help="of queries, sampling and initialisation")
+    eval_steps: PositiveInt = option(
+        default=25,
+        help="evaluate every so many steps, and before the first and after the last",
+    )
+    eval_size: PositiveInt = option(
+        default=200, help="held-out queries of an evaluation"
+    )
+    save_steps: NonNegativeInt = option(
+        default=50, help="checkpoint every so many steps; 0: none"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(
+        default=0, help="of queries, sampling and initialisation"
+    )
     device: str = option(default="auto", help="auto, cpu, cuda, mps, ...")
-    dtype: Literal["float32", "bfloat16"] = option(default="float32", help="bfloat16: autocast, weights stay float32")
-    reference_dtype: Literal["float32", "bfloat16"] = option(default="float32", help="of the reference model's weights")
-    max_tokens_per_micro_batch: PositiveInt = option(default=8192, help="tokens of one forward pass, padding included")
-    gradient_checkpointing: bool = option(default=False, help="compute layers again in the backward pass: less memory, more time")
-    use_peft: bool = option(default=False, help="LoRA: train small adapters in place of the weights (extra peft)")
+    dtype: Literal["float32", "bfloat16"] = option(
+        default="float32", help="bfloat16: autocast, weights stay float32"
+    )
+    reference_dtype: Literal["float32", "bfloat16"] = option(
+        default="float32", help="of the reference model's weights"
+    )
+    max_tokens_per_micro_batch: PositiveInt = option(
+        default=8192, help="tokens of one forward pass, padding included"
+    )
+    gradient_checkpointing: bool = option(
+        default=False,
+        help="compute layers again in the backward pass: less memory, more time",
+    )
+    use_peft: bool = option(
+        default=False,
+        help="LoRA: train small adapters in place of the weights (extra peft)",
+    )
     lora_r: PositiveInt = option(default=16, help="rank of an adapter")
-    lora_alpha: PositiveInt = option(default=32, help="an adapter is scaled by lora_alpha / lora_r")
-    lora_target_modules: Annotated[list[str], Field(min_length=1)] | None = option(default=None, help="names of the layers that get one (default: every linear layer but the head)")
-    output_dir: str | None = option(default=None, help="run directory (default: the next free one under runs/)")
-    report_to: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = option(default_factory=list, help="trackers of Accelerate that get every line of metrics, too: tensorboard, wandb, ...; metrics.jsonl is always written")
-    resume: bool = option(default=False, help="go on from the newest checkpoint in output_dir")
+    lora_alpha: PositiveInt = option(
+        default=32, help="an adapter is scaled by lora_alpha / lora_r"
+    )
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | None = option(
+        default=None,
+        help="names of the layers that get one (default: every linear layer but the head)",
+    )
+    output_dir: str | None = option(
+        default=None, help="run directory (default: the next free one under runs/)"
+    )
+    report_to: Annotated[
+        list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
+    ] = option(
+        default_factory=list,
+        help="trackers of Accelerate that get every line of metrics, too: tensorboard, wandb, ...; metrics.jsonl is always written",
+    )
+    resume: bool = option(
+        default=False, help="go on from the newest checkpoint in output_dir"
+    )
 
     def __post_init__(self):
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(f"reward_weights must have one weight for each of the {len(self.reward_funcs)} reward_funcs, got {len(self.reward_weights)}")
-        if self.reward_funcs.count("learned") > 1: raise ValueError(f"reward_funcs may hold one \"learned\", got {self.reward_funcs}")
+        if self.reward_weights is not None and len(self.reward_weights) != len(
+            self.reward_funcs
+        ):
+            raise ValueError(
+                f"reward_weights must have one weight for each of the {len(self.reward_funcs)} reward_funcs, got {len(self.reward_weights)}"
+            )
+        if self.reward_funcs.count("learned") > 1:
+            raise ValueError(
+                f'reward_funcs may hold one "learned", got {self.reward_funcs}'
+            )
         check_task(self.task)
-        if self.ref_model_sync_steps and not self.beta and "learned" not in self.reward_funcs:
-            raise ValueError(f"ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is \"learned\"")
-        if self.use_peft and self.beta and (self.ref_model_sync_steps or self.reference_dtype != "float32"):
-            raise ValueError("use_peft: the reference is the policy without adapters; ref_model_sync_steps must be 0, reference_dtype float32, or beta 0")
-        if self.vllm_importance_sampling_correction and not self.use_vllm: raise ValueError("vllm_importance_sampling_correction = True needs use_vllm = True")
+        if (
+            self.ref_model_sync_steps
+            and not self.beta
+            and "learned" not in self.reward_funcs
+        ):
+            raise ValueError(
+                f'ref_model_sync_steps = {self.ref_model_sync_steps} has nothing to renew: beta is 0 and no reward function is "learned"'
+            )
+        if (
+            self.use_peft
+            and self.beta
+            and (self.ref_model_sync_steps or self.reference_dtype != "float32")
+        ):
+            raise ValueError(
+                "use_peft: the reference is the policy without adapters; ref_model_sync_steps must be 0, reference_dtype float32, or beta 0"
+            )
+        if self.vllm_importance_sampling_correction and not self.use_vllm:
+            raise ValueError(
+                "vllm_importance_sampling_correction = True needs use_vllm = True"
+            )
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
-            warnings.warn(f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio", stacklevel=3)
+            warnings.warn(
+                f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio",
+                stacklevel=3,
+            )
 
 # %% ../nbs/12_algorithm.ipynb #1ec978cb
-@validated_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
+@validated_dataclass(
+    config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True
+)
 class GRPOConfig(Config):
     "What only GRPO needs."
-    algorithm: Literal["grpo"] = option(default="grpo", help="the lower half of the figure")
-    num_generations: Annotated[int, Field(ge=2)] = option(default=16, help="G, completions per query")
-    dynamic_sampling: NonNegativeInt = option(default=0, help="how many times a step may be refilled in place of groups without variance")
-    scale_rewards: Literal["group", "batch", "none"] = option(default="group", help="standard deviation that advantages are divided by")
-    baseline: Literal["mean", "leave_one_out"] = option(default="mean", help="what a reward is compared with")
-    use_bias_correction_kl: bool = option(default=False, help="rho * k3 in the loss: an unbiased KL gradient")
+
+    algorithm: Literal["grpo"] = option(
+        default="grpo", help="the lower half of the figure"
+    )
+    num_generations: Annotated[int, Field(ge=2)] = option(
+        default=16, help="G, completions per query"
+    )
+    dynamic_sampling: NonNegativeInt = option(
+        default=0,
+        help="how many times a step may be refilled in place of groups without variance",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        default="group", help="standard deviation that advantages are divided by"
+    )
+    baseline: Literal["mean", "leave_one_out"] = option(
+        default="mean", help="what a reward is compared with"
+    )
+    use_bias_correction_kl: bool = option(
+        default=False, help="rho * k3 in the loss: an unbiased KL gradient"
+    )
 
 # %% ../nbs/12_algorithm.ipynb #dc765640
-@validated_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
+@validated_dataclass(
+    config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True
+)
 class PPOConfig(Config):
     "What only PPO needs."
-    algorithm: Literal["ppo"] = option(default="ppo", help="the upper half of the figure")
-    num_prompts: PositiveInt = option(default=256, help="queries a step, one completion each")
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(default="bnpo", help="how token losses are averaged")
+
+    algorithm: Literal["ppo"] = option(
+        default="ppo", help="the upper half of the figure"
+    )
+    num_prompts: PositiveInt = option(
+        default=256, help="queries a step, one completion each"
+    )
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(
+        default="bnpo", help="how token losses are averaged"
+    )
     gamma: Share = option(default=1.0, help="discount a token")
-    lam: Annotated[float, Field(ge=0, le=1)] = option(default=0.95, help="GAE: 0 trusts the value model, 1 the reward")
-    value_model: str = option(default="separate", help="separate (a copy of the policy), head (on the policy's trunk), or the path or hub id to start from")
+    lam: Annotated[float, Field(ge=0, le=1)] = option(
+        default=0.95, help="GAE: 0 trusts the value model, 1 the reward"
+    )
+    value_model: str = option(
+        default="separate",
+        help="separate (a copy of the policy), head (on the policy's trunk), or the path or hub id to start from",
+    )
     vf_coef: PositiveFloat = option(default=1.0, help="weight of the value loss")
-    cliprange_value: PositiveFloat = option(default=0.2, help="how far a value may move in one step")
-    value_learning_rate: PositiveFloat = option(default=1e-3, help="of the value model (AdamW)")
-    whiten_rewards: bool = option(default=False, help="token rewards of a step to standard deviation 1, their mean kept")
-    whiten_advantages: bool = option(default=True, help="advantages of a step to mean 0 and standard deviation 1")
-    kl_target: PositiveFloat | None = option(default=None, help="adaptive beta: nats a completion (default: beta is fixed)")
+    cliprange_value: PositiveFloat = option(
+        default=0.2, help="how far a value may move in one step"
+    )
+    value_learning_rate: PositiveFloat = option(
+        default=1e-3, help="of the value model (AdamW)"
+    )
+    whiten_rewards: bool = option(
+        default=False,
+        help="token rewards of a step to standard deviation 1, their mean kept",
+    )
+    whiten_advantages: bool = option(
+        default=True, help="advantages of a step to mean 0 and standard deviation 1"
+    )
+    kl_target: PositiveFloat | None = option(
+        default=None, help="adaptive beta: nats a completion (default: beta is fixed)"
+    )
 
 # %% ../nbs/12_algorithm.ipynb #d1132ad3
 RECIPES: dict[str, dict[str, Any]] = {
     "ppo": {"algorithm": "ppo"},  # InstructGPT, 2203.02155
-    "deepseekmath": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64},  # 2402.03300, sec. 4.2
-    "deepseekmath_process": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64, "reward_funcs": ["process"]},  # sec. 4.1.3
-    "iterative": {"algorithm": "grpo", "beta": 0.04, "num_generations": 64, "reward_funcs": ["learned"], "ref_model_sync_steps": 10},  # sec. 4.1.4, algorithm 1
-    "dr_grpo": {"algorithm": "grpo", "scale_rewards": "none", "loss_type": "dr_grpo", "beta": 0.0},  # 2503.20783
-    "dapo": {"algorithm": "grpo", "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "dynamic_sampling": 4, "reward_funcs": ["accuracy", "overlong"], "beta": 0.0},  # 2503.14476
-    "gspo": {"algorithm": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.0},  # 2507.18071, sec. 5.1
-    "cispo": {"algorithm": "grpo", "objective": "cispo", "loss_type": "dapo", "epsilon_high": 4.0, "beta": 0.0},  # 2506.13585; the cap of 5 that TRL recommends
-    "rloo": {"algorithm": "grpo", "baseline": "leave_one_out", "scale_rewards": "none", "num_generations": 4},  # 2402.14740
+    "deepseekmath": {
+        "algorithm": "grpo",
+        "beta": 0.04,
+        "num_generations": 64,
+    },  # 2402.03300, sec. 4.2
+    "deepseekmath_process": {
+        "algorithm": "grpo",
+        "beta": 0.04,
+        "num_generations": 64,
+        "reward_funcs": ["process"],
+    },  # sec. 4.1.3
+    "iterative": {
+        "algorithm": "grpo",
+        "beta": 0.04,
+        "num_generations": 64,
+        "reward_funcs": ["learned"],
+        "ref_model_sync_steps": 10,
+    },  # sec. 4.1.4, algorithm 1
+    "dr_grpo": {
+        "algorithm": "grpo",
+        "scale_rewards": "none",
+        "loss_type": "dr_grpo",
+        "beta": 0.0,
+    },  # 2503.20783
+    "dapo": {
+        "algorithm": "grpo",
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "loss_type": "dapo",
+        "dynamic_sampling": 4,
+        "reward_funcs": ["accuracy", "overlong"],
+        "beta": 0.0,
+    },  # 2503.14476
+    "gspo": {
+        "algorithm": "grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+        "beta": 0.0,
+    },  # 2507.18071, sec. 5.1
+    "cispo": {
+        "algorithm": "grpo",
+        "objective": "cispo",
+        "loss_type": "dapo",
+        "epsilon_high": 4.0,
+        "beta": 0.0,
+    },  # 2506.13585; the cap of 5 that TRL recommends
+    "rloo": {
+        "algorithm": "grpo",
+        "baseline": "leave_one_out",
+        "scale_rewards": "none",
+        "num_generations": 4,
+    },  # 2402.14740
 }
 CONFIGS = {"grpo": GRPOConfig, "ppo": PPOConfig}
 
@@ -149,24 +375,39 @@ def make_config(
     "The config of one algorithm from loose parameters: recipe first, then what was given. `ValueError` names what is wrong."
     given = {name: value for name, value in parameters.items() if value is not None}
     recipe = given.get("recipe")
-    if recipe is not None and recipe not in list(RECIPES): raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+    if recipe is not None and recipe not in list(RECIPES):
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
     given = RECIPES.get(recipe, {}) | given
     algorithm = given.get("algorithm", "grpo")
-    if algorithm not in list(CONFIGS): raise ValueError(f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}")
+    if algorithm not in list(CONFIGS):
+        raise ValueError(
+            f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}"
+        )
     known = [f.name for f in fields(CONFIGS[algorithm])]
     for name in (name for name in given if name not in known):
-        other = next((a for a in CONFIGS if name in {f.name for f in fields(CONFIGS[a])}), None)
+        other = next(
+            (a for a in CONFIGS if name in {f.name for f in fields(CONFIGS[a])}), None
+        )
         hint = f"only {other} has it" if other else f"allowed: {', '.join(known)}"
-        raise ValueError(f"{name} = {given[name]!r} is not a parameter of {algorithm}; {hint}")
-    try: return CONFIGS[algorithm](**given)
+        raise ValueError(
+            f"{name} = {given[name]!r} is not a parameter of {algorithm}; {hint}"
+        )
+    try:
+        return CONFIGS[algorithm](**given)
     except ValidationError as error:
-        said = (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"].removeprefix("Value error, ") for e in error.errors())
+        said = (
+            f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}"
+            if e["loc"]
+            else e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
         raise ValueError("; ".join(said)) from None
 
 # %% ../nbs/12_algorithm.ipynb #0ea49e29
 @dataclass
 class Models:
     "The coloured boxes of the figure: trained ones with their optimiser, frozen ones without."
+
     policy: PreTrainedModel  # trained
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
@@ -176,7 +417,9 @@ class Models:
     value_optimizer: torch.optim.Optimizer | None = None
     sampler: Sampler = sample  # draws q -> o from the policy
     beta: float = 0.0  # of PPO; it moves if kl_target is set
-    learned: RewardModel | None = None  # the one of `rewards` that an outer iteration trains
+    learned: RewardModel | None = (
+        None  # the one of `rewards` that an outer iteration trains
+    )
 
 # %% ../nbs/12_algorithm.ipynb #5726c0b8
 def ppo_step(
@@ -186,15 +429,34 @@ def ppo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of PPO: q -> o -> KL and r, v -> GAE -> update of policy and value model (DeepSeekMath 2402.03300, fig. 4, top)."
-    rollout = generate(models.policy, models.tokenizer, queries, 1, config, generator, models.sampler)  # q -> o
-    rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model
-    metrics = score(rollout, models.rewards, config.reward_weights, config.on_reward_error)        # reward model -> r
-    rollout.values = predict_values(models.value, rollout, config.max_tokens_per_micro_batch)      # value model -> v
-    rewards = token_rewards(rollout, models.beta)                                                 # r (+) KL
-    rollout.advantages, rollout.returns = gae.advantages(rollout, rewards, config)                # GAE -> A
-    metrics |= update(models.policy, models.optimizer, rollout, config,
-                      value_model=models.value, value_optimizer=models.value_optimizer)
-    metrics["beta"], models.beta = models.beta, next_beta(models.beta, rollout, config.kl_target)
+    rollout = generate(
+        models.policy, models.tokenizer, queries, 1, config, generator, models.sampler
+    )  # q -> o
+    rollout.ref_logprobs = reference_logprobs(
+        models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch
+    )  # reference model
+    metrics = score(
+        rollout, models.rewards, config.reward_weights, config.on_reward_error
+    )  # reward model -> r
+    rollout.values = predict_values(
+        models.value, rollout, config.max_tokens_per_micro_batch
+    )  # value model -> v
+    rewards = token_rewards(rollout, models.beta)  # r (+) KL
+    rollout.advantages, rollout.returns = gae.advantages(
+        rollout, rewards, config
+    )  # GAE -> A
+    metrics |= update(
+        models.policy,
+        models.optimizer,
+        rollout,
+        config,
+        value_model=models.value,
+        value_optimizer=models.value_optimizer,
+    )
+    metrics["beta"], models.beta = (
+        models.beta,
+        next_beta(models.beta, rollout, config.kl_target),
+    )
     return rollout, metrics
 
 # %% ../nbs/12_algorithm.ipynb #3148a117
@@ -205,12 +467,36 @@ def grpo_step(
     generator: torch.Generator | None = None,
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
     "One step of GRPO: q -> o_1 ... o_G -> r_1 ... r_G -> group computation -> update (DeepSeekMath 2402.03300, fig. 4, bottom)."
-    def sample_groups(queries): return generate(models.policy, models.tokenizer, queries, config.num_generations, config, generator, models.sampler)
-    def score_groups(rollout): return score(rollout, models.rewards, config.reward_weights, config.on_reward_error)
-    rollout, metrics = group.dynamic_sampling(sample_groups, score_groups, queries, config)       # q -> o_1 ... o_G -> r_1 ... r_G
-    rollout.ref_logprobs = reference_logprobs(models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch)  # reference model
-    rollout.advantages = group.advantages(rollout, config)                                        # group computation -> A_1 ... A_G
-    metrics |= update(models.policy, models.optimizer, rollout, config, beta=config.beta)         # KL in the loss
+
+    def sample_groups(queries):
+        return generate(
+            models.policy,
+            models.tokenizer,
+            queries,
+            config.num_generations,
+            config,
+            generator,
+            models.sampler,
+        )
+
+    def score_groups(rollout):
+        return score(
+            rollout, models.rewards, config.reward_weights, config.on_reward_error
+        )
+
+    rollout, metrics = group.dynamic_sampling(
+        sample_groups, score_groups, queries, config
+    )  # q -> o_1 ... o_G -> r_1 ... r_G
+    rollout.ref_logprobs = reference_logprobs(
+        models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch
+    )  # reference model
+    rollout.advantages = group.advantages(
+        rollout, config
+    )  # group computation -> A_1 ... A_G
+    metrics |= update(
+        models.policy, models.optimizer, rollout, config, beta=config.beta
+    )  # KL in the loss
     return rollout, metrics
+
 
 STEPS = {"ppo": ppo_step, "grpo": grpo_step}

@@ -24,6 +24,7 @@ from .policy import LOGITS, completions_per_row
 @dataclass(frozen=True)
 class Size:
     "What of a dense causal language model decides its cost."
+
     policy: int  # parameters of the whole model; tied weights once
     trunk: int  # of everything but an output projection of its own
     hidden: int  # d, width of the trunk
@@ -36,18 +37,34 @@ class Size:
         "Parameters of a separate value model: the trunk, a scalar head and its bias."
         return self.trunk + self.hidden + 1
 
+
 def parameters(
     model_config: PreTrainedConfig,  # of a dense, Llama-like model
 ) -> Size:
     "Count a model's parameters without building its weights; `ValueError` for a mixture of experts."
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(model_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
     count = lambda module: sum(p.numel() for p in module.parameters())
     c, trunk = model.config.get_text_config(), model.base_model
-    own = [p for m in trunk.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)]
-    if any(p.dim() > 2 for p in own): raise ValueError(f"{c.model_type} has experts, of which a token uses a few; only dense models can be counted")
+    own = [
+        p
+        for m in trunk.modules()
+        if not isinstance(m, nn.Embedding)
+        for p in m.parameters(recurse=False)
+    ]
+    if any(p.dim() > 2 for p in own):
+        raise ValueError(
+            f"{c.model_type} has experts, of which a token uses a few; only dense models can be counted"
+        )
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return Size(count(model), count(trunk), c.hidden_size, sum(p.numel() for p in own if p.dim() == 2),
-                model.get_output_embeddings().weight.numel(), c.num_hidden_layers * c.num_attention_heads * head_dim)
+    return Size(
+        count(model),
+        count(trunk),
+        c.hidden_size,
+        sum(p.numel() for p in own if p.dim() == 2),
+        model.get_output_embeddings().weight.numel(),
+        c.num_hidden_layers * c.num_attention_heads * head_dim,
+    )
 
 # %% ../nbs/14_cost.ipynb #80d18a78
 def training_bytes(
@@ -57,7 +74,9 @@ def training_bytes(
 ) -> dict[str, int]:  # bytes by purpose
     "Bytes that a model holds during training with AdamW: weights; and, if trained, a gradient and two moments. No activations."
     if not (0 <= num_parameters < float("inf") and 0 < bytes_per_number < float("inf")):
-        raise ValueError(f"num_parameters must be finite and not negative, bytes_per_number positive; got {num_parameters} and {bytes_per_number}")
+        raise ValueError(
+            f"num_parameters must be finite and not negative, bytes_per_number positive; got {num_parameters} and {bytes_per_number}"
+        )
     size = num_parameters * bytes_per_number
     return {"weights": size, "gradient": size * trained, "moments": 2 * size * trained}
 
@@ -72,16 +91,23 @@ def forward_flops(
 ) -> float:  # FLOPs; a multiplication and an addition are two
     "FLOPs of one forward pass: 2 a matrix weight and token, and attention without a causal discount (PaLM 2204.02311, appendix B)."
     if not all(0 <= x < float("inf") for x in (rows, tokens, context, outputs)):
-        raise ValueError(f"rows, tokens, context and outputs must be finite and not negative, got {rows}, {tokens}, {context} and {outputs}")
+        raise ValueError(
+            f"rows, tokens, context and outputs must be finite and not negative, got {rows}, {tokens}, {context} and {outputs}"
+        )
     head = size.hidden if scalar else size.vocabulary
-    return rows * (2 * size.matrices * tokens + 4 * size.attention * tokens * context + 2 * head * outputs)
+    return rows * (
+        2 * size.matrices * tokens
+        + 4 * size.attention * tokens * context
+        + 2 * head * outputs
+    )
 
 # %% ../nbs/14_cost.ipynb #6aca6c75
 def measure_flops(
     stage: Callable[[], Any],  # run once
 ) -> tuple[Any, int]:  # (what it returned, FLOPs of its matrix products)
     "Run something and count its FLOPs, forward and backward; attention runs unfused, because not every fused kernel is counted."
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: result = stage()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = stage()
     return result, counter.get_total_flops()
 
 # %% ../nbs/14_cost.ipynb #50bdb8ff
@@ -93,22 +119,44 @@ def flops(
     reward: Size | None = None,  # of a reward model with a scalar head; None: a rule
 ) -> dict[str, float]:  # FLOPs of each box
     "FLOPs of one training step by box (DeepSeekMath 2402.03300, fig. 4); 0 for a box that the algorithm does not have."
-    if not (1 <= prompt_length < float("inf") and 1 <= completion_length < float("inf")):
-        raise ValueError(f"prompt_length and completion_length must be at least one token, got {prompt_length} and {completion_length}")
+    if not (
+        1 <= prompt_length < float("inf") and 1 <= completion_length < float("inf")
+    ):
+        raise ValueError(
+            f"prompt_length and completion_length must be at least one token, got {prompt_length} and {completion_length}"
+        )
     P, T, B = prompt_length, completion_length, config.num_prompts
-    N, mu, ppo = B * getattr(config, "num_generations", 1), config.num_iterations, config.algorithm == "ppo"
+    N, mu, ppo = (
+        B * getattr(config, "num_generations", 1),
+        config.num_iterations,
+        config.algorithm == "ppo",
+    )
     k = completions_per_row(N // B, P, T, size.hidden)
     scoring = forward_flops(size, N // k, P + k * T, P + k * T, k * T)
-    groups = max(1, config.max_tokens_per_micro_batch * k // (N // B * (P + k * T)))  # of a full micro-batch
-    pieces = min(groups, B) * N // B * T * size.vocabulary / size.hidden > LOGITS  # are its logits cut?
-    again = 2 * size.vocabulary * N * T * pieces  # the projection once more, in the backward pass
+    groups = max(
+        1, config.max_tokens_per_micro_batch * k // (N // B * (P + k * T))
+    )  # of a full micro-batch
+    pieces = (
+        min(groups, B) * N // B * T * size.vocabulary / size.hidden > LOGITS
+    )  # are its logits cut?
+    again = (
+        2 * size.vocabulary * N * T * pieces
+    )  # the projection once more, in the backward pass
     value = forward_flops(size, N, P + T, P + T, T, scalar=True) * ppo
     prompts = forward_flops(size, B, P, P, 1)  # once per query
     new_tokens = forward_flops(size, N, T - 1, P + T / 2, T - 1)
-    return {"policy: sample": prompts + new_tokens + scoring * (ppo and config.dtype == "bfloat16"),
-            "reference": scoring * (config.beta > 0),
-            "reward": forward_flops(reward, N, P + T, P + T, P + T, scalar=True) if reward else 0,
-            "value: predict": value, "policy: update": mu * (3 * scoring + again), "value: update": 3 * mu * value}
+    return {
+        "policy: sample": prompts
+        + new_tokens
+        + scoring * (ppo and config.dtype == "bfloat16"),
+        "reference": scoring * (config.beta > 0),
+        "reward": forward_flops(reward, N, P + T, P + T, P + T, scalar=True)
+        if reward
+        else 0,
+        "value: predict": value,
+        "policy: update": mu * (3 * scoring + again),
+        "value: update": 3 * mu * value,
+    }
 
 # %% ../nbs/14_cost.ipynb #4aeb8632
 def cost_table(
@@ -119,14 +167,21 @@ def cost_table(
     reward_model: PreTrainedConfig | None = None,  # None: the reward is a rule
 ) -> pd.DataFrame:  # columns: trained (parameters), bytes, FLOPs
     "What each box costs in one training step; `sum()` is the whole algorithm. No activations, no key-value cache."
-    size, reward = parameters(model_config), parameters(reward_model) if reward_model else None
+    size, reward = (
+        parameters(model_config),
+        parameters(reward_model) if reward_model else None,
+    )
     ppo, keep = config.algorithm == "ppo", lambda n: training_bytes(n)["weights"]
     learn = lambda n: sum(training_bytes(n).values()) - keep(n)
-    rows = {"policy: sample": (0, keep(size.policy)),
-            "reference": (0, keep(size.policy) * (config.beta > 0)),
-            "reward": (0, keep(reward.value) if reward else 0),
-            "value: predict": (0, keep(size.value) * ppo),
-            "policy: update": (size.policy, learn(size.policy)),
-            "value: update": (size.value * ppo, learn(size.value) * ppo)}
+    rows = {
+        "policy: sample": (0, keep(size.policy)),
+        "reference": (0, keep(size.policy) * (config.beta > 0)),
+        "reward": (0, keep(reward.value) if reward else 0),
+        "value: predict": (0, keep(size.value) * ppo),
+        "policy: update": (size.policy, learn(size.policy)),
+        "value: update": (size.value * ppo, learn(size.value) * ppo),
+    }
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["trained", "bytes"])
-    return table.assign(FLOPs=pd.Series(flops(config, size, prompt_length, completion_length, reward)))
+    return table.assign(
+        FLOPs=pd.Series(flops(config, size, prompt_length, completion_length, reward))
+    )

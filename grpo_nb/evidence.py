@@ -35,6 +35,7 @@ def iqm(
 ) -> np.ndarray:
     "Interquartile mean: without the lowest and the highest quarter (Agarwal et al. 2108.13264, sec. 4.3); NaN of nothing."
     from scipy.stats import trim_mean
+
     return trim_mean(np.asarray(x, dtype=float), 0.25, axis=axis)
 
 # %% ../nbs/18_evidence.ipynb #e94402b9
@@ -45,15 +46,26 @@ def interval(
 ) -> tuple[float, float]:  # NaN if a sample has fewer than two numbers
     "Percentile bootstrap interval of a statistic; the same numbers give the same interval."
     from scipy.stats import bootstrap
-    if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
-    if any(len(x) < 2 for x in samples): return float("nan"), float("nan")
-    found = bootstrap([np.asarray(x, dtype=float) for x in samples], statistic, confidence_level=level, n_resamples=5000,
-                      vectorized=True, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    if any(len(x) < 2 for x in samples):
+        return float("nan"), float("nan")
+    found = bootstrap(
+        [np.asarray(x, dtype=float) for x in samples],
+        statistic,
+        confidence_level=level,
+        n_resamples=5000,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     return float(found.low), float(found.high)
 
 # %% ../nbs/18_evidence.ipynb #482da1bc
 def difference(
-    a, b,  # one number a run
+    a,
+    b,  # one number a run
 ) -> tuple[float, float, float]:  # (iqm(a) - iqm(b), lower end, upper end)
     "How much larger is the interquartile mean of `a`, with its 95 % bootstrap interval?"
     gap = lambda a, b, axis=-1: iqm(a, axis) - iqm(b, axis)
@@ -66,8 +78,19 @@ def summarise(
     value: str,  # the column that is averaged
 ) -> pd.DataFrame:  # indexed by `by`: runs, iqm, low, high
     "Each configuration with its interquartile mean and 95 % bootstrap interval."
-    def row(x): return pd.Series({"runs": len(x), "iqm": float(iqm(x)), **dict(zip(("low", "high"), interval(x)))})
-    return table.groupby(by, sort=False)[value].apply(row).unstack().astype({"runs": int})
+
+    def row(x):
+        return pd.Series(
+            {
+                "runs": len(x),
+                "iqm": float(iqm(x)),
+                **dict(zip(("low", "high"), interval(x))),
+            }
+        )
+
+    return (
+        table.groupby(by, sort=False)[value].apply(row).unstack().astype({"runs": int})
+    )
 
 # %% ../nbs/18_evidence.ipynb #0c53391c
 def plot_summary(
@@ -82,24 +105,57 @@ def plot_summary(
     groups = [(None, table)] if by is None else list(table.groupby(by, sort=False))
     line = pd.api.types.is_numeric_dtype(table[x])
     for i, (label, part) in enumerate(groups):
-        found, color, marker = summarise(part, x, value), COLORS[i % len(COLORS)], "osD^vP"[i % 6]
+        found, color, marker = (
+            summarise(part, x, value),
+            COLORS[i % len(COLORS)],
+            "osD^vP"[i % 6],
+        )
         if line:
             found = found.sort_index()
-            ax.fill_between(found.index, found["low"], found["high"], color=color, alpha=.18, lw=0)
-            ax.plot(found.index, found["iqm"], color=color, marker=marker, ms=4, lw=1.8, ls=("-", "--", ":", "-.")[i % 4], label=label)
+            ax.fill_between(
+                found.index, found["low"], found["high"], color=color, alpha=0.18, lw=0
+            )
+            ax.plot(
+                found.index,
+                found["iqm"],
+                color=color,
+                marker=marker,
+                ms=4,
+                lw=1.8,
+                ls=("-", "--", ":", "-.")[i % 4],
+                label=label,
+            )
         else:
-            at = [names.index(name) + .16 * (i - (len(groups) - 1) / 2) for name in found.index]
-            ax.errorbar(at, found["iqm"], yerr=[found["iqm"] - found["low"], found["high"] - found["iqm"]],
-                        fmt=marker, color=color, ms=6, capsize=3, lw=1.5, label=label)
-    if not line: ax.set_xticks(range(len(names)), names)
-    ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="y", color="#999", alpha=.2)
-    if by is not None: ax.legend(frameon=False, fontsize=9)
+            at = [
+                names.index(name) + 0.16 * (i - (len(groups) - 1) / 2)
+                for name in found.index
+            ]
+            ax.errorbar(
+                at,
+                found["iqm"],
+                yerr=[found["iqm"] - found["low"], found["high"] - found["iqm"]],
+                fmt=marker,
+                color=color,
+                ms=6,
+                capsize=3,
+                lw=1.5,
+                label=label,
+            )
+    if not line:
+        ax.set_xticks(range(len(names)), names)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#999", alpha=0.2)
+    if by is not None:
+        ax.legend(frameon=False, fontsize=9)
     return ax
 
 # %% ../nbs/18_evidence.ipynb #25cdbe6d
 def pass_at_k(n: int, c: int, k: int) -> float:
     "Probability that one of `k` answers is right, if `c` of `n` are (Chen et al. 2107.03374, eq. 1). `ValueError` unless 0 <= c <= n, 1 <= k <= n."
-    if not 0 <= c <= n or not 1 <= k <= n: raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(
+            f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}"
+        )
     return 1 - comb(n - c, k) / comb(n, k)
 
 # %% ../nbs/18_evidence.ipynb #7454ac05
@@ -111,17 +167,31 @@ def probe(
     k: int = 16,  # answers to each
     split: str = "heldout",  # "heldout" | "train"
     max_completion_length: int = 16,
-) -> dict[str, float]:  # accuracy (pass@1), pass_at_4, pass_at_k, distinct right answers a query, distinct answers a query
+) -> dict[
+    str, float
+]:  # accuracy (pass@1), pass_at_4, pass_at_k, distinct right answers a query, distinct answers a query
     "What a policy does when it is sampled at temperature 1; the same queries and the same random numbers every time."
     queries = list({query.text: query for query in task.queries(split, n)}.values())
     generator = torch.Generator(policy.device).manual_seed(0)
-    rollout = sample(policy, tokenizer, queries, k, max_completion_length, generator=generator)
-    groups = [(query, rollout.completions[i * k:(i + 1) * k]) for i, query in enumerate(queries)]
-    right = [[text for text in answers if task.is_right(text, query)] for query, answers in groups]
+    rollout = sample(
+        policy, tokenizer, queries, k, max_completion_length, generator=generator
+    )
+    groups = [
+        (query, rollout.completions[i * k : (i + 1) * k])
+        for i, query in enumerate(queries)
+    ]
+    right = [
+        [text for text in answers if task.is_right(text, query)]
+        for query, answers in groups
+    ]
     mean = lambda numbers: float(np.mean(list(numbers)))
-    return {"accuracy": mean(len(texts) / k for texts in right), "pass_at_4": mean(pass_at_k(k, len(texts), min(4, k)) for texts in right),
-            "pass_at_k": mean(bool(texts) for texts in right), "distinct_right": mean(len(set(texts)) for texts in right),
-            "distinct": mean(len(set(answers)) for _, answers in groups)}
+    return {
+        "accuracy": mean(len(texts) / k for texts in right),
+        "pass_at_4": mean(pass_at_k(k, len(texts), min(4, k)) for texts in right),
+        "pass_at_k": mean(bool(texts) for texts in right),
+        "distinct_right": mean(len(set(texts)) for texts in right),
+        "distinct": mean(len(set(answers)) for _, answers in groups),
+    }
 
 # %% ../nbs/18_evidence.ipynb #4982be12
 def read_metrics(
@@ -130,20 +200,42 @@ def read_metrics(
     every: int = 1,  # keep each so many steps, and the last
 ) -> pd.DataFrame:  # a row for each run and step: the cell's parameters, `run` (its number), `seconds` (of the run), step, metrics
     "The metrics of a sweep's runs in one tidy table; step 0 has the accuracy before training. Failed cells are left out."
-    if not every >= 1: raise ValueError(f"every must be at least 1, got {every}")
+    if not every >= 1:
+        raise ValueError(f"every must be at least 1, got {every}")
     tables = []
     for number, run in runs[runs["error"].isna()].iterrows():
         metrics = pd.read_json(Path(run["directory"]) / "metrics.jsonl", lines=True)
-        start = pd.DataFrame([{"step": 0, "num_completions": 0, "eval/accuracy": metrics["eval/initial_accuracy"].iloc[0]}])
-        kept = pd.concat([start, metrics[(metrics["step"] % every == 0) | (metrics["step"] == metrics["step"].max())]])
+        start = pd.DataFrame(
+            [
+                {
+                    "step": 0,
+                    "num_completions": 0,
+                    "eval/accuracy": metrics["eval/initial_accuracy"].iloc[0],
+                }
+            ]
+        )
+        kept = pd.concat(
+            [
+                start,
+                metrics[
+                    (metrics["step"] % every == 0)
+                    | (metrics["step"] == metrics["step"].max())
+                ],
+            ]
+        )
         settings = run.drop(["directory", "error"]).to_dict()
-        tables.append(kept.reindex(columns=["step", *names]).assign(run=number, **settings))
-    return pd.concat(tables, ignore_index=True)[["run", *runs.columns.drop(["directory", "error"]), "step", *names]]
+        tables.append(
+            kept.reindex(columns=["step", *names]).assign(run=number, **settings)
+        )
+    return pd.concat(tables, ignore_index=True)[
+        ["run", *runs.columns.drop(["directory", "error"]), "step", *names]
+    ]
 
 # %% ../nbs/18_evidence.ipynb #262d856f
 @dataclass
 class Claim:
     "One claim: where its runs and its results are, and what became of it."
+
     name: str  # of its files, e.g. "01_kl"
     statement: str  # the claim in one sentence
     smoke: bool = False  # try everything in miniature, keep nothing
@@ -151,18 +243,46 @@ class Claim:
     jobs: int = 1  # runs at once
 
     def __post_init__(self):
-        if not re.fullmatch(r"\w+", self.name): raise ValueError(f"name must be letters, digits and _, because files are called by it; got {self.name!r}")
+        if not re.fullmatch(r"\w+", self.name):
+            raise ValueError(
+                f"name must be letters, digits and _, because files are called by it; got {self.name!r}"
+            )
         here = [Path.cwd(), *Path.cwd().parents]
-        self.root = next((folder for folder in here if (folder / "settings.ini").exists()), None)
-        if self.root is None: raise ValueError(f"no settings.ini in {here[0]} or above it: run this inside a checkout of the repository")
-        self.directory = self.root / "runs" / "claims" / (f"smoke-{self.name}" if self.smoke else self.name)  # of runs
-        self.results = self.directory if self.smoke else self.root / "benchmarks" / "claims"  # of tables and the verdict
+        self.root = next(
+            (folder for folder in here if (folder / "settings.ini").exists()), None
+        )
+        if self.root is None:
+            raise ValueError(
+                f"no settings.ini in {here[0]} or above it: run this inside a checkout of the repository"
+            )
+        self.directory = (
+            self.root
+            / "runs"
+            / "claims"
+            / (f"smoke-{self.name}" if self.smoke else self.name)
+        )  # of runs
+        self.results = (
+            self.directory if self.smoke else self.root / "benchmarks" / "claims"
+        )  # of tables and the verdict
 
-    def sweep(self, cells: list[dict], notebook: str = "train", jobs: int | None = None, threads: int = 1) -> pd.DataFrame:
+    def sweep(
+        self,
+        cells: list[dict],
+        notebook: str = "train",
+        jobs: int | None = None,
+        threads: int = 1,
+    ) -> pd.DataFrame:
         "Run a notebook of nbs/experiments over a grid, in this claim's directory; in a smoke run a failed cell is an error."
         path = self.root / "nbs" / "experiments" / f"{notebook}.ipynb"
-        runs = sweep(path, cells, self.directory / Path(notebook).name, jobs or self.jobs, threads)
-        if self.smoke and runs["error"].notna().any(): raise RuntimeError(f"{self.name}: {runs['error'].dropna().iloc[0]}")
+        runs = sweep(
+            path,
+            cells,
+            self.directory / Path(notebook).name,
+            jobs or self.jobs,
+            threads,
+        )
+        if self.smoke and runs["error"].notna().any():
+            raise RuntimeError(f"{self.name}: {runs['error'].dropna().iloc[0]}")
         return runs
 
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -172,10 +292,22 @@ class Claim:
             began, table = time.time(), make()
             self.results.mkdir(parents=True, exist_ok=True)
             write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
-            each = table.groupby("run")["seconds"].first() if {"run", "seconds"} <= set(table) else [time.time() - began]
-            fact = {"runs": len(each), "rows": len(table), "seconds": round(float(sum(each))), **_versions()}
+            each = (
+                table.groupby("run")["seconds"].first()
+                if {"run", "seconds"} <= set(table)
+                else [time.time() - began]
+            )
+            fact = {
+                "runs": len(each),
+                "rows": len(table),
+                "seconds": round(float(sum(each))),
+                **_versions(),
+            }
             self._note(tables=self._noted().get("tables", {}) | {name: fact})
-        if not path.exists(): raise ValueError(f"{path.relative_to(self.root)} is not there yet; papermill this notebook with -p rerun True")
+        if not path.exists():
+            raise ValueError(
+                f"{path.relative_to(self.root)} is not there yet; papermill this notebook with -p rerun True"
+            )
         return pd.read_csv(path)
 
     def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -184,14 +316,24 @@ class Claim:
         if not path.exists():
             began, rows = time.time(), make()
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, rows.assign(seconds=round(time.time() - began, 1)).to_csv(index=False))
+            write_atomically(
+                path,
+                rows.assign(seconds=round(time.time() - began, 1)).to_csv(index=False),
+            )
         return pd.read_csv(path)
 
     def conclude(self, verdict: str, reason: str, practice: str):
         "Print the verdict, with the numbers behind it and what to take from it, and keep them beside the tables."
-        if not verdict.startswith(("holds", "does not hold")): raise ValueError(f'a verdict begins with "holds" or "does not hold", got {verdict!r}')
-        print(f"Verdict: {verdict}{' (a smoke run: it says nothing)' if self.smoke else ''}\n\n{reason}\n\nIn practice: {practice}")
-        self._note(claim=self.statement, verdict=verdict, reason=reason, practice=practice)
+        if not verdict.startswith(("holds", "does not hold")):
+            raise ValueError(
+                f'a verdict begins with "holds" or "does not hold", got {verdict!r}'
+            )
+        print(
+            f"Verdict: {verdict}{' (a smoke run: it says nothing)' if self.smoke else ''}\n\n{reason}\n\nIn practice: {practice}"
+        )
+        self._note(
+            claim=self.statement, verdict=verdict, reason=reason, practice=practice
+        )
 
     def _noted(self) -> dict:
         path = self.results / f"{self.name}.json"
@@ -199,14 +341,22 @@ class Claim:
 
     def _note(self, **facts):
         "Add facts to this claim's file; a file that would not change is not touched."
-        if (new := self._noted() | facts) == self._noted(): return
+        if (new := self._noted() | facts) == self._noted():
+            return
         self.results.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.results / f"{self.name}.json", json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(
+            self.results / f"{self.name}.json",
+            json.dumps(new, indent=1, ensure_ascii=False) + "\n",
+        )
+
 
 def _versions() -> dict[str, str]:
     "What a result was made with."
     from importlib.metadata import version
-    return {name: version(name) for name in ("torch", "transformers", "grpo_nb")} | {"python": platform.python_version()}
+
+    return {name: version(name) for name in ("torch", "transformers", "grpo_nb")} | {
+        "python": platform.python_version()
+    }
 
 # %% ../nbs/18_evidence.ipynb #d5a0f6cb
 def verdicts(
@@ -216,7 +366,16 @@ def verdicts(
     rows = {}
     for path in sorted(Path(directory).glob("*.json")):
         noted = read_json(path)
-        try: rows[path.stem] = {name: noted.get(name) for name in ("claim", "verdict", "reason", "practice")} | {
-            name: sum(table[name] for table in noted.get("tables", {}).values()) for name in ("runs", "seconds")}
-        except (AttributeError, KeyError, TypeError) as error: raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
+        try:
+            rows[path.stem] = {
+                name: noted.get(name)
+                for name in ("claim", "verdict", "reason", "practice")
+            } | {
+                name: sum(table[name] for table in noted.get("tables", {}).values())
+                for name in ("runs", "seconds")
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged: {type(error).__name__} {error}"
+            ) from None
     return pd.DataFrame.from_dict(rows, orient="index")

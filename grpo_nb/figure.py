@@ -15,6 +15,7 @@ from zlib import crc32
 @dataclass(frozen=True)
 class Box:
     "One box of the figure: what it is, where it stands and where it is explained."
+
     name: str  # what `draw_figure(highlight=...)` calls it
     label: str  # its lines of text; `o_1` makes the 1 a subscript
     kind: str  # "trained" or "frozen" (models), "data" or "step" (computations)
@@ -27,23 +28,142 @@ class Box:
     shape: str = ""  # of data: B queries of P tokens, N outputs of at most T tokens
 
 # %% ../nbs/00_figure.ipynb #8aef56d7
-_LANE, _HIGH, _MID, _LOW = 34, 110, 194, 278  # the way back on top, then the rows of reference, reward and value
+_LANE, _HIGH, _MID, _LOW = (
+    34,
+    110,
+    194,
+    278,
+)  # the way back on top, then the rows of reference, reward and value
 _BOXES = [
     ("both", "q", "q", "data", 46, _MID, 44, 34, "01_task", "Task.queries", "[B, P]"),
-    ("both", "policy", "Policy Model\nπ_θ", "trained", 152, _MID, 116, 56, "03_policy", "token_logprobs"),
+    (
+        "both",
+        "policy",
+        "Policy Model\nπ_θ",
+        "trained",
+        152,
+        _MID,
+        116,
+        56,
+        "03_policy",
+        "token_logprobs",
+    ),
     ("both", "o", "o", "data", 266, _MID, 48, 34, "04_sampling", "sample", "[N, T]"),
-    ("both", "reference", "Reference Model\nπ_ref", "frozen", 398, _HIGH, 148, 56, "05_reference", "token_logprobs"),
-    ("both", "reward", "Reward Model\nr_φ", "frozen", 398, _MID, 148, 56, "06_reward", "RewardModel"),
-    ("ppo", "value", "Value Model\nV_ψ", "trained", 398, _LOW, 148, 56, "07_value", "ValueModel"),
+    (
+        "both",
+        "reference",
+        "Reference Model\nπ_ref",
+        "frozen",
+        398,
+        _HIGH,
+        148,
+        56,
+        "05_reference",
+        "token_logprobs",
+    ),
+    (
+        "both",
+        "reward",
+        "Reward Model\nr_φ",
+        "frozen",
+        398,
+        _MID,
+        148,
+        56,
+        "06_reward",
+        "RewardModel",
+    ),
+    (
+        "ppo",
+        "value",
+        "Value Model\nV_ψ",
+        "trained",
+        398,
+        _LOW,
+        148,
+        56,
+        "07_value",
+        "ValueModel",
+    ),
     ("both", "kl", "KL", "data", 526, _HIGH, 48, 34, "05_reference", "kl", "[N, T]"),
-    ("both", "r", "r", "data", 526, _MID, 48, 34, "06_reward", "Rollout.rewards", "[N]"),
-    ("ppo", "v", "v", "data", 526, _LOW, 48, 34, "07_value", "Rollout.values", "[N, T]"),
+    (
+        "both",
+        "r",
+        "r",
+        "data",
+        526,
+        _MID,
+        48,
+        34,
+        "06_reward",
+        "Rollout.rewards",
+        "[N]",
+    ),
+    (
+        "ppo",
+        "v",
+        "v",
+        "data",
+        526,
+        _LOW,
+        48,
+        34,
+        "07_value",
+        "Rollout.values",
+        "[N, T]",
+    ),
     ("ppo", "plus", "+", "step", 596, _MID, 26, 26, "05_reference", "kl_in_reward"),
     ("ppo", "gae", "GAE", "step", 706, (_MID + _LOW) // 2, 124, 140, "08_gae", "gae"),
-    ("grpo", "group", "Group\nComputation", "step", 706, _MID, 124, 108, "09_group", "group_advantages"),
-    ("ppo", "A", "A", "data", 830, _MID, 52, 34, "08_gae", "Rollout.advantages", "[N, T]"),
-    ("grpo", "A", "A", "data", 830, _MID, 52, 34, "09_group", "Rollout.advantages", "[N]"),
-    ("both", "objective", "Objective", "step", 526, _LANE, 112, 36, "10_objective", "policy_loss"),
+    (
+        "grpo",
+        "group",
+        "Group\nComputation",
+        "step",
+        706,
+        _MID,
+        124,
+        108,
+        "09_group",
+        "group_advantages",
+    ),
+    (
+        "ppo",
+        "A",
+        "A",
+        "data",
+        830,
+        _MID,
+        52,
+        34,
+        "08_gae",
+        "Rollout.advantages",
+        "[N, T]",
+    ),
+    (
+        "grpo",
+        "A",
+        "A",
+        "data",
+        830,
+        _MID,
+        52,
+        34,
+        "09_group",
+        "Rollout.advantages",
+        "[N]",
+    ),
+    (
+        "both",
+        "objective",
+        "Objective",
+        "step",
+        526,
+        _LANE,
+        112,
+        36,
+        "10_objective",
+        "policy_loss",
+    ),
     ("both", "update", "Update", "step", 266, _LANE, 96, 36, "11_update", "update"),
 ]
 
@@ -52,10 +172,17 @@ def boxes(
     algorithm: str,  # "ppo" | "grpo"
 ) -> list[Box]:  # in the order in which the data reaches them
     "The boxes of one half of the figure; `ValueError` for any other algorithm."
-    if algorithm not in ("ppo", "grpo"): raise ValueError(f"algorithm={algorithm!r} is unknown; allowed: 'ppo', 'grpo'")
+    if algorithm not in ("ppo", "grpo"):
+        raise ValueError(f"algorithm={algorithm!r} is unknown; allowed: 'ppo', 'grpo'")
     half = [Box(*row) for where, *row in _BOXES if where in ("both", algorithm)]
-    if algorithm == "ppo": return half
-    return [replace(b, label=f"{b.name}_1\n⋮\n{b.name}_G", h=108) if b.name in ("o", "r", "A") else b for b in half]
+    if algorithm == "ppo":
+        return half
+    return [
+        replace(b, label=f"{b.name}_1\n⋮\n{b.name}_G", h=108)
+        if b.name in ("o", "r", "A")
+        else b
+        for b in half
+    ]
 
 # %% ../nbs/00_figure.ipynb #58a975df
 _ARROWS = [
@@ -82,141 +209,342 @@ _ARROWS = [
 ]
 
 # %% ../nbs/00_figure.ipynb #a0106535
-_DAY = {"trained": ("#ffe083", "#a67c00", "#1f2328"), "frozen": ("#bcd9f8", "#3474b0", "#1f2328"),
-        "data": ("#ffffff", "#7d8590", "#1f2328"), "step": ("#e8ebef", "#7d8590", "#1f2328"),
-        "flow": ("none", "#57606a", "#57606a"), "gradient": ("none", "#b35900", "#b35900"),
-        "page": ("#ffffff", "#d0d7de", "#1f2328"), "absent": ("none", "#8c959f", "#656d76")}
-_NIGHT = {"trained": ("#e8bf45", "#ffe9ad", "#14181d"), "frozen": ("#7fb4ea", "#cfe4fb", "#14181d"),
-          "data": ("#0d1117", "#8b949e", "#e6edf3"), "step": ("#2d333b", "#8b949e", "#e6edf3"),
-          "flow": ("none", "#9ea7b3", "#9ea7b3"), "gradient": ("none", "#f0a04b", "#f0a04b"),
-          "page": ("#161b22", "#30363d", "#e6edf3"), "absent": ("none", "#6e7681", "#9ea7b3")}
+_DAY = {
+    "trained": ("#ffe083", "#a67c00", "#1f2328"),
+    "frozen": ("#bcd9f8", "#3474b0", "#1f2328"),
+    "data": ("#ffffff", "#7d8590", "#1f2328"),
+    "step": ("#e8ebef", "#7d8590", "#1f2328"),
+    "flow": ("none", "#57606a", "#57606a"),
+    "gradient": ("none", "#b35900", "#b35900"),
+    "page": ("#ffffff", "#d0d7de", "#1f2328"),
+    "absent": ("none", "#8c959f", "#656d76"),
+}
+_NIGHT = {
+    "trained": ("#e8bf45", "#ffe9ad", "#14181d"),
+    "frozen": ("#7fb4ea", "#cfe4fb", "#14181d"),
+    "data": ("#0d1117", "#8b949e", "#e6edf3"),
+    "step": ("#2d333b", "#8b949e", "#e6edf3"),
+    "flow": ("none", "#9ea7b3", "#9ea7b3"),
+    "gradient": ("none", "#f0a04b", "#f0a04b"),
+    "page": ("#161b22", "#30363d", "#e6edf3"),
+    "absent": ("none", "#6e7681", "#9ea7b3"),
+}
 _PAGES = ':is(.quarto-dark,.vscode-dark,[data-theme="dark"],[data-bs-theme="dark"],[data-jp-theme-light="false"])'
+
 
 def _style() -> str:
     "The style sheet: night colours, the width inside a page (on a phone the page scrolls it), and what a mouse or the tab key does to a link."
-    def night(root): return "".join(
-        f"{root} .{k} rect{{fill:{fill};stroke:{stroke}}}{root} .{k} path{{stroke:{stroke}}}"
-        f"{root} .{k} polygon{{fill:{stroke}}}{root} .{k} text{{fill:{text}}}" for k, (fill, stroke, text) in _NIGHT.items()) + (
-        f"{root} .lit rect{{stroke:{_NIGHT['page'][2]}}}")
-    return (f"<style>@media (prefers-color-scheme:dark){{{night('.grpo-figure:root')}}}{night(_PAGES + ' .grpo-figure')}"
-            "html .grpo-figure{max-width:100%;height:auto}@media(max-width:600px){html .grpo-figure{max-width:none;width:720px}}"
-            ".grpo-figure a{text-decoration:none}"
-            ".grpo-figure a:is(:hover,:focus) rect{stroke-width:3.5}</style>")
+
+    def night(root):
+        return "".join(
+            f"{root} .{k} rect{{fill:{fill};stroke:{stroke}}}{root} .{k} path{{stroke:{stroke}}}"
+            f"{root} .{k} polygon{{fill:{stroke}}}{root} .{k} text{{fill:{text}}}"
+            for k, (fill, stroke, text) in _NIGHT.items()
+        ) + (f"{root} .lit rect{{stroke:{_NIGHT['page'][2]}}}")
+
+    return (
+        f"<style>@media (prefers-color-scheme:dark){{{night('.grpo-figure:root')}}}{night(_PAGES + ' .grpo-figure')}"
+        "html .grpo-figure{max-width:100%;height:auto}@media(max-width:600px){html .grpo-figure{max-width:none;width:720px}}"
+        ".grpo-figure a{text-decoration:none}"
+        ".grpo-figure a:is(:hover,:focus) rect{stroke-width:3.5}</style>"
+    )
 
 # %% ../nbs/00_figure.ipynb #31f82ae0
 def _tag(name, *inside, **attrs):
     "One SVG element: `_tag('g', 'text', stroke_width=2)`; an attribute that is None is left out."
-    def text(v): return f"{v:g}" if isinstance(v, (int, float)) else escape(v)
-    head = name + "".join(f' {k.strip("_").replace("_", "-")}="{text(v)}"' for k, v in attrs.items() if v is not None)
+
+    def text(v):
+        return f"{v:g}" if isinstance(v, (int, float)) else escape(v)
+
+    head = name + "".join(
+        f' {k.strip("_").replace("_", "-")}="{text(v)}"'
+        for k, v in attrs.items()
+        if v is not None
+    )
     return f"<{head}>{''.join(inside)}</{name}>" if inside else f"<{head}/>"
 
-_LINE, _MONO = 16, {"size": 13, "family": "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"}  # of values: height of a line, and how it is set
+
+_LINE, _MONO = (
+    16,
+    {"size": 13, "family": "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"},
+)  # of values: height of a line, and how it is set
+
 
 def _text(x, y, s, kind, size=16, anchor="middle", weight=None, family=None):
     "One line of text on the baseline `y`: what follows an underscore is a subscript, and symbols are set as in formulas; with a `family`, as it stands."
     head, _, sub = (s, "", "") if family else s.partition("_")
     symbol = not family and (sub or len(s) == 1 and s.isascii() and s.isalpha())
-    if symbol: size += 3
-    inside = [escape(head)] + ([_tag("tspan", escape(sub), dy=4, font_size=size * 0.7)] if sub else [])
-    return _tag("text", *inside, x=x, y=y, fill=_DAY[kind][2], font_size=size, font_weight=weight, text_anchor=anchor,
-                font_style="italic" if symbol else None, font_family="Georgia,'Times New Roman',serif" if symbol else family)
+    if symbol:
+        size += 3
+    inside = [escape(head)] + (
+        [_tag("tspan", escape(sub), dy=4, font_size=size * 0.7)] if sub else []
+    )
+    return _tag(
+        "text",
+        *inside,
+        x=x,
+        y=y,
+        fill=_DAY[kind][2],
+        font_size=size,
+        font_weight=weight,
+        text_anchor=anchor,
+        font_style="italic" if symbol else None,
+        font_family="Georgia,'Times New Roman',serif" if symbol else family,
+    )
+
 
 def _box(b, lit, link, values=None):
     "A box with its label or with values, as a link to the page of its chapter; a lit box has a thick border."
     lines = values or b.label.split("\n")
     gap = _LINE if values else 36 if len(lines) == 3 else 22
     fill, stroke, _ = _DAY[b.kind]
-    rect = _tag("rect", x=b.x - b.w / 2, y=b.y - b.h / 2, width=b.w, height=b.h, rx=min(8 if b.w > 26 else 13, b.h / 2),
-                fill=fill, stroke=_DAY["page"][2] if lit else stroke, stroke_width=3 if lit else 1.5)
-    label = [_text(b.x, b.y + (4 if values else 6) + gap * (i - (len(lines) - 1) / 2), s, b.kind, **_MONO if values else {}) for i, s in enumerate(lines)]
-    g, page = _tag("g", rect, *label, class_=b.kind + " lit" * lit), b.chapter.partition("_")[2]
-    return _tag("a", _tag("title", f"{b.name}: chapter {page}"), g, href=link.format(page)) if link else g
+    rect = _tag(
+        "rect",
+        x=b.x - b.w / 2,
+        y=b.y - b.h / 2,
+        width=b.w,
+        height=b.h,
+        rx=min(8 if b.w > 26 else 13, b.h / 2),
+        fill=fill,
+        stroke=_DAY["page"][2] if lit else stroke,
+        stroke_width=3 if lit else 1.5,
+    )
+    label = [
+        _text(
+            b.x,
+            b.y + (4 if values else 6) + gap * (i - (len(lines) - 1) / 2),
+            s,
+            b.kind,
+            **_MONO if values else {},
+        )
+        for i, s in enumerate(lines)
+    ]
+    g, page = (
+        _tag("g", rect, *label, class_=b.kind + " lit" * lit),
+        b.chapter.partition("_")[2],
+    )
+    return (
+        _tag("a", _tag("title", f"{b.name}: chapter {page}"), g, href=link.format(page))
+        if link
+        else g
+    )
 
 # %% ../nbs/00_figure.ipynb #bc9dba27
 def _route(a, s, b, t):
     "The points that an arrow from side `s` of box `a` to side `t` of box `b` passes."
-    def side(c, s, y): return {"l": (c.x - c.w / 2, y), "r": (c.x + c.w / 2, y), "t": (c.x, c.y - c.h / 2), "b": (c.x, c.y + c.h / 2)}[s]
-    level = min(a, b, key=lambda c: c.h).y if abs(a.y - b.y) < max(a.h, b.h) / 2 - 9 else None
+
+    def side(c, s, y):
+        return {
+            "l": (c.x - c.w / 2, y),
+            "r": (c.x + c.w / 2, y),
+            "t": (c.x, c.y - c.h / 2),
+            "b": (c.x, c.y + c.h / 2),
+        }[s]
+
+    level = (
+        min(a, b, key=lambda c: c.h).y
+        if abs(a.y - b.y) < max(a.h, b.h) / 2 - 9
+        else None
+    )
     (x1, y1), (x2, y2) = side(a, s, level or a.y), side(b, t, level or b.y)
-    if s + t == "bb": via = [(x1, max(y1, y2) + 26), (x2, max(y1, y2) + 26)]
-    elif x1 == x2 or y1 == y2: via = []
-    elif s in "lr" and t in "lr": via = [((x1 + x2) / 2, y1), ((x1 + x2) / 2, y2)]
-    else: via = [(x2, y1) if s in "lr" else (x1, y2)]
+    if s + t == "bb":
+        via = [(x1, max(y1, y2) + 26), (x2, max(y1, y2) + 26)]
+    elif x1 == x2 or y1 == y2:
+        via = []
+    elif s in "lr" and t in "lr":
+        via = [((x1 + x2) / 2, y1), ((x1 + x2) / 2, y2)]
+    else:
+        via = [(x2, y1) if s in "lr" else (x1, y2)]
     return [(x1, y1), *via, (x2, y2)]
+
 
 def _near(p, q, r):
     "The point that lies `r` away from `p` on the level or upright way to `q`."
     return tuple(a + max(-r, min(r, b - a)) for a, b in zip(p, q))
+
 
 def _arrow(points, kind):
     "A line through `points` that ends in an arrow head."
     tip, (bx, by), colour = points[-1], _near(points[-1], points[-2], 9), _DAY[kind][1]
     ux, uy = (tip[0] - bx) / 2, (tip[1] - by) / 2
     d = "M{:g} {:g}".format(*points[0])
-    for p, c, n in zip(points, points[1:], points[2:]): d += "L{:g} {:g}Q{:g} {:g} {:g} {:g}".format(*_near(c, p, 9), *c, *_near(c, n, 9))
-    line = _tag("path", d=d + f"L{bx:g} {by:g}", fill="none", stroke=colour, stroke_width=2.4 if kind == "gradient" else 1.6,
-                stroke_dasharray="7 4" if kind == "gradient" else None)
-    head = " ".join(f"{x:g},{y:g}" for x, y in (tip, (bx - uy, by + ux), (bx + uy, by - ux)))
+    for p, c, n in zip(points, points[1:], points[2:]):
+        d += "L{:g} {:g}Q{:g} {:g} {:g} {:g}".format(
+            *_near(c, p, 9), *c, *_near(c, n, 9)
+        )
+    line = _tag(
+        "path",
+        d=d + f"L{bx:g} {by:g}",
+        fill="none",
+        stroke=colour,
+        stroke_width=2.4 if kind == "gradient" else 1.6,
+        stroke_dasharray="7 4" if kind == "gradient" else None,
+    )
+    head = " ".join(
+        f"{x:g},{y:g}" for x, y in (tip, (bx - uy, by + ux), (bx + uy, by - ux))
+    )
     return _tag("g", line, _tag("polygon", points=head, fill=colour), class_=kind)
 
 # %% ../nbs/00_figure.ipynb #5111300e
 _HEIGHT = {"ppo": 372, "grpo": 338}
-_SHAPES = {"ppo": "B queries of P tokens, N = B outputs of at most T tokens", "grpo": "B queries of P tokens, N = B · G outputs of at most T tokens"}
-_NOTES = [("ppo", ("kl", "plus"), 610, _HIGH + 41, "KL joins the reward"), ("grpo", ("kl", "objective"), 540, _HIGH - 32, "KL joins the loss"),
-          ("ppo", ("gae", "value"), 424, _LOW + 73, "returns: what V should have guessed"), ("grpo", (), 398, _LOW + 5, "no Value Model")]
+_SHAPES = {
+    "ppo": "B queries of P tokens, N = B outputs of at most T tokens",
+    "grpo": "B queries of P tokens, N = B · G outputs of at most T tokens",
+}
+_NOTES = [
+    ("ppo", ("kl", "plus"), 610, _HIGH + 41, "KL joins the reward"),
+    ("grpo", ("kl", "objective"), 540, _HIGH - 32, "KL joins the loss"),
+    ("ppo", ("gae", "value"), 424, _LOW + 73, "returns: what V should have guessed"),
+    ("grpo", (), 398, _LOW + 5, "no Value Model"),
+]
+
 
 def _fit(b, text, algorithm):
     "A box that is as large as what is written in it: its own label, other words, or a list of values."
-    if text is None or isinstance(text, str): return replace(b, label=text or b.label), None
+    if text is None or isinstance(text, str):
+        return replace(b, label=text or b.label), None
     room = 4 if algorithm == "ppo" else 7  # lines
     values = [s if len(s) <= 9 else s[:8] + "…" for s in text]
-    if len(values) > room: values = [*values[:room - 2], "⋮", values[-1]]
-    return replace(b, w=max(b.w, 8 * max(map(len, values)) + 12), h=max(34, _LINE * len(values) + 10)), values
+    if len(values) > room:
+        values = [*values[: room - 2], "⋮", values[-1]]
+    return replace(
+        b,
+        w=max(b.w, 8 * max(map(len, values)) + 12),
+        h=max(34, _LINE * len(values) + 10),
+    ), values
+
 
 def _half(algorithm, lit, link, top, text):
     "One half of the figure, `top` below the upper edge; `lit` holds the names of the lit boxes, or is None; `text` replaces words and labels."
-    half, bright, dim = {b.name: _fit(b, text.get(b.name), algorithm) for b in boxes(algorithm)}, [], []
-    def put(names, shape): (bright if lit is None or lit & set(names) else dim).append(shape)
-    def say(x, y, s, size=15, anchor="start"): return _tag("g", _text(x, y, text.get(s, s), "absent", size, anchor), class_="absent")
-    for where, a, s, b, t, kind in _ARROWS:  # an arrow is lit with the boxes at its ends, a gradient with Update too
-        if where in ("both", algorithm): put((a, b, "update") if kind == "gradient" else (a, b), _arrow(_route(half[a][0], s, half[b][0], t), kind))
+    half, bright, dim = (
+        {b.name: _fit(b, text.get(b.name), algorithm) for b in boxes(algorithm)},
+        [],
+        [],
+    )
+
+    def put(names, shape):
+        (bright if lit is None or lit & set(names) else dim).append(shape)
+
+    def say(x, y, s, size=15, anchor="start"):
+        return _tag(
+            "g", _text(x, y, text.get(s, s), "absent", size, anchor), class_="absent"
+        )
+
+    for (
+        where,
+        a,
+        s,
+        b,
+        t,
+        kind,
+    ) in (
+        _ARROWS
+    ):  # an arrow is lit with the boxes at its ends, a gradient with Update too
+        if where in ("both", algorithm):
+            put(
+                (a, b, "update") if kind == "gradient" else (a, b),
+                _arrow(_route(half[a][0], s, half[b][0], t), kind),
+            )
     if algorithm == "grpo":
-        outline = _tag("rect", x=324, y=_LOW - 28, width=148, height=56, rx=8, fill="none", stroke=_DAY["absent"][1], stroke_dasharray="4 5")
+        outline = _tag(
+            "rect",
+            x=324,
+            y=_LOW - 28,
+            width=148,
+            height=56,
+            rx=8,
+            fill="none",
+            stroke=_DAY["absent"][1],
+            stroke_dasharray="4 5",
+        )
         put((), _tag("g", outline, class_="absent"))
     for where, names, x, y, s in _NOTES:
-        if where == algorithm: put(names, say(x, y, s, anchor="start" if names else "middle"))
-    for b, values in half.values(): put([b.name], _box(b, lit is not None and b.name in lit, link, values))
-    if lit is not None:  # what flows: shapes at the data, lit with the boxes that read or write them
+        if where == algorithm:
+            put(names, say(x, y, s, anchor="start" if names else "middle"))
+    for b, values in half.values():
+        put([b.name], _box(b, lit is not None and b.name in lit, link, values))
+    if (
+        lit is not None
+    ):  # what flows: shapes at the data, lit with the boxes that read or write them
         for b, _ in half.values():
-            ends = {end for where, a, _, c, *_ in _ARROWS if where in ("both", algorithm) and b.name in (a, c) for end in (a, c)}
+            ends = {
+                end
+                for where, a, _, c, *_ in _ARROWS
+                if where in ("both", algorithm) and b.name in (a, c)
+                for end in (a, c)
+            }
             beside = algorithm == "grpo" and b.name == "kl"  # below it there is no room
-            if b.shape: put(ends, say(b.x + b.w / 2 + 6, b.y + 5, b.shape, 13) if beside else say(b.x, b.y + b.h / 2 + 15, b.shape, 13, "middle"))
+            if b.shape:
+                put(
+                    ends,
+                    say(b.x + b.w / 2 + 6, b.y + 5, b.shape, 13)
+                    if beside
+                    else say(b.x, b.y + b.h / 2 + 15, b.shape, 13, "middle"),
+                )
         put(lit, say(24, _HEIGHT[algorithm] - 10, _SHAPES[algorithm], 13))
-    name = _tag("g", _text(24, _LANE + 9, algorithm.upper(), "page", 26, "start", 700), class_="page")
-    return _tag("g", name, *([_tag("g", *dim, opacity=0.5)] if dim else []), *bright, transform=f"translate(0 {top})")
+    name = _tag(
+        "g",
+        _text(24, _LANE + 9, algorithm.upper(), "page", 26, "start", 700),
+        class_="page",
+    )
+    return _tag(
+        "g",
+        name,
+        *([_tag("g", *dim, opacity=0.5)] if dim else []),
+        *bright,
+        transform=f"translate(0 {top})",
+    )
 
 # %% ../nbs/00_figure.ipynb #7fe59a6b
-_LEGEND = [(430, "trained", "Trained models"), (594, "frozen", "Frozen models"), (756, "gradient", "Gradient")]
+_LEGEND = [
+    (430, "trained", "Trained models"),
+    (594, "frozen", "Frozen models"),
+    (756, "gradient", "Gradient"),
+]
+
 
 def _legend(text):
     "What the colours mean, at the right of the top line."
     out = []
     for x, kind, s in _LEGEND:
         fill, stroke, _ = _DAY[kind]
-        mark = _tag("rect", x=x, y=17, width=20, height=14, rx=3, fill=fill, stroke=stroke) if kind != "gradient" else (
-            _tag("path", d=f"M{x - 6} 24h26", stroke=stroke, stroke_width=2.4, stroke_dasharray="7 4", fill="none"))
-        out.append(_tag("g", mark, class_=kind) + _tag("g", _text(x + 27, 29, text.get(s, s), "page", 15, "start"), class_="page"))
+        mark = (
+            _tag("rect", x=x, y=17, width=20, height=14, rx=3, fill=fill, stroke=stroke)
+            if kind != "gradient"
+            else (
+                _tag(
+                    "path",
+                    d=f"M{x - 6} 24h26",
+                    stroke=stroke,
+                    stroke_width=2.4,
+                    stroke_dasharray="7 4",
+                    fill="none",
+                )
+            )
+        )
+        out.append(
+            _tag("g", mark, class_=kind)
+            + _tag(
+                "g",
+                _text(x + 27, 29, text.get(s, s), "page", 15, "start"),
+                class_="page",
+            )
+        )
     return "".join(out)
 
 # %% ../nbs/00_figure.ipynb #de2ef483
 @dataclass(frozen=True)
 class Figure:
     "A drawn figure: shows itself in a notebook; `str(figure)` is its SVG."
+
     name: str
     svg: str = field(repr=False)
 
-    def __str__(self): return self.svg
-    def _repr_svg_(self): return self.svg
+    def __str__(self):
+        return self.svg
+
+    def _repr_svg_(self):
+        return self.svg
 
     def save(self, path: str):  # of the SVG file to write
         "Write the figure to a file."
@@ -225,47 +553,117 @@ class Figure:
 # %% ../nbs/00_figure.ipynb #e644db81
 _TOLD = {  # for those who do not see the picture
     "ppo": "PPO: the query q goes into the Policy Model (trained), which writes one output o. The Reference Model (frozen) gives the KL, the Reward "
-           "Model (frozen) the reward r, the Value Model (trained) the value v. The KL joins the reward; GAE turns reward and value into the "
-           "advantage A. Objective and Update then change the Policy Model, and the returns change the Value Model.",
+    "Model (frozen) the reward r, the Value Model (trained) the value v. The KL joins the reward; GAE turns reward and value into the "
+    "advantage A. Objective and Update then change the Policy Model, and the returns change the Value Model.",
     "grpo": "GRPO: the query q goes into the Policy Model (trained), which writes a group of outputs o_1 to o_G. The Reference Model (frozen) gives "
-            "the KL, which joins the loss; the Reward Model (frozen) gives the rewards r_1 to r_G. Group Computation turns them into the "
-            "advantages A_1 to A_G. Objective and Update then change the Policy Model. There is no Value Model."}
+    "the KL, which joins the loss; the Reward Model (frozen) gives the rewards r_1 to r_G. Group Computation turns them into the "
+    "advantages A_1 to A_G. Objective and Update then change the Policy Model. There is no Value Model.",
+}
+
 
 def _svg(name, title, halves, lit, link, text):
     "The whole picture as text: legend, halves, and the words for those who do not see it."
-    tops = [44, 44 + _HEIGHT["ppo"] + 12][:len(halves)]
+    tops = [44, 44 + _HEIGHT["ppo"] + 12][: len(halves)]
     height = tops[-1] + _HEIGHT[halves[-1]]
-    page = _tag("rect", x=0.5, y=0.5, width=879, height=height - 1, rx=10, fill=_DAY["page"][0], stroke=_DAY["page"][1])
-    rule = [_tag("path", d=f"M24 {top - 6}H856", stroke=_DAY["page"][1], fill="none") for top in tops[1:]]
-    read = [f"{box}: {', '.join(values)}." for box, values in text.items() if not isinstance(values, str)]
-    words = [_tag("title", escape(title), id=name + "-title"), _tag("desc", escape(" ".join([*(_TOLD[a] for a in halves), *read])), id=name + "-desc")]
+    page = _tag(
+        "rect",
+        x=0.5,
+        y=0.5,
+        width=879,
+        height=height - 1,
+        rx=10,
+        fill=_DAY["page"][0],
+        stroke=_DAY["page"][1],
+    )
+    rule = [
+        _tag("path", d=f"M24 {top - 6}H856", stroke=_DAY["page"][1], fill="none")
+        for top in tops[1:]
+    ]
+    read = [
+        f"{box}: {', '.join(values)}."
+        for box, values in text.items()
+        if not isinstance(values, str)
+    ]
+    words = [
+        _tag("title", escape(title), id=name + "-title"),
+        _tag(
+            "desc",
+            escape(" ".join([*(_TOLD[a] for a in halves), *read])),
+            id=name + "-desc",
+        ),
+    ]
     drawn = [_half(a, lit, link, top, text) for a, top in zip(halves, tops)]
-    return _tag("svg", *words, _style(), _tag("g", page, *rule, class_="page"), _legend(text), *drawn, xmlns="http://www.w3.org/2000/svg",
-                id=name, class_="grpo-figure", role="img", aria_labelledby=name + "-title", aria_describedby=name + "-desc",
-                width=880, height=height, viewBox=f"0 0 880 {height}", font_family="system-ui,'Segoe UI',Helvetica,Arial,sans-serif")
+    return _tag(
+        "svg",
+        *words,
+        _style(),
+        _tag("g", page, *rule, class_="page"),
+        _legend(text),
+        *drawn,
+        xmlns="http://www.w3.org/2000/svg",
+        id=name,
+        class_="grpo-figure",
+        role="img",
+        aria_labelledby=name + "-title",
+        aria_describedby=name + "-desc",
+        width=880,
+        height=height,
+        viewBox=f"0 0 880 {height}",
+        font_family="system-ui,'Segoe UI',Helvetica,Arial,sans-serif",
+    )
 
 # %% ../nbs/00_figure.ipynb #4c96053c
-_SETS = {"task": {"q"}, "sampling": {"o"}, "rollout": "data", "trained": "trained", "frozen": "frozen"}  # boxes, or their kind
+_SETS = {
+    "task": {"q"},
+    "sampling": {"o"},
+    "rollout": "data",
+    "trained": "trained",
+    "frozen": "frozen",
+}  # boxes, or their kind
+
 
 def draw_figure(
-    algorithm: str | None = None,  # "ppo" | "grpo"; None draws both, one above the other
-    highlight: str | None = None,  # a box to light: its name, or "task", "sampling", "rollout", "trained", "frozen"
-    link: str | None = "{}.html",  # where a box leads, `{}` being its chapter without the number; None: nowhere
-    text: dict[str, str | list[str]] | None = None,  # by box or word of the figure: another label, or a list of values to show in the box
+    algorithm: str
+    | None = None,  # "ppo" | "grpo"; None draws both, one above the other
+    highlight: str
+    | None = None,  # a box to light: its name, or "task", "sampling", "rollout", "trained", "frozen"
+    link: str
+    | None = "{}.html",  # where a box leads, `{}` being its chapter without the number; None: nowhere
+    text: dict[str, str | list[str]]
+    | None = None,  # by box or word of the figure: another label, or a list of values to show in the box
 ) -> Figure:  # the same arguments give the same text
     "Draw figure 4 of DeepSeekMath (arXiv 2402.03300), or one half of it; `ValueError` for a half, a box or a word that is not there."
     halves = ["ppo", "grpo"] if algorithm is None else [algorithm]
     kinds = {b.name: b.kind for a in halves for b in boxes(a)}
     lights = {name: {name} for name in kinds}
-    for name, v in _SETS.items(): lights[name] = v if isinstance(v, set) else {b for b in kinds if kinds[b] == v}
+    for name, v in _SETS.items():
+        lights[name] = v if isinstance(v, set) else {b for b in kinds if kinds[b] == v}
     if highlight is not None and highlight not in lights:
-        raise ValueError(f"highlight={highlight!r} is unknown for algorithm={algorithm!r}; allowed: {', '.join(map(repr, lights))}")
+        raise ValueError(
+            f"highlight={highlight!r} is unknown for algorithm={algorithm!r}; allowed: {', '.join(map(repr, lights))}"
+        )
     words = {s for *_, s in _LEGEND} | {s for where, *_, s in _NOTES if where in halves}
     for word, written in (text or {}).items():
         if word not in kinds.keys() | words:
-            raise ValueError(f"text: {word!r} is not in this figure; allowed: {', '.join(map(repr, [*kinds, *sorted(words)]))}")
-        if not written or not isinstance(written, str) and (word in words or not all(isinstance(x, str) for x in written)):
-            raise ValueError(f"text[{word!r}]={written!r}: allowed is some text or, for a box, a list of strings")
-    title = " and ".join(a.upper() for a in halves) + ", after figure 4 of DeepSeekMath" + (f"; lit: {highlight}" if highlight else "")
-    name = f"figure-{algorithm or 'both'}-{highlight or 'all'}" + (f"-{crc32(repr(text).encode()):x}" if text else "")
-    return Figure(name, _svg(name, title, halves, lights.get(highlight), link, text or {}))
+            raise ValueError(
+                f"text: {word!r} is not in this figure; allowed: {', '.join(map(repr, [*kinds, *sorted(words)]))}"
+            )
+        if (
+            not written
+            or not isinstance(written, str)
+            and (word in words or not all(isinstance(x, str) for x in written))
+        ):
+            raise ValueError(
+                f"text[{word!r}]={written!r}: allowed is some text or, for a box, a list of strings"
+            )
+    title = (
+        " and ".join(a.upper() for a in halves)
+        + ", after figure 4 of DeepSeekMath"
+        + (f"; lit: {highlight}" if highlight else "")
+    )
+    name = f"figure-{algorithm or 'both'}-{highlight or 'all'}" + (
+        f"-{crc32(repr(text).encode()):x}" if text else ""
+    )
+    return Figure(
+        name, _svg(name, title, halves, lights.get(highlight), link, text or {})
+    )

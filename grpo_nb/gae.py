@@ -17,22 +17,37 @@ def gae(
     mask: Bool[Tensor, "N T"],  # real tokens; padding on the right
     gamma: float = 1.0,  # discount a token
     lam: float = 0.95,  # 0: trust V; 1: trust the reward
-) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # (advantages, returns), 0 on padding
+) -> tuple[
+    Float[Tensor, "N T"], Float[Tensor, "N T"]
+]:  # (advantages, returns), 0 on padding
     """Generalised advantage estimation (Schulman et al. 2016, 1506.02438, eq. 16); returns are A + V, for the value loss.
 
     Computed in float64, returned in the dtype of `rewards`. `ValueError`: other shapes or dtypes, gamma or lam outside of [0, 1]."""
-    fits = rewards.shape == values.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool and rewards.is_floating_point()
-    if not fits: raise ValueError(f"rewards, values and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (rewards, values, mask)]}")
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1): raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
+    fits = (
+        rewards.shape == values.shape == mask.shape
+        and mask.dim() == 2
+        and mask.dtype == torch.bool
+        and rewards.is_floating_point()
+    )
+    if not fits:
+        raise ValueError(
+            f"rewards, values and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (rewards, values, mask)]}"
+        )
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
     r, v = (torch.where(mask, x, 0.0).double() for x in (rewards, values))
     advantage, next_value, columns = r.new_zeros(len(r)), r.new_zeros(len(r)), []
     for t in reversed(range(r.shape[1])):
         delta = r[:, t] + gamma * next_value - v[:, t]
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, 0.0)
-        next_value = v[:, t]  # 0 on padding: after the last token nothing more is expected
+        next_value = v[
+            :, t
+        ]  # 0 on padding: after the last token nothing more is expected
         columns.append(advantage)
     advantages = torch.stack(columns[::-1], 1) if columns else r
-    return advantages.to(rewards.dtype), torch.where(mask, advantages + v, 0.0).to(rewards.dtype)
+    return advantages.to(rewards.dtype), torch.where(mask, advantages + v, 0.0).to(
+        rewards.dtype
+    )
 
 # %% ../nbs/08_gae.ipynb #73212f5d
 def whiten(
@@ -41,14 +56,26 @@ def whiten(
     shift_mean: bool = True,  # False: only scale, keep the mean
 ) -> Float[Tensor, "N T"]:  # 0 where not masked
     "Scale to unit standard deviation (ddof 1) over the masked entries, and shift to mean 0. All equal: only shifted. `ValueError`: other shapes or dtypes."
-    fits = x.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool and x.is_floating_point()
-    if not fits: raise ValueError(f"x and mask must have one shape [N, T], mask be bool; got {[(t.dtype, *t.shape) for t in (x, mask)]}")
+    fits = (
+        x.shape == mask.shape
+        and mask.dim() == 2
+        and mask.dtype == torch.bool
+        and x.is_floating_point()
+    )
+    if not fits:
+        raise ValueError(
+            f"x and mask must have one shape [N, T], mask be bool; got {[(t.dtype, *t.shape) for t in (x, mask)]}"
+        )
     real = x[mask].double()
     mean = real.mean()  # NaN if nothing is masked: it is not used then
-    varies = real.numel() > 1 and real.max() > real.min()  # a mean of equal numbers is not always that number
+    varies = (
+        real.numel() > 1 and real.max() > real.min()
+    )  # a mean of equal numbers is not always that number
     centred = real - mean if varies else torch.zeros_like(real)
     scaled = centred / (real.var().sqrt() + 1e-8) if varies else centred
-    return torch.zeros_like(x).masked_scatter(mask, (scaled if shift_mean else scaled + mean).to(x.dtype))
+    return torch.zeros_like(x).masked_scatter(
+        mask, (scaled if shift_mean else scaled + mean).to(x.dtype)
+    )
 
 # %% ../nbs/08_gae.ipynb #b1ca0f08
 def advantages(
@@ -57,7 +84,15 @@ def advantages(
     config,  # `gamma`, `lam`, `whiten_rewards`, `whiten_advantages`, `mask_truncated_completions`
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # (advantages, returns)
     "GAE and whitening as the config says; only tokens that carry loss count in the whitening."
-    if config.whiten_rewards: rewards = whiten(rewards, rollout.loss_mask(config.mask_truncated_completions), shift_mean=False)
-    result, returns = gae(rewards, rollout.values, rollout.completion_mask, config.gamma, config.lam)
-    if config.whiten_advantages: result = whiten(result, rollout.loss_mask(config.mask_truncated_completions))
+    if config.whiten_rewards:
+        rewards = whiten(
+            rewards,
+            rollout.loss_mask(config.mask_truncated_completions),
+            shift_mean=False,
+        )
+    result, returns = gae(
+        rewards, rollout.values, rollout.completion_mask, config.gamma, config.lam
+    )
+    if config.whiten_advantages:
+        result = whiten(result, rollout.loss_mask(config.mask_truncated_completions))
     return result, returns

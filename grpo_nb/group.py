@@ -12,10 +12,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 # %% ../nbs/09_group.ipynb #03db9c6d
-def has_variance(rewards: Float[Tensor, "N"], num_generations: int) -> Bool[Tensor, "B"]:
+def has_variance(
+    rewards: Float[Tensor, "N"], num_generations: int
+) -> Bool[Tensor, "B"]:
     "Groups with two different rewards in them; NaN is not scored. `ValueError`: rewards not [N], of whole groups and floating point."
-    if rewards.dim() != 1 or not rewards.is_floating_point(): raise ValueError(f"rewards must be floating point and [N], got {tuple(rewards.shape)} {rewards.dtype}")
-    if num_generations < 1 or len(rewards) % num_generations: raise ValueError(f"rewards must be a multiple of num_generations = {num_generations}, got {len(rewards)}")
+    if rewards.dim() != 1 or not rewards.is_floating_point():
+        raise ValueError(
+            f"rewards must be floating point and [N], got {tuple(rewards.shape)} {rewards.dtype}"
+        )
+    if num_generations < 1 or len(rewards) % num_generations:
+        raise ValueError(
+            f"rewards must be a multiple of num_generations = {num_generations}, got {len(rewards)}"
+        )
     r = rewards.view(len(rewards) // num_generations, num_generations)
     return r.nan_to_num(-torch.inf).amax(1) > r.nan_to_num(torch.inf).amin(1)
 
@@ -30,22 +38,39 @@ def group_advantages(
     """Advantage of each completion relative to its group (DeepSeekMath 2402.03300, sec. 4.1.2); std with ddof 1.
 
     `ValueError`: fewer than two generations (nothing to compare with), rewards as in `has_variance`, an unknown choice, a negative eps."""
-    if not (num_generations >= 2 and eps >= 0): raise ValueError(f"num_generations must be at least 2 (one has nothing to be compared with), eps >= 0; got {num_generations}, {eps}")
+    if not (num_generations >= 2 and eps >= 0):
+        raise ValueError(
+            f"num_generations must be at least 2 (one has nothing to be compared with), eps >= 0; got {num_generations}, {eps}"
+        )
     varies = has_variance(rewards, num_generations)
-    if scale_rewards not in ("group", "batch", "none"): raise ValueError(f'scale_rewards must be "group", "batch" or "none", got {scale_rewards!r}')
-    if baseline not in ("mean", "leave_one_out"): raise ValueError(f'baseline must be "mean" or "leave_one_out", got {baseline!r}')
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(
+            f'scale_rewards must be "group", "batch" or "none", got {scale_rewards!r}'
+        )
+    if baseline not in ("mean", "leave_one_out"):
+        raise ValueError(
+            f'baseline must be "mean" or "leave_one_out", got {baseline!r}'
+        )
     r = rewards.double().view(len(varies), num_generations)  # [B, G]
     scored = ~r.isnan()
     n = scored.sum(1, keepdim=True).double()
     centred = r - _baseline(r, n, baseline)
-    if scale_rewards == "group": centred = centred / (_std(r, n) + eps)
-    if scale_rewards == "batch": centred = centred / (_std(r.view(1, -1), n.sum().view(1, 1)) + eps)
-    return torch.where(scored & varies[:, None], centred, 0.0).view(-1).to(rewards.dtype)
+    if scale_rewards == "group":
+        centred = centred / (_std(r, n) + eps)
+    if scale_rewards == "batch":
+        centred = centred / (_std(r.view(1, -1), n.sum().view(1, 1)) + eps)
+    return (
+        torch.where(scored & varies[:, None], centred, 0.0).view(-1).to(rewards.dtype)
+    )
 
-def _baseline(r: Float[Tensor, "B G"], n: Float[Tensor, "B 1"], kind: str) -> Float[Tensor, "B G"]:
+
+def _baseline(
+    r: Float[Tensor, "B G"], n: Float[Tensor, "B 1"], kind: str
+) -> Float[Tensor, "B G"]:
     "Mean of the group, or of the other members of it."
     mean = r.nansum(1, keepdim=True) / n
     return mean if kind == "mean" else mean + (mean - r) / (n - 1)  # mean of the others
+
 
 def _std(r: Float[Tensor, "B G"], n: Float[Tensor, "B 1"]) -> Float[Tensor, "B 1"]:
     "Standard deviation of each row with ddof 1, in two passes, NaN left out."
@@ -53,15 +78,29 @@ def _std(r: Float[Tensor, "B G"], n: Float[Tensor, "B 1"]) -> Float[Tensor, "B 1
     return ((r - mean).square().nansum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
 
 # %% ../nbs/09_group.ipynb #fb5ab0a6
-def _pooled(step_rewards: list[list[float]], num_generations: int) -> Float[Tensor, "B S"]:
+def _pooled(
+    step_rewards: list[list[float]], num_generations: int
+) -> Float[Tensor, "B S"]:
     "All step rewards of each group in one row, filled up with NaN: not scored."
-    pools = [[reward for steps in step_rewards[start:start + num_generations] for reward in steps] for start in range(0, len(step_rewards), num_generations)]
+    pools = [
+        [
+            reward
+            for steps in step_rewards[start : start + num_generations]
+            for reward in steps
+        ]
+        for start in range(0, len(step_rewards), num_generations)
+    ]
     width = max([2, *map(len, pools)])
-    return torch.tensor([pool + [torch.nan] * (width - len(pool)) for pool in pools], dtype=torch.float64).view(len(pools), width)
+    return torch.tensor(
+        [pool + [torch.nan] * (width - len(pool)) for pool in pools],
+        dtype=torch.float64,
+    ).view(len(pools), width)
 
 # %% ../nbs/09_group.ipynb #ab2dd8e3
 def process_advantages(
-    step_rewards: list[list[float]],  # of each completion, a reward for each of its steps
+    step_rewards: list[
+        list[float]
+    ],  # of each completion, a reward for each of its steps
     step_ends: list[list[int]],  # 0-based index of the last token of each step
     num_generations: int,  # G, at least 2
     n_tokens: list[int],  # length of each completion
@@ -73,19 +112,37 @@ def process_advantages(
 
     `ValueError`: fewer than two generations, lists of different lengths, a negative length, a step that ends outside of its completion."""
     N = len(n_tokens)
-    if num_generations < 2: raise ValueError(f"num_generations must be at least 2, got {num_generations}")
-    if not len(step_rewards) == len(step_ends) == N: raise ValueError(f"step_rewards and step_ends must have one list for each of the {N} completions, got {len(step_rewards)} and {len(step_ends)}")
-    if N % num_generations: raise ValueError(f"n_tokens must be a multiple of num_generations = {num_generations}, got {N}")
+    if num_generations < 2:
+        raise ValueError(f"num_generations must be at least 2, got {num_generations}")
+    if not len(step_rewards) == len(step_ends) == N:
+        raise ValueError(
+            f"step_rewards and step_ends must have one list for each of the {N} completions, got {len(step_rewards)} and {len(step_ends)}"
+        )
+    if N % num_generations:
+        raise ValueError(
+            f"n_tokens must be a multiple of num_generations = {num_generations}, got {N}"
+        )
     for i, (rewards, ends, n) in enumerate(zip(step_rewards, step_ends, n_tokens)):
-        if len(rewards) != len(ends): raise ValueError(f"step_rewards of completion {i} has {len(rewards)} steps, its step_ends {len(ends)}")
-        if n < 0 or any(not 0 <= end < n for end in ends): raise ValueError(f"step_ends of completion {i} must lie in 0..{n - 1}, got {ends}")
+        if len(rewards) != len(ends):
+            raise ValueError(
+                f"step_rewards of completion {i} has {len(rewards)} steps, its step_ends {len(ends)}"
+            )
+        if n < 0 or any(not 0 <= end < n for end in ends):
+            raise ValueError(
+                f"step_ends of completion {i} must lie in 0..{n - 1}, got {ends}"
+            )
     pooled = _pooled(step_rewards, num_generations)
-    standardised = group_advantages(pooled.view(-1), pooled.shape[1], scale_rewards, baseline, eps).view(pooled.shape).tolist()
+    standardised = (
+        group_advantages(pooled.view(-1), pooled.shape[1], scale_rewards, baseline, eps)
+        .view(pooled.shape)
+        .tolist()
+    )
     result = torch.zeros(N, max(n_tokens, default=0), dtype=torch.float64)
     for group, pool in enumerate(standardised):
         reward = iter(pool)
         for i in range(group * num_generations, (group + 1) * num_generations):
-            for end in step_ends[i]: result[i, :end + 1] += next(reward)
+            for end in step_ends[i]:
+                result[i, : end + 1] += next(reward)
     return result.to(torch.get_default_dtype())
 
 # %% ../nbs/09_group.ipynb #4daf2978
@@ -95,14 +152,29 @@ def advantages(
 ) -> Float[Tensor, "N"] | Float[Tensor, "N T"]:
     "The box of the figure: outcome supervision, or process supervision where the rollout has step rewards."
     if rollout.step_rewards is None:
-        return group_advantages(rollout.rewards, rollout.num_generations, config.scale_rewards, config.baseline)
-    result = process_advantages(rollout.step_rewards, rollout.step_ends, rollout.num_generations, rollout.completion_mask.sum(1).tolist(), config.scale_rewards, config.baseline)
-    return F.pad(result, (0, rollout.completion_mask.shape[1] - result.shape[1])).to(rollout.rewards)
+        return group_advantages(
+            rollout.rewards,
+            rollout.num_generations,
+            config.scale_rewards,
+            config.baseline,
+        )
+    result = process_advantages(
+        rollout.step_rewards,
+        rollout.step_ends,
+        rollout.num_generations,
+        rollout.completion_mask.sum(1).tolist(),
+        config.scale_rewards,
+        config.baseline,
+    )
+    return F.pad(result, (0, rollout.completion_mask.shape[1] - result.shape[1])).to(
+        rollout.rewards
+    )
 
 # %% ../nbs/09_group.ipynb #b1461991
 def informative(rollout) -> Bool[Tensor, "B"]:
     "Groups whose advantages are not all 0: two different rewards, or two different step rewards where there are steps."
-    if rollout.step_rewards is None: return has_variance(rollout.rewards, rollout.num_generations)
+    if rollout.step_rewards is None:
+        return has_variance(rollout.rewards, rollout.num_generations)
     pooled = _pooled(rollout.step_rewards, rollout.num_generations)
     return has_variance(pooled.view(-1), pooled.shape[1]).to(rollout.rewards.device)
 
@@ -119,16 +191,28 @@ def dynamic_sampling(
     n = config.num_prompts if config.dynamic_sampling else len(queries)
     rollout = sample(queries[:n])
     metrics = score(rollout)
-    if not config.dynamic_sampling: return rollout, metrics
+    if not config.dynamic_sampling:
+        return rollout, metrics
     alive = informative(rollout)
-    metrics |= {"reward": rollout.rewards.nanmean().item(), "frac_reward_zero_std": 1 - alive.float().mean().item()}
-    kept, sampled = [rollout.select(alive.nonzero().flatten())] if alive.any() else [], len(rollout.queries)
+    metrics |= {
+        "reward": rollout.rewards.nanmean().item(),
+        "frac_reward_zero_std": 1 - alive.float().mean().item(),
+    }
+    kept, sampled = (
+        [rollout.select(alive.nonzero().flatten())] if alive.any() else [],
+        len(rollout.queries),
+    )
     for _ in range(config.dynamic_sampling):
         missing, spare = n - sum(len(r.queries) for r in kept), queries[sampled:]
-        if not missing or not spare: break
+        if not missing or not spare:
+            break
         more = sample(spare[:missing])
         score(more)
         alive, sampled = informative(more), sampled + len(more.queries)
-        if alive.any(): kept.append(more.select(alive.nonzero().flatten()))
-    metrics |= {"num_sampled": sampled * rollout.num_generations, "dynamic_sampling/groups": sum(len(r.queries) for r in kept)}
+        if alive.any():
+            kept.append(more.select(alive.nonzero().flatten()))
+    metrics |= {
+        "num_sampled": sampled * rollout.num_generations,
+        "dynamic_sampling/groups": sum(len(r.queries) for r in kept),
+    }
     return (type(rollout).join(kept) if kept else rollout), metrics

@@ -52,25 +52,40 @@ from .value import value_loss
 class OracleMissing(ImportError):
     "The package that knows the truth of a row is not installed."
 
+
 @dataclass(frozen=True)
 class Check:
     "One row of the ledger: a formula, and a run that compares the code with a truth from outside the library."
+
     name: str  # short and unique
     formula: str  # LaTeX, without dollars
     source: str  # paper, section, equation
     code: str  # what computes it
     how: str  # where the truth comes from
-    run: Callable[[], tuple[float | None, float | None]]  # largest error in value and in gradient; None: not compared
+    run: Callable[
+        [], tuple[float | None, float | None]
+    ]  # largest error in value and in gradient; None: not compared
     tolerance: float = 1e-10  # of both errors
 
     def measure(self) -> dict:
         "The row as a dict, with the errors of a run; without its oracle `holds` is None, and `note` says why."
-        row = {name: getattr(self, name) for name in ("name", "formula", "source", "code", "how", "tolerance")}
-        try: value, gradient = self.run()
+        row = {
+            name: getattr(self, name)
+            for name in ("name", "formula", "source", "code", "how", "tolerance")
+        }
+        try:
+            value, gradient = self.run()
         except OracleMissing as missing:
-            return row | {"value": None, "gradient": None, "holds": None, "note": str(missing)}
+            return row | {
+                "value": None,
+                "gradient": None,
+                "holds": None,
+                "note": str(missing),
+            }
         errors = [error for error in (value, gradient) if error is not None]
-        holds = bool(errors) and all(error <= self.tolerance for error in errors)  # NaN is not <=
+        holds = bool(errors) and all(
+            error <= self.tolerance for error in errors
+        )  # NaN is not <=
         return row | {"value": value, "gradient": gradient, "holds": holds, "note": ""}
 
 # %% ../nbs/16_ledger.ipynb #25adda6e
@@ -78,20 +93,39 @@ def disagreement(
     ours,  # a tensor, or numbers in nested lists
     truth,  # the same numbers, in the same order
     leaves: list[Tensor] | tuple = (),  # what to differentiate by; none: values only
-) -> tuple[float, float | None]:  # largest absolute difference in value, and in gradient
+) -> tuple[
+    float, float | None
+]:  # largest absolute difference in value, and in gradient
     "How far two results are apart."
+
     def flat(x):
-        if isinstance(x, (list, tuple)): return torch.cat([flat(y) for y in x])
-        return x.flatten() if isinstance(x, Tensor) else torch.tensor([x], dtype=torch.float64)
+        if isinstance(x, (list, tuple)):
+            return torch.cat([flat(y) for y in x])
+        return (
+            x.flatten()
+            if isinstance(x, Tensor)
+            else torch.tensor([x], dtype=torch.float64)
+        )
+
     ours, truth = flat(ours), flat(truth)
-    if ours.shape != truth.shape: raise ValueError(f"{len(ours)} numbers are compared with {len(truth)}")
+    if ours.shape != truth.shape:
+        raise ValueError(f"{len(ours)} numbers are compared with {len(truth)}")
     value = (ours - truth).abs().max().item()
-    if not leaves: return value, None
+    if not leaves:
+        return value, None
     weights = torch.arange(1, len(ours) + 1).to(ours).sqrt()
+
     def slope(x):
-        if not x.requires_grad: return torch.zeros(sum(leaf.numel() for leaf in leaves)).to(ours)
+        if not x.requires_grad:
+            return torch.zeros(sum(leaf.numel() for leaf in leaves)).to(ours)
         options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten() for g in torch.autograd.grad((weights * x).sum(), leaves, **options)])
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad((weights * x).sum(), leaves, **options)
+            ]
+        )
+
     return value, (slope(ours) - slope(truth)).abs().max().item()
 
 # %% ../nbs/16_ledger.ipynb #560087f1
@@ -107,14 +141,24 @@ def random_batch(
 ) -> SimpleNamespace:  # mask, old, logprobs, ref, advantages, rewards, token_rewards, values, old_values, returns
     "Two groups of three completions of 1 to 5 tokens, float64; `logprobs` and `values` with gradient."
     generator = torch.Generator().manual_seed(seed)
-    def normal(*shape, scale=1.0): return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     lengths = torch.randint(1, 6, (6,), generator=generator)
     old = -normal(6, 5).abs()
-    return SimpleNamespace(mask=torch.arange(5) < lengths[:, None], old=old,
-                           logprobs=(old + normal(6, 5, scale=0.4)).requires_grad_(),
-                           ref=old + normal(6, 5, scale=0.4), advantages=normal(6), rewards=normal(6),
-                           token_rewards=normal(6, 5),
-                           values=normal(6, 5).requires_grad_(), old_values=normal(6, 5), returns=normal(6, 5))
+    return SimpleNamespace(
+        mask=torch.arange(5) < lengths[:, None],
+        old=old,
+        logprobs=(old + normal(6, 5, scale=0.4)).requires_grad_(),
+        ref=old + normal(6, 5, scale=0.4),
+        advantages=normal(6),
+        rewards=normal(6),
+        token_rewards=normal(6, 5),
+        values=normal(6, 5).requires_grad_(),
+        old_values=normal(6, 5),
+        returns=normal(6, 5),
+    )
 
 # %% ../nbs/16_ledger.ipynb #41a24785
 def ragged(x: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> list[list[Tensor]]:
@@ -124,12 +168,23 @@ def ragged(x: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> list[list[Tens
 # %% ../nbs/16_ledger.ipynb #8e437e6f
 def small_policy(vocabulary: int = 5, seed: int = 0) -> PreTrainedModel:
     "A GPT-2 with random weights in float64 and distributions far from uniform. Token 0 is padding, token 1 is EOS."
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=16,
-                                       pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=16,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1: parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+            if parameter.dim() > 1:
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
     return model.double().eval()
 
 # %% ../nbs/16_ledger.ipynb #907ab0e0
@@ -139,36 +194,54 @@ def rollout_of(
 ) -> Rollout:
     "A rollout of given tokens, padded as the sampler pads: prompts on the left, completions on the right."
     P, T, N = max(map(len, prompts)), max(map(len, completions)), len(completions)
-    return Rollout([Query(str(prompt)) for prompt in prompts],
-                   torch.tensor([[*[0] * (P - len(p)), *p] for p in prompts]),
-                   torch.arange(P) >= P - torch.tensor([[len(p)] for p in prompts]),
-                   torch.tensor([[*c, *[0] * (T - len(c))] for c in completions]),
-                   torch.arange(T) < torch.tensor([[len(c)] for c in completions]), [str(c) for c in completions],
-                   torch.zeros(N, dtype=torch.bool), N // len(prompts))
+    return Rollout(
+        [Query(str(prompt)) for prompt in prompts],
+        torch.tensor([[*[0] * (P - len(p)), *p] for p in prompts]),
+        torch.arange(P) >= P - torch.tensor([[len(p)] for p in prompts]),
+        torch.tensor([[*c, *[0] * (T - len(c))] for c in completions]),
+        torch.arange(T) < torch.tensor([[len(c)] for c in completions]),
+        [str(c) for c in completions],
+        torch.zeros(N, dtype=torch.bool),
+        N // len(prompts),
+    )
 
 # %% ../nbs/16_ledger.ipynb #6b185b4c
 def small_rollout(model: PreTrainedModel, seed: int = 0) -> Rollout:
     "Two prompts of unequal length, three completions each; off-policy, reference and advantages at random."
     generator = torch.Generator().manual_seed(seed)
-    rollout = rollout_of([[2, 3], [4, 2, 3, 3]], [[3, 2, 1], [4, 1], [1], [2, 2, 2, 1], [4, 3, 1], [3, 1]])
-    with torch.no_grad(): logprobs = token_logprobs(model, rollout)
+    rollout = rollout_of(
+        [[2, 3], [4, 2, 3, 3]],
+        [[3, 2, 1], [4, 1], [1], [2, 2, 2, 1], [4, 3, 1], [3, 1]],
+    )
+    with torch.no_grad():
+        logprobs = token_logprobs(model, rollout)
+
     def moved(scale):
         uniform = torch.rand(logprobs.shape, generator=generator, dtype=torch.float64)
         return logprobs + scale * (2 * uniform - 1) * rollout.completion_mask
-    return replace(rollout, logprobs=moved(0.6), ref_logprobs=moved(1.0),
-                   advantages=torch.randn(6, generator=generator, dtype=torch.float64))
+
+    return replace(
+        rollout,
+        logprobs=moved(0.6),
+        ref_logprobs=moved(1.0),
+        advantages=torch.randn(6, generator=generator, dtype=torch.float64),
+    )
 
 # %% ../nbs/16_ledger.ipynb #6ca5054f
 def every_completion(vocabulary: int = 5, length: int = 3) -> Rollout:
     "Every answer to one prompt that ends with EOS or at the length limit, as one group."
     ids = itertools.product(range(vocabulary), repeat=length)
-    return rollout_of([[2, 3]], sorted({row[:row.index(1) + 1] if 1 in row else row for row in ids}))
+    return rollout_of(
+        [[2, 3]], sorted({row[: row.index(1) + 1] if 1 in row else row for row in ids})
+    )
 
 # %% ../nbs/16_ledger.ipynb #7e13e3ac
 def step_by_step(
     model: PreTrainedModel,
     rollout: Rollout,
-) -> Iterator[tuple[int, int, Float[Tensor, "V"]]]:  # (completion, index of its token, logits of what could stand there)
+) -> Iterator[
+    tuple[int, int, Float[Tensor, "V"]]
+]:  # (completion, index of its token, logits of what could stand there)
     "The logits of each completion token from a forward pass of its own."
     for i, n in enumerate(rollout.completion_mask.sum(1).tolist()):
         g = i // rollout.num_generations
@@ -180,9 +253,11 @@ def step_by_step(
 # %% ../nbs/16_ledger.ipynb #a3de0ca1
 def import_trl():
     "The module `trl`; `OracleMissing` if it is not installed. It is an oracle and no requirement of the library."
-    try: import trl.trainer.utils
+    try:
+        import trl.trainer.utils
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "trl": raise
+        if (error.name or "").split(".")[0] != "trl":
+            raise
         raise OracleMissing("TRL is not installed: pip install trl") from None
     return trl
 
@@ -193,27 +268,67 @@ def check_logprobs(quantity: str, truth: str) -> tuple[float, float]:
     rollout = small_rollout(model)
     logprobs, entropy = token_logprobs(model, rollout, T, return_entropy=True)
     ours = {"logprob": logprobs, "entropy": entropy}[quantity][rollout.completion_mask]
-    steps = [(rollout.completion_ids[i, t], logits / T) for i, t, logits in step_by_step(model, rollout)]
+    steps = [
+        (rollout.completion_ids[i, t], logits / T)
+        for i, t, logits in step_by_step(model, rollout)
+    ]
     if truth == "definition":
         logprobs = [(token, x - x.exp().sum().log()) for token, x in steps]
-        theirs = [p[token] if quantity == "logprob" else -sum(x.exp() * x for x in p) for token, p in logprobs]
+        theirs = [
+            p[token] if quantity == "logprob" else -sum(x.exp() * x for x in p)
+            for token, p in logprobs
+        ]
     else:
-        functions, tokens, logits = import_trl().trainer.utils, *map(torch.stack, zip(*steps))
-        by_trl = {"logprob": lambda: functions.selective_log_softmax(logits, tokens),
-                  "entropy": lambda: functions.entropy_from_logits(logits)}
+        functions, tokens, logits = (
+            import_trl().trainer.utils,
+            *map(torch.stack, zip(*steps)),
+        )
+        by_trl = {
+            "logprob": lambda: functions.selective_log_softmax(logits, tokens),
+            "entropy": lambda: functions.entropy_from_logits(logits),
+        }
         theirs = by_trl[quantity]()
     return disagreement(ours, theirs, list(model.parameters()))
 
-_logprob, _entropy = r"\log\pi_\theta(o_t\mid q,o_{<t})", r"-\sum_v\pi_\theta(v)\log\pi_\theta(v)"
+
+_logprob, _entropy = (
+    r"\log\pi_\theta(o_t\mid q,o_{<t})",
+    r"-\sum_v\pi_\theta(v)\log\pi_\theta(v)",
+)
 _token_rows = [
-    Check("log-prob", _logprob, "2402.03300, eq. 1", "policy.token_logprobs", "definition, each prefix alone",
-          partial(check_logprobs, "logprob", "definition")),
-    Check("log-prob, TRL", _logprob, "2402.03300, eq. 1", "policy.token_logprobs", "TRL: selective_log_softmax",
-          partial(check_logprobs, "logprob", "trl")),
-    Check("entropy", _entropy, "Shannon 1948, sec. 6", "policy.token_logprobs", "definition, each prefix alone",
-          partial(check_logprobs, "entropy", "definition")),
-    Check("entropy, TRL", _entropy, "Shannon 1948, sec. 6", "policy.token_logprobs", "TRL: entropy_from_logits",
-          partial(check_logprobs, "entropy", "trl"))]
+    Check(
+        "log-prob",
+        _logprob,
+        "2402.03300, eq. 1",
+        "policy.token_logprobs",
+        "definition, each prefix alone",
+        partial(check_logprobs, "logprob", "definition"),
+    ),
+    Check(
+        "log-prob, TRL",
+        _logprob,
+        "2402.03300, eq. 1",
+        "policy.token_logprobs",
+        "TRL: selective_log_softmax",
+        partial(check_logprobs, "logprob", "trl"),
+    ),
+    Check(
+        "entropy",
+        _entropy,
+        "Shannon 1948, sec. 6",
+        "policy.token_logprobs",
+        "definition, each prefix alone",
+        partial(check_logprobs, "entropy", "definition"),
+    ),
+    Check(
+        "entropy, TRL",
+        _entropy,
+        "Shannon 1948, sec. 6",
+        "policy.token_logprobs",
+        "TRL: entropy_from_logits",
+        partial(check_logprobs, "entropy", "trl"),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #bc9e74f8
 def check_ratio(level: str) -> tuple[float, float]:
@@ -221,42 +336,102 @@ def check_ratio(level: str) -> tuple[float, float]:
     b, truth = random_batch(), []
     for new, old in zip(ragged(b.logprobs, b.mask), ragged(b.old, b.mask)):
         quotients = [x.exp() / y.exp() for x, y in zip(new, old)]
-        truth.append(quotients if level == "token" else [math.prod(quotients) ** (1 / len(quotients))] * len(quotients))
-    return disagreement(ratio(b.logprobs, b.old, b.mask, level)[b.mask], truth, [b.logprobs])
+        truth.append(
+            quotients
+            if level == "token"
+            else [math.prod(quotients) ** (1 / len(quotients))] * len(quotients)
+        )
+    return disagreement(
+        ratio(b.logprobs, b.old, b.mask, level)[b.mask], truth, [b.logprobs]
+    )
+
 
 _ratio_rows = [
-    Check("ratio", r"\rho_t=\frac{\pi_\theta(o_t)}{\pi_\text{old}(o_t)}", "PPO 1707.06347, sec. 3",
-          "objective.ratio", "definition", partial(check_ratio, "token")),
-    Check("sequence ratio", r"s_i=\Big(\frac{\pi_\theta(o_i)}{\pi_\text{old}(o_i)}\Big)^{1/\lvert o_i\rvert}",
-          "GSPO 2507.18071, eq. 7", "objective.ratio", "definition: geometric mean", partial(check_ratio, "sequence"))]
+    Check(
+        "ratio",
+        r"\rho_t=\frac{\pi_\theta(o_t)}{\pi_\text{old}(o_t)}",
+        "PPO 1707.06347, sec. 3",
+        "objective.ratio",
+        "definition",
+        partial(check_ratio, "token"),
+    ),
+    Check(
+        "sequence ratio",
+        r"s_i=\Big(\frac{\pi_\theta(o_i)}{\pi_\text{old}(o_i)}\Big)^{1/\lvert o_i\rvert}",
+        "GSPO 2507.18071, eq. 7",
+        "objective.ratio",
+        "definition: geometric mean",
+        partial(check_ratio, "sequence"),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #71e5c342
-def check_objective(low: float = 0.2, high: float = 0.2, delta: float | None = None,
-                    objective: str = "clip") -> tuple[float, float]:
+def check_objective(
+    low: float = 0.2,
+    high: float = 0.2,
+    delta: float | None = None,
+    objective: str = "clip",
+) -> tuple[float, float]:
     "The per-token policy loss, by cases."
     b, truth = random_batch(), []
-    for A, new, old in zip(b.advantages.tolist(), ragged(b.logprobs, b.mask), ragged(b.old, b.mask)):
+    for A, new, old in zip(
+        b.advantages.tolist(), ragged(b.logprobs, b.mask), ragged(b.old, b.mask)
+    ):
         for x, y in zip(new, old):
             rho = (x - y).exp()
             if objective == "cispo":
-                gain = min(rho.item(), 1 + high) * A * x  # the weight is a number: it has no gradient
-            elif A > 0: gain = A * min(rho, 1 + high)
-            else: gain = A * max(rho if delta is None else min(rho, delta), 1 - low)
+                gain = (
+                    min(rho.item(), 1 + high) * A * x
+                )  # the weight is a number: it has no gradient
+            elif A > 0:
+                gain = A * min(rho, 1 + high)
+            else:
+                gain = A * max(rho if delta is None else min(rho, delta), 1 - low)
             truth.append(-gain)
-    ours, _ = policy_loss(b.logprobs, b.old, b.advantages, b.mask, low, high, delta, objective=objective)
+    ours, _ = policy_loss(
+        b.logprobs, b.old, b.advantages, b.mask, low, high, delta, objective=objective
+    )
     return disagreement(ours[b.mask], truth, [b.logprobs])
 
-_clip, _cases = r"-\min\big(\rho A,\ \operatorname{clip}(\rho,1-\varepsilon,%s)A\big)", "definition, by the sign of A"
+
+_clip, _cases = (
+    r"-\min\big(\rho A,\ \operatorname{clip}(\rho,1-\varepsilon,%s)A\big)",
+    "definition, by the sign of A",
+)
 _objective_rows = [
-    Check("clipped objective", _clip % r"1+\varepsilon", "PPO 1707.06347, eq. 7", "objective.policy_loss", _cases,
-          check_objective),
-    Check("clip-higher", _clip % r"1+\varepsilon_\text{high}", "DAPO 2503.14476, eq. 10", "objective.policy_loss",
-          _cases, partial(check_objective, high=0.28)),
-    Check("dual clip", r"-\min\big(\min(\rho,\delta)A,\ \operatorname{clip}(\rho,1-\varepsilon,1+\varepsilon)A\big)",
-          "1912.09729, with δ for c", "objective.policy_loss", _cases, partial(check_objective, delta=1.3)),
-    Check("CISPO", r"-\operatorname{sg}\big[\min(\rho,1+\varepsilon_\text{high})\big]A\log\pi_\theta",
-          "MiniMax-M1 2506.13585, eq. 4", "objective.policy_loss", "definition, weight held fixed",
-          partial(check_objective, objective="cispo"))]
+    Check(
+        "clipped objective",
+        _clip % r"1+\varepsilon",
+        "PPO 1707.06347, eq. 7",
+        "objective.policy_loss",
+        _cases,
+        check_objective,
+    ),
+    Check(
+        "clip-higher",
+        _clip % r"1+\varepsilon_\text{high}",
+        "DAPO 2503.14476, eq. 10",
+        "objective.policy_loss",
+        _cases,
+        partial(check_objective, high=0.28),
+    ),
+    Check(
+        "dual clip",
+        r"-\min\big(\min(\rho,\delta)A,\ \operatorname{clip}(\rho,1-\varepsilon,1+\varepsilon)A\big)",
+        "1912.09729, with δ for c",
+        "objective.policy_loss",
+        _cases,
+        partial(check_objective, delta=1.3),
+    ),
+    Check(
+        "CISPO",
+        r"-\operatorname{sg}\big[\min(\rho,1+\varepsilon_\text{high})\big]A\log\pi_\theta",
+        "MiniMax-M1 2506.13585, eq. 4",
+        "objective.policy_loss",
+        "definition, weight held fixed",
+        partial(check_objective, objective="cispo"),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #19b165d2
 def check_aggregate(loss_type: str) -> tuple[float, float]:
@@ -264,88 +439,203 @@ def check_aggregate(loss_type: str) -> tuple[float, float]:
     b = random_batch()
     rows, L = ragged(b.logprobs, b.mask), 9
     everything = [x for row in rows for x in row]
-    truth = {"grpo": lambda: sum(sum(row) / len(row) for row in rows) / len(rows),
-             "dapo": lambda: sum(everything) / len(everything),
-             "dr_grpo": lambda: sum(everything) / (len(rows) * L)}["dapo" if loss_type == "bnpo" else loss_type]()
-    return disagreement(aggregate(b.logprobs, b.mask, loss_type, L), [truth], [b.logprobs])
+    truth = {
+        "grpo": lambda: sum(sum(row) / len(row) for row in rows) / len(rows),
+        "dapo": lambda: sum(everything) / len(everything),
+        "dr_grpo": lambda: sum(everything) / (len(rows) * L),
+    }["dapo" if loss_type == "bnpo" else loss_type]()
+    return disagreement(
+        aggregate(b.logprobs, b.mask, loss_type, L), [truth], [b.logprobs]
+    )
+
 
 _aggregate_rows = [
-    Check("grpo", r"\frac1N\sum_i\frac1{\lvert o_i\rvert}\sum_t\ell_{i,t}", "DeepSeekMath 2402.03300, eq. 3",
-          "objective.aggregate", "definition", partial(check_aggregate, "grpo")),
-    Check("dapo", r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\ell_{i,t}", "DAPO 2503.14476, eq. 8",
-          "objective.aggregate", "definition", partial(check_aggregate, "dapo")),
-    Check("bnpo", r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\ell_{i,t}",
-          "TRL's name; over the whole step, as dapo", "objective.aggregate", "definition",
-          partial(check_aggregate, "bnpo")),
-    Check("dr_grpo", r"\frac1{N\,L_\text{max}}\sum_i\sum_t\ell_{i,t}", "Dr. GRPO 2503.20783, sec. 3",
-          "objective.aggregate", "definition", partial(check_aggregate, "dr_grpo"))]
+    Check(
+        "grpo",
+        r"\frac1N\sum_i\frac1{\lvert o_i\rvert}\sum_t\ell_{i,t}",
+        "DeepSeekMath 2402.03300, eq. 3",
+        "objective.aggregate",
+        "definition",
+        partial(check_aggregate, "grpo"),
+    ),
+    Check(
+        "dapo",
+        r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\ell_{i,t}",
+        "DAPO 2503.14476, eq. 8",
+        "objective.aggregate",
+        "definition",
+        partial(check_aggregate, "dapo"),
+    ),
+    Check(
+        "bnpo",
+        r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\ell_{i,t}",
+        "TRL's name; over the whole step, as dapo",
+        "objective.aggregate",
+        "definition",
+        partial(check_aggregate, "bnpo"),
+    ),
+    Check(
+        "dr_grpo",
+        r"\frac1{N\,L_\text{max}}\sum_i\sum_t\ell_{i,t}",
+        "Dr. GRPO 2503.20783, sec. 3",
+        "objective.aggregate",
+        "definition",
+        partial(check_aggregate, "dr_grpo"),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #0231bbc0
 def check_kl_mean(estimator: str) -> tuple[float, None]:
     "The expectation of an estimator under pi."
-    z, p_ref = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z, p_ref = torch.randn(
+        2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     p, q = z.softmax(0), p_ref.softmax(0)
     power, factor = (2, 0.5) if estimator == "k2" else (1, 1)
-    truth = factor * math.fsum(a * math.log(a / b) ** power for a, b in zip(p.tolist(), q.tolist()))
+    truth = factor * math.fsum(
+        a * math.log(a / b) ** power for a, b in zip(p.tolist(), q.tolist())
+    )
     return disagreement((p * kl(p.log(), q.log(), estimator)).sum(), [truth])
+
 
 _enumerate = "enumeration of 7 tokens"
 _kl_mean_rows = [
-    Check("E[k1]", r"\mathbb E_\pi[k_1]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_1=-d", "Schulman 2020",
-          "reference.kl", _enumerate, partial(check_kl_mean, "k1")),
-    Check("E[k2]", r"\mathbb E_\pi[k_2]=\tfrac12\mathbb E_\pi[d^2],\ k_2=\tfrac12d^2\ \text{(biased)}",
-          "Schulman 2020", "reference.kl", _enumerate, partial(check_kl_mean, "k2")),
-    Check("E[k3]", r"\mathbb E_\pi[k_3]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_3=e^d-d-1",
-          "Schulman 2020; 2402.03300, eq. 4", "reference.kl", _enumerate, partial(check_kl_mean, "k3"))]
+    Check(
+        "E[k1]",
+        r"\mathbb E_\pi[k_1]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_1=-d",
+        "Schulman 2020",
+        "reference.kl",
+        _enumerate,
+        partial(check_kl_mean, "k1"),
+    ),
+    Check(
+        "E[k2]",
+        r"\mathbb E_\pi[k_2]=\tfrac12\mathbb E_\pi[d^2],\ k_2=\tfrac12d^2\ \text{(biased)}",
+        "Schulman 2020",
+        "reference.kl",
+        _enumerate,
+        partial(check_kl_mean, "k2"),
+    ),
+    Check(
+        "E[k3]",
+        r"\mathbb E_\pi[k_3]=\mathrm{KL}(\pi\Vert\pi_\text{ref}),\ k_3=e^d-d-1",
+        "Schulman 2020; 2402.03300, eq. 4",
+        "reference.kl",
+        _enumerate,
+        partial(check_kl_mean, "k3"),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #b5d2264f
-def check_kl_gradient(estimator: str, truth: str, weighted: bool = False) -> tuple[None, float]:
+def check_kl_gradient(
+    estimator: str, truth: str, weighted: bool = False
+) -> tuple[None, float]:
     "The expectation of an estimator's gradient in the logits of pi; `weighted`: of rho times the estimator."
-    z, z_ref = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z, z_ref = torch.randn(
+        2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     logp, logq = z.requires_grad_().log_softmax(0), z_ref.log_softmax(0)
     rho = (logp - logp.detach()).exp() if weighted else 1.0
-    ours, = torch.autograd.grad((logp.detach().exp() * rho * kl(logp, logq, estimator)).sum(), z)
+    (ours,) = torch.autograd.grad(
+        (logp.detach().exp() * rho * kl(logp, logq, estimator)).sum(), z
+    )
     p, q = logp.detach().exp().tolist(), logq.exp().tolist()
     kl_pi_ref = math.fsum(a * math.log(a / b) for a, b in zip(p, q))
-    by_hand = {"zero": [0.0] * 7, "KL(pi, ref)": [a * (math.log(a / b) - kl_pi_ref) for a, b in zip(p, q)],
-               "KL(ref, pi)": [a - b for a, b in zip(p, q)]}
+    by_hand = {
+        "zero": [0.0] * 7,
+        "KL(pi, ref)": [a * (math.log(a / b) - kl_pi_ref) for a, b in zip(p, q)],
+        "KL(ref, pi)": [a - b for a, b in zip(p, q)],
+    }
     return None, disagreement(ours, by_hand[truth])[0]
+
 
 _closed = "enumeration, closed form"
 _kl_gradient_rows = [
-    Check("E[grad k1]", r"\mathbb E_\pi[\nabla k_1]=0", "score function has mean 0", "reference.kl", _closed,
-          partial(check_kl_gradient, "k1", "zero")),
-    Check("E[grad k2]", r"\mathbb E_\pi[\nabla k_2]=\nabla\mathrm{KL}(\pi\Vert\pi_\text{ref})", "by hand, above",
-          "reference.kl", _closed, partial(check_kl_gradient, "k2", "KL(pi, ref)")),
-    Check("E[grad k3]", r"\mathbb E_\pi[\nabla k_3]=\nabla\mathrm{KL}(\pi_\text{ref}\Vert\pi)", "by hand, above",
-          "reference.kl", _closed, partial(check_kl_gradient, "k3", "KL(ref, pi)")),
-    Check("E[grad rho k3]", r"\mathbb E_\pi[\nabla(\rho\,k_3)]=\nabla\mathrm{KL}(\pi\Vert\pi_\text{ref})",
-          "by hand, above", "reference.kl", _closed, partial(check_kl_gradient, "k3", "KL(pi, ref)", True))]
+    Check(
+        "E[grad k1]",
+        r"\mathbb E_\pi[\nabla k_1]=0",
+        "score function has mean 0",
+        "reference.kl",
+        _closed,
+        partial(check_kl_gradient, "k1", "zero"),
+    ),
+    Check(
+        "E[grad k2]",
+        r"\mathbb E_\pi[\nabla k_2]=\nabla\mathrm{KL}(\pi\Vert\pi_\text{ref})",
+        "by hand, above",
+        "reference.kl",
+        _closed,
+        partial(check_kl_gradient, "k2", "KL(pi, ref)"),
+    ),
+    Check(
+        "E[grad k3]",
+        r"\mathbb E_\pi[\nabla k_3]=\nabla\mathrm{KL}(\pi_\text{ref}\Vert\pi)",
+        "by hand, above",
+        "reference.kl",
+        _closed,
+        partial(check_kl_gradient, "k3", "KL(ref, pi)"),
+    ),
+    Check(
+        "E[grad rho k3]",
+        r"\mathbb E_\pi[\nabla(\rho\,k_3)]=\nabla\mathrm{KL}(\pi\Vert\pi_\text{ref})",
+        "by hand, above",
+        "reference.kl",
+        _closed,
+        partial(check_kl_gradient, "k3", "KL(pi, ref)", True),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #c92e15d5
 def check_kl_in_reward() -> tuple[float, None]:
     "Token rewards of PPO: the price of the KL on each token, the score on the last."
     b, beta = random_batch(), 0.3
     ours = kl_in_reward(b.rewards, b.logprobs.detach(), b.ref, b.mask, beta)
-    truth = [[-beta * (x - y).item() + (score if t == len(new) - 1 else 0) for t, (x, y) in enumerate(zip(new, ref))]
-             for score, new, ref in zip(b.rewards.tolist(), ragged(b.logprobs, b.mask), ragged(b.ref, b.mask))]
-    return disagreement([ours[b.mask], ours[~b.mask]], [*truth, [0.0] * int((~b.mask).sum())])
+    truth = [
+        [
+            -beta * (x - y).item() + (score if t == len(new) - 1 else 0)
+            for t, (x, y) in enumerate(zip(new, ref))
+        ]
+        for score, new, ref in zip(
+            b.rewards.tolist(), ragged(b.logprobs, b.mask), ragged(b.ref, b.mask)
+        )
+    ]
+    return disagreement(
+        [ours[b.mask], ours[~b.mask]], [*truth, [0.0] * int((~b.mask).sum())]
+    )
+
 
 _kl_reward_row = Check(
     "KL in the reward",
     r"r_t=\mathbf 1[t=\lvert o\rvert]\,r_\varphi(q,o)-\beta\log\frac{\pi_\theta(o_t)}{\pi_\text{ref}(o_t)}",
-    "2402.03300, eq. 2; 2203.02155", "reference.kl_in_reward", "definition", check_kl_in_reward)
+    "2402.03300, eq. 2; 2203.02155",
+    "reference.kl_in_reward",
+    "definition",
+    check_kl_in_reward,
+)
 
 # %% ../nbs/16_ledger.ipynb #c9b511e2
 def check_adaptive_beta() -> tuple[float, None]:
     "beta = 0.1, target 6 nats, 256 completions of a horizon of 10,000: a step is at most 0.2 * 0.0256 = 0.512 %."
-    by_hand = {6.0: 0.1, 6.6: 0.100256, 600.0: 0.100512, 0.0: 0.099488}  # 10 % too much; far too much; nothing
-    return disagreement([adapt_beta(0.1, observed, 6.0, 256) for observed in by_hand], list(by_hand.values()))
+    by_hand = {
+        6.0: 0.1,
+        6.6: 0.100256,
+        600.0: 0.100512,
+        0.0: 0.099488,
+    }  # 10 % too much; far too much; nothing
+    return disagreement(
+        [adapt_beta(0.1, observed, 6.0, 256) for observed in by_hand],
+        list(by_hand.values()),
+    )
+
 
 _beta_row = Check(
     "adaptive β",
     r"\beta\leftarrow\beta\Big(1+\operatorname{clip}\big(\tfrac{\mathrm{KL}}{\mathrm{KL}_\text{target}}-1,\pm0.2\big)\tfrac nh\Big)",
-    "Ziegler 1909.08593, sec. 2.2", "reference.adapt_beta", "four numbers by hand", check_adaptive_beta)
+    "Ziegler 1909.08593, sec. 2.2",
+    "reference.adapt_beta",
+    "four numbers by hand",
+    check_adaptive_beta,
+)
 
 # %% ../nbs/16_ledger.ipynb #a9bef2c6
 def check_gae(gamma: float, lam: float) -> tuple[float, None]:
@@ -356,18 +646,38 @@ def check_gae(gamma: float, lam: float) -> tuple[float, None]:
         r, v = [x.item() for x in r], [*(x.item() for x in v), 0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(r))]
         if lam == 1:
-            A = [math.fsum(gamma ** (l - t) * r[l] for l in range(t, len(r))) - v[t]
-                 for t in range(len(r))]  # Monte Carlo
-        else: A = [math.fsum((gamma * lam) ** (l - t) * delta[l] for l in range(t, len(r))) for t in range(len(r))]
+            A = [
+                math.fsum(gamma ** (l - t) * r[l] for l in range(t, len(r))) - v[t]
+                for t in range(len(r))
+            ]  # Monte Carlo
+        else:
+            A = [
+                math.fsum((gamma * lam) ** (l - t) * delta[l] for l in range(t, len(r)))
+                for t in range(len(r))
+            ]
         truth.append([[a, a + value] for a, value in zip(A, v)])
     advantages, returns = gae(b.token_rewards, b.values.detach(), b.mask, gamma, lam)
     return disagreement(torch.stack([advantages[b.mask], returns[b.mask]], 1), truth)
 
+
 _gae_rows = [
-    Check("GAE", r"\hat A_t=\sum_{l\ge0}(\gamma\lambda)^l\delta_{t+l},\ \delta_t=r_t+\gamma V_{t+1}-V_t",
-          "1506.02438, eq. 16", "gae.gae", "definition: double sum", partial(check_gae, 0.9, 0.95)),
-    Check("GAE, λ = 1", r"\hat A_t=\sum_{l\ge0}\gamma^l r_{t+l}-V_t,\quad R_t=\hat A_t+V_t", "1506.02438, eq. 18",
-          "gae.gae", "definition: rewards to come", partial(check_gae, 0.9, 1.0))]
+    Check(
+        "GAE",
+        r"\hat A_t=\sum_{l\ge0}(\gamma\lambda)^l\delta_{t+l},\ \delta_t=r_t+\gamma V_{t+1}-V_t",
+        "1506.02438, eq. 16",
+        "gae.gae",
+        "definition: double sum",
+        partial(check_gae, 0.9, 0.95),
+    ),
+    Check(
+        "GAE, λ = 1",
+        r"\hat A_t=\sum_{l\ge0}\gamma^l r_{t+l}-V_t,\quad R_t=\hat A_t+V_t",
+        "1506.02438, eq. 18",
+        "gae.gae",
+        "definition: rewards to come",
+        partial(check_gae, 0.9, 1.0),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #b8869e8a
 def check_whiten(shift_mean: bool) -> tuple[float, None]:
@@ -378,125 +688,294 @@ def check_whiten(shift_mean: bool) -> tuple[float, None]:
     truth = [(x - mean) / std + (0 if shift_mean else mean) for x in real]
     return disagreement(whiten(b.token_rewards, b.mask, shift_mean)[b.mask], truth)
 
+
 _whiten_rows = [
-    Check("whitening", r"\frac{x-\bar x}{\operatorname{std}x+10^{-8}}", "after the code of 1909.08593",
-          "gae.whiten", "module statistics", partial(check_whiten, True)),
-    Check("whitening, mean kept", r"\frac{x-\bar x}{\operatorname{std}x+10^{-8}}+\bar x",
-          "after the code of 1909.08593", "gae.whiten", "module statistics", partial(check_whiten, False))]
+    Check(
+        "whitening",
+        r"\frac{x-\bar x}{\operatorname{std}x+10^{-8}}",
+        "after the code of 1909.08593",
+        "gae.whiten",
+        "module statistics",
+        partial(check_whiten, True),
+    ),
+    Check(
+        "whitening, mean kept",
+        r"\frac{x-\bar x}{\operatorname{std}x+10^{-8}}+\bar x",
+        "after the code of 1909.08593",
+        "gae.whiten",
+        "module statistics",
+        partial(check_whiten, False),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #927cd79b
 def check_value_loss(eps: float = 0.2) -> tuple[float, float]:
     "Token by token: a value further than eps from the old one is charged the larger of its two errors."
     b = random_batch()
     terms = []
-    for v, o, r in zip(*([x for row in ragged(y, b.mask) for x in row] for y in (b.values, b.old_values, b.returns))):
+    for v, o, r in zip(
+        *(
+            [x for row in ragged(y, b.mask) for x in row]
+            for y in (b.values, b.old_values, b.returns)
+        )
+    ):
         near = v if abs(v - o) <= eps else o.item() + math.copysign(eps, (v - o).item())
         terms.append(max((v - r) ** 2, (near - r) ** 2) / 2)
-    return disagreement(value_loss(b.values, b.old_values, b.returns, b.mask, eps), [sum(terms) / len(terms)],
-                        [b.values])
+    return disagreement(
+        value_loss(b.values, b.old_values, b.returns, b.mask, eps),
+        [sum(terms) / len(terms)],
+        [b.values],
+    )
+
 
 _value_row = Check(
     "clipped value loss",
     r"\tfrac12\max\big((V-R)^2,(\operatorname{clip}(V,V_\text{old}\pm\varepsilon_v)-R)^2\big)",
-    "PPO2; InstructGPT 2203.02155", "value.value_loss", "definition, by cases", check_value_loss)
+    "PPO2; InstructGPT 2203.02155",
+    "value.value_loss",
+    "definition, by cases",
+    check_value_loss,
+)
 
 # %% ../nbs/16_ledger.ipynb #970831bd
 def check_bradley_terry() -> tuple[float, float]:
     "The probability that the better answer wins, as a quotient."
-    scores = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    scores = torch.randn(
+        8,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+        requires_grad=True,
+    )
     win = [a.exp() / (a.exp() + b.exp()) for a, b in zip(scores[:4], scores[4:])]
-    return disagreement(bradley_terry_loss(scores[:4], scores[4:]), [-sum(p.log() for p in win) / 4], [scores])
+    return disagreement(
+        bradley_terry_loss(scores[:4], scores[4:]),
+        [-sum(p.log() for p in win) / 4],
+        [scores],
+    )
 
-_reward_row = Check("Bradley–Terry", r"-\log\sigma(r_w-r_l)=-\log\frac{e^{r_w}}{e^{r_w}+e^{r_l}}",
-                    "InstructGPT 2203.02155, eq. 1", "reward.bradley_terry_loss", "definition: quotient",
-                    check_bradley_terry)
+
+_reward_row = Check(
+    "Bradley–Terry",
+    r"-\log\sigma(r_w-r_l)=-\log\frac{e^{r_w}}{e^{r_w}+e^{r_l}}",
+    "InstructGPT 2203.02155, eq. 1",
+    "reward.bradley_terry_loss",
+    "definition: quotient",
+    check_bradley_terry,
+)
 
 # %% ../nbs/16_ledger.ipynb #cefd21e8
 def check_overlong() -> tuple[float, None]:
     "The three cases of the penalty, for each length up to past the limit."
     limit, cache = 16, 4
-    truth = [0.0 if n <= limit - cache else (limit - cache - n) / cache if n <= limit else -1.0 for n in range(20)]
-    return disagreement(overlong_reward(limit, cache)([""] * 20, [""] * 20,
-                                                      completion_ids=[[0] * n for n in range(20)]), truth)
+    truth = [
+        0.0
+        if n <= limit - cache
+        else (limit - cache - n) / cache
+        if n <= limit
+        else -1.0
+        for n in range(20)
+    ]
+    return disagreement(
+        overlong_reward(limit, cache)(
+            [""] * 20, [""] * 20, completion_ids=[[0] * n for n in range(20)]
+        ),
+        truth,
+    )
+
 
 _overlong_row = Check(
     "soft overlong penalty",
     r"\min\big(0,\max(-1,\tfrac{L_\text{max}-L_\text{cache}-\lvert o\rvert}{L_\text{cache}})\big)",
-    "DAPO 2503.14476, eq. 13", "reward.overlong_reward", "by cases", check_overlong)
+    "DAPO 2503.14476, eq. 13",
+    "reward.overlong_reward",
+    "by cases",
+    check_overlong,
+)
 
 # %% ../nbs/16_ledger.ipynb #d92680f1
 def check_group_advantages(scale: str, baseline: str = "mean") -> tuple[float, None]:
     "Mean and standard deviation (ddof 1) from the standard library, or the mean of the others."
     groups, truth = [[0.0, 1.0, 0.25, 0.7], [2.0, 1.5, -1.0, 0.3]], []
     for group in groups:
-        spread = {"group": statistics.stdev(group) + 1e-4, "batch": statistics.stdev(sum(groups, [])) + 1e-4,
-                  "none": 1.0}[scale]
+        spread = {
+            "group": statistics.stdev(group) + 1e-4,
+            "batch": statistics.stdev(sum(groups, [])) + 1e-4,
+            "none": 1.0,
+        }[scale]
         for i, r in enumerate(group):
-            others = group[:i] + group[i + 1:]
-            truth.append((r - statistics.fmean(group if baseline == "mean" else others)) / spread)
-    return disagreement(group_advantages(torch.tensor(groups, dtype=torch.float64).flatten(), 4, scale, baseline),
-                        truth)
+            others = group[:i] + group[i + 1 :]
+            truth.append(
+                (r - statistics.fmean(group if baseline == "mean" else others)) / spread
+            )
+    return disagreement(
+        group_advantages(
+            torch.tensor(groups, dtype=torch.float64).flatten(), 4, scale, baseline
+        ),
+        truth,
+    )
+
 
 _statistics = "module statistics"
 _group_rows = [
-    Check("group advantage", r"\hat A_i=\frac{r_i-\bar r}{\operatorname{std}r+10^{-4}}\ \text{(ddof 1)}",
-          "2402.03300, sec. 4.1.2", "group.group_advantages", _statistics, partial(check_group_advantages, "group")),
-    Check("std of the batch", r"\hat A_i=\frac{r_i-\bar r}{\operatorname{std}_\text{batch}r+10^{-4}}",
-          "Lite PPO 2508.08221", "group.group_advantages", _statistics, partial(check_group_advantages, "batch")),
-    Check("no std", r"\hat A_i=r_i-\bar r", "Dr. GRPO 2503.20783, sec. 3", "group.group_advantages", _statistics,
-          partial(check_group_advantages, "none")),
-    Check("leave-one-out", r"\hat A_i=r_i-\frac1{G-1}\sum_{j\ne i}r_j", "RLOO 2402.14740, sec. 3",
-          "group.group_advantages", _statistics, partial(check_group_advantages, "none", "leave_one_out"))]
+    Check(
+        "group advantage",
+        r"\hat A_i=\frac{r_i-\bar r}{\operatorname{std}r+10^{-4}}\ \text{(ddof 1)}",
+        "2402.03300, sec. 4.1.2",
+        "group.group_advantages",
+        _statistics,
+        partial(check_group_advantages, "group"),
+    ),
+    Check(
+        "std of the batch",
+        r"\hat A_i=\frac{r_i-\bar r}{\operatorname{std}_\text{batch}r+10^{-4}}",
+        "Lite PPO 2508.08221",
+        "group.group_advantages",
+        _statistics,
+        partial(check_group_advantages, "batch"),
+    ),
+    Check(
+        "no std",
+        r"\hat A_i=r_i-\bar r",
+        "Dr. GRPO 2503.20783, sec. 3",
+        "group.group_advantages",
+        _statistics,
+        partial(check_group_advantages, "none"),
+    ),
+    Check(
+        "leave-one-out",
+        r"\hat A_i=r_i-\frac1{G-1}\sum_{j\ne i}r_j",
+        "RLOO 2402.14740, sec. 3",
+        "group.group_advantages",
+        _statistics,
+        partial(check_group_advantages, "none", "leave_one_out"),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #c842adfa
 def check_process_advantages() -> tuple[float, None]:
     "All step rewards of the group are normalised together; a token gets those of the steps that end at or after it."
-    rewards, ends, lengths = [[0.2, 0.8, 0.1], [0.5], [], [1.0, 0.4]], [[0, 2, 4], [1], [], [1, 3]], [5, 3, 2, 4]
+    rewards, ends, lengths = (
+        [[0.2, 0.8, 0.1], [0.5], [], [1.0, 0.4]],
+        [[0, 2, 4], [1], [], [1, 3]],
+        [5, 3, 2, 4],
+    )
     pooled = sum(rewards, [])
-    z = [[(r - statistics.fmean(pooled)) / (statistics.stdev(pooled) + 1e-4) for r in row] for row in rewards]
-    truth = [[sum(x for x, end in zip(z[i], ends[i]) if end >= t) if t < lengths[i] else 0.0 for t in range(5)]
-             for i in range(4)]
+    z = [
+        [
+            (r - statistics.fmean(pooled)) / (statistics.stdev(pooled) + 1e-4)
+            for r in row
+        ]
+        for row in rewards
+    ]
+    truth = [
+        [
+            sum(x for x, end in zip(z[i], ends[i]) if end >= t)
+            if t < lengths[i]
+            else 0.0
+            for t in range(5)
+        ]
+        for i in range(4)
+    ]
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # that of the result: numbers in lists have none
-    try: return disagreement(process_advantages(rewards, ends, 4, lengths), truth)
-    finally: torch.set_default_dtype(usual)
+    torch.set_default_dtype(
+        torch.float64
+    )  # that of the result: numbers in lists have none
+    try:
+        return disagreement(process_advantages(rewards, ends, 4, lengths), truth)
+    finally:
+        torch.set_default_dtype(usual)
 
-_process_row = Check("process advantage", r"\hat A_{i,t}=\sum_{\text{end}(j)\ge t}\tilde r_{i,j}",
-                     "2402.03300, sec. 4.1.3", "group.process_advantages", "definition", check_process_advantages)
+
+_process_row = Check(
+    "process advantage",
+    r"\hat A_{i,t}=\sum_{\text{end}(j)\ge t}\tilde r_{i,j}",
+    "2402.03300, sec. 4.1.3",
+    "group.process_advantages",
+    "definition",
+    check_process_advantages,
+)
 
 # %% ../nbs/16_ledger.ipynb #835b0ff0
-def check_policy_gradient(advantage: str, objective: str = "clip") -> tuple[None, float]:
+def check_policy_gradient(
+    advantage: str, objective: str = "clip"
+) -> tuple[None, float]:
     "The expected gradient of the loss, over all answers or all pairs of answers, against that of the expected reward."
     model, rollout = small_policy(), every_completion()
     N, weights = len(rollout), list(model.parameters())
-    rewards = torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards = torch.randn(
+        N, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     logprobs = [0.0] * N
     for i, t, logits in step_by_step(model, rollout):
-        logprobs[i] = logprobs[i] + logits[rollout.completion_ids[i, t]] - logits.exp().sum().log()
-    truth = torch.autograd.grad(-sum(logprob.exp() * reward for logprob, reward in zip(logprobs, rewards.tolist())),
-                                weights)
+        logprobs[i] = (
+            logprobs[i]
+            + logits[rollout.completion_ids[i, t]]
+            - logits.exp().sum().log()
+        )
+    truth = torch.autograd.grad(
+        -sum(
+            logprob.exp() * reward
+            for logprob, reward in zip(logprobs, rewards.tolist())
+        ),
+        weights,
+    )
 
     probability, A = torch.stack(logprobs).detach().exp(), rewards
     if advantage != "reward":  # the answer i meets every answer j
-        pairs = torch.stack([rewards[:, None].expand(N, N), rewards.expand(N, N)], 2).flatten()
-        A = group_advantages(pairs, 2, "none", advantage).view(N, N, 2)[..., 0] @ probability
+        pairs = torch.stack(
+            [rewards[:, None].expand(N, N), rewards.expand(N, N)], 2
+        ).flatten()
+        A = (
+            group_advantages(pairs, 2, "none", advantage).view(N, N, 2)[..., 0]
+            @ probability
+        )
     new = token_logprobs(model, rollout)
-    loss, _ = policy_loss(new, new.detach(), A, rollout.completion_mask, objective=objective)
+    loss, _ = policy_loss(
+        new, new.detach(), A, rollout.completion_mask, objective=objective
+    )
     ours = torch.autograd.grad((probability * loss.sum(1)).sum(), weights)
     factor = 1 / 2 if advantage == "mean" else 1
     return None, disagreement(list(ours), [factor * g for g in truth])[0]
 
 # %% ../nbs/16_ledger.ipynb #0c8f5e18
-_J, _all = r"\mathbb E_o\big[\nabla\textstyle\sum_t\ell_t\big]=-%s\nabla J", "enumeration of 85 answers"
+_J, _all = (
+    r"\mathbb E_o\big[\nabla\textstyle\sum_t\ell_t\big]=-%s\nabla J",
+    "enumeration of 85 answers",
+)
 _gradient_rows = [
-    Check("policy gradient", _J % "", "policy gradient theorem", "objective.policy_loss", _all,
-          partial(check_policy_gradient, "reward")),
-    Check("policy gradient, CISPO", _J % "", "policy gradient theorem", "objective.policy_loss", _all,
-          partial(check_policy_gradient, "reward", "cispo")),
-    Check("policy gradient, leave-one-out", _J % "" + r",\ G=2", "RLOO 2402.14740, sec. 3",
-          "group.group_advantages", "enumeration of 7,225 pairs", partial(check_policy_gradient, "leave_one_out")),
-    Check("policy gradient, mean", _J % r"(1-\tfrac1G)" + r",\ G=2", "follows from the row above",
-          "group.group_advantages", "enumeration of 7,225 pairs", partial(check_policy_gradient, "mean"))]
+    Check(
+        "policy gradient",
+        _J % "",
+        "policy gradient theorem",
+        "objective.policy_loss",
+        _all,
+        partial(check_policy_gradient, "reward"),
+    ),
+    Check(
+        "policy gradient, CISPO",
+        _J % "",
+        "policy gradient theorem",
+        "objective.policy_loss",
+        _all,
+        partial(check_policy_gradient, "reward", "cispo"),
+    ),
+    Check(
+        "policy gradient, leave-one-out",
+        _J % "" + r",\ G=2",
+        "RLOO 2402.14740, sec. 3",
+        "group.group_advantages",
+        "enumeration of 7,225 pairs",
+        partial(check_policy_gradient, "leave_one_out"),
+    ),
+    Check(
+        "policy gradient, mean",
+        _J % r"(1-\tfrac1G)" + r",\ G=2",
+        "follows from the row above",
+        "group.group_advantages",
+        "enumeration of 7,225 pairs",
+        partial(check_policy_gradient, "mean"),
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #61dfe47e
 def check_micro_batches() -> tuple[float, float]:
@@ -506,37 +985,83 @@ def check_micro_batches() -> tuple[float, float]:
         model = small_policy()
         rollout, results[budget] = small_rollout(model), [[], []]
         for loss_type in ("grpo", "bnpo", "dapo", "dr_grpo"):
-            config = make_config(device="cpu", loss_type=loss_type, entropy_coef=0.1, max_grad_norm=1e9,
-                                 max_tokens_per_micro_batch=budget)
-            metrics = update(model, torch.optim.SGD(model.parameters(), lr=0.0), rollout, config, beta=0.1)
+            config = make_config(
+                device="cpu",
+                loss_type=loss_type,
+                entropy_coef=0.1,
+                max_grad_norm=1e9,
+                max_tokens_per_micro_batch=budget,
+            )
+            metrics = update(
+                model,
+                torch.optim.SGD(model.parameters(), lr=0.0),
+                rollout,
+                config,
+                beta=0.1,
+            )
             results[budget][0].append(metrics["loss"])
             results[budget][1] += [p.grad.clone() for p in model.parameters()]
     whole, cut = results.values()
     return disagreement(cut[0], whole[0])[0], disagreement(cut[1], whole[1])[0]
 
-_pieces_row = Check("micro-batches", r"\nabla\sum_{\text{pieces}}L_p=\nabla L", "linearity", "update.update",
-                    "one piece against two", check_micro_batches)
+
+_pieces_row = Check(
+    "micro-batches",
+    r"\nabla\sum_{\text{pieces}}L_p=\nabla L",
+    "linearity",
+    "update.update",
+    "one piece against two",
+    check_micro_batches,
+)
 
 # %% ../nbs/16_ledger.ipynb #5bb8aacf
 def check_slope(h: float = 1e-5) -> tuple[None, float]:
     "The gradient of clip, KL, entropy bonus and aggregation through a model, against a central difference; relative."
     model = small_policy()
-    rollout, config = small_rollout(model), make_config(device="cpu", use_bias_correction_kl=True, entropy_coef=0.1,
-                                                        loss_type="dapo")
-    totals = {"num_sequences": torch.tensor(6), "num_tokens": rollout.completion_mask.sum()}
+    rollout, config = (
+        small_rollout(model),
+        make_config(
+            device="cpu",
+            use_bias_correction_kl=True,
+            entropy_coef=0.1,
+            loss_type="dapo",
+        ),
+    )
+    totals = {
+        "num_sequences": torch.tensor(6),
+        "num_tokens": rollout.completion_mask.sum(),
+    }
     generator = torch.Generator().manual_seed(1)
-    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
+    direction = [
+        torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for p in model.parameters()
+    ]
+
     def moved(by):
         with torch.no_grad():
-            for p, d in zip(model.parameters(), direction): p.add_(d, alpha=by)
+            for p, d in zip(model.parameters(), direction):
+                p.add_(d, alpha=by)
         return piece_loss(model, rollout, config, 0.1, totals)[0]
-    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(moved(0), list(model.parameters())),
-                                              direction)).item()
+
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(
+            torch.autograd.grad(moved(0), list(model.parameters())), direction
+        )
+    ).item()
     numeric = (moved(h) - moved(-2 * h)).item() / (2 * h)
     return None, abs(slope - numeric) / abs(numeric)
 
-_slope_row = Check("slope of the loss", r"\frac{L(\theta+hv)-L(\theta-hv)}{2h}\approx v\cdot\nabla L", "calculus",
-                   "update.piece_loss", "finite differences, relative", check_slope, 1e-6)
+
+_slope_row = Check(
+    "slope of the loss",
+    r"\frac{L(\theta+hv)-L(\theta-hv)}{2h}\approx v\cdot\nabla L",
+    "calculus",
+    "update.piece_loss",
+    "finite differences, relative",
+    check_slope,
+    1e-6,
+)
 
 # %% ../nbs/16_ledger.ipynb #0872fcbc
 def trl_loss(
@@ -553,28 +1078,54 @@ def trl_loss(
     delta: float | None = None,
     use_bias_correction_kl: bool = False,
     max_completion_length: int | None = None,  # for "dr_grpo"
-    num_items: int | None = None,  # tokens of the whole step, for "dapo" and "cispo"; None: those of mask
+    num_items: int
+    | None = None,  # tokens of the whole step, for "dapo" and "cispo"; None: those of mask
     num_pieces: int = 1,  # micro-batches of the step, of which this is one
 ) -> Float[Tensor, ""]:
     "The loss of TRL's `GRPOTrainer` for given log-probs; `OracleMissing` without TRL."
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            logprobs,
+            torch.zeros_like(logprobs),
+            None,
+        ),
         model=SimpleNamespace(training=True),
-        args=SimpleNamespace(use_bias_correction_kl=use_bias_correction_kl, delta=delta,
-                             steps_per_generation=num_pieces),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        loss_type=loss_type, importance_sampling_level=importance_sampling_level,
-        beta=beta, epsilon_low=epsilon, epsilon_high=epsilon if epsilon_high is None else epsilon_high,
+        args=SimpleNamespace(
+            use_bias_correction_kl=use_bias_correction_kl,
+            delta=delta,
+            steps_per_generation=num_pieces,
+        ),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+        ),
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        beta=beta,
+        epsilon_low=epsilon,
+        epsilon_high=epsilon if epsilon_high is None else epsilon_high,
         max_completion_length=max_completion_length,
-        current_gradient_accumulation_steps=num_pieces, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        current_gradient_accumulation_steps=num_pieces,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
         aux_loss_enabled=False,
-        use_vllm=False, vllm_importance_sampling_correction=False, _entropy_bonus_enabled=False,
-        _metrics=defaultdict(partial(defaultdict, list)))
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        _entropy_bonus_enabled=False,
+        _metrics=defaultdict(partial(defaultdict, list)),
+    )
     ids = mask.long()  # any ids: the log-probs are given
-    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids,
-              "completion_mask": mask.long(), "advantages": advantages,
-              "old_per_token_logps": old_logprobs, "ref_per_token_logps": ref_logprobs,
-              "num_items_in_batch": mask.sum() if num_items is None else torch.tensor(num_items)}
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1],
+        "completion_ids": ids,
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old_logprobs,
+        "ref_per_token_logps": ref_logprobs,
+        "num_items_in_batch": mask.sum()
+        if num_items is None
+        else torch.tensor(num_items),
+    }
     return import_trl().GRPOTrainer._compute_loss(trainer, None, inputs)
 
 # %% ../nbs/16_ledger.ipynb #f7772554
@@ -582,50 +1133,136 @@ def check_trl_loss(loss_type: str) -> tuple[float, float]:
     "The loss of `update` through a model against TRL's, in 36 settings of ratio, KL, bounds and advantages."
     model, errors = small_policy(), []
     rollout = small_rollout(model)
-    mask, totals = rollout.completion_mask, {"num_sequences": torch.tensor(6),
-                                             "num_tokens": rollout.completion_mask.sum()}
-    per_token = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask, totals = (
+        rollout.completion_mask,
+        {"num_sequences": torch.tensor(6), "num_tokens": rollout.completion_mask.sum()},
+    )
+    per_token = torch.randn(
+        mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     cispo = loss_type == "cispo"
     for level, (beta, unbiased), bounds, A in itertools.product(
-            ("token", "sequence"), ((0.0, False), (0.1, False), (0.1, True)),
-            ({}, {"epsilon_high": 0.28}, {"delta": 1.3}), (rollout.advantages, per_token)):
-        shared = {"importance_sampling_level": level, "use_bias_correction_kl": unbiased,
-                  "max_completion_length": 9, **bounds}
-        config = make_config(device="cpu", loss_type="dapo" if cispo else loss_type, objective="cispo" if cispo
-                             else "clip", **shared)
-        ours, _ = piece_loss(model, replace(rollout, advantages=A), config, beta, totals)
-        if cispo: shared["epsilon_high"] = 1 + bounds.get("epsilon_high", 0.2)  # TRL's is the cap itself
-        theirs = trl_loss(token_logprobs(model, rollout), rollout.logprobs, rollout.ref_logprobs, A, mask,
-                          loss_type, beta=beta, **shared)
+        ("token", "sequence"),
+        ((0.0, False), (0.1, False), (0.1, True)),
+        ({}, {"epsilon_high": 0.28}, {"delta": 1.3}),
+        (rollout.advantages, per_token),
+    ):
+        shared = {
+            "importance_sampling_level": level,
+            "use_bias_correction_kl": unbiased,
+            "max_completion_length": 9,
+            **bounds,
+        }
+        config = make_config(
+            device="cpu",
+            loss_type="dapo" if cispo else loss_type,
+            objective="cispo" if cispo else "clip",
+            **shared,
+        )
+        ours, _ = piece_loss(
+            model, replace(rollout, advantages=A), config, beta, totals
+        )
+        if cispo:
+            shared["epsilon_high"] = 1 + bounds.get(
+                "epsilon_high", 0.2
+            )  # TRL's is the cap itself
+        theirs = trl_loss(
+            token_logprobs(model, rollout),
+            rollout.logprobs,
+            rollout.ref_logprobs,
+            A,
+            mask,
+            loss_type,
+            beta=beta,
+            **shared,
+        )
         errors.append(disagreement(ours, theirs, list(model.parameters())))
     return tuple(map(largest, zip(*errors)))
 
 # %% ../nbs/16_ledger.ipynb #3a6852e4
 _trl_rows = [
-    Check(f"{name}, TRL", formula, source, "update.piece_loss", "TRL: _compute_loss, 36 settings", partial(check_trl_loss, name))
+    Check(
+        f"{name}, TRL",
+        formula,
+        source,
+        "update.piece_loss",
+        "TRL: _compute_loss, 36 settings",
+        partial(check_trl_loss, name),
+    )
     for name, formula, source in [
-        ("grpo", r"\frac1N\sum_i\frac1{\lvert o_i\rvert}\sum_t\big(\ell_{i,t}+\beta\,k_3\big)", "2402.03300, eq. 3"),
-        ("bnpo", r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\big(\ell_{i,t}+\beta\,k_3\big)", "TRL"),
-        ("dapo", r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\big(\ell_{i,t}+\beta\,k_3\big)", "2503.14476, eq. 8"),
-        ("dr_grpo", r"\frac1{N\,L_\text{max}}\sum_i\sum_t\big(\ell_{i,t}+\beta\,k_3\big)", "2503.20783, sec. 3"),
-        ("cispo", r"-\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\operatorname{sg}[\min(\rho,c)]A\log\pi_\theta", "2506.13585, eq. 4")]]
+        (
+            "grpo",
+            r"\frac1N\sum_i\frac1{\lvert o_i\rvert}\sum_t\big(\ell_{i,t}+\beta\,k_3\big)",
+            "2402.03300, eq. 3",
+        ),
+        (
+            "bnpo",
+            r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\big(\ell_{i,t}+\beta\,k_3\big)",
+            "TRL",
+        ),
+        (
+            "dapo",
+            r"\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\big(\ell_{i,t}+\beta\,k_3\big)",
+            "2503.14476, eq. 8",
+        ),
+        (
+            "dr_grpo",
+            r"\frac1{N\,L_\text{max}}\sum_i\sum_t\big(\ell_{i,t}+\beta\,k_3\big)",
+            "2503.20783, sec. 3",
+        ),
+        (
+            "cispo",
+            r"-\frac1{\sum_i\lvert o_i\rvert}\sum_i\sum_t\operatorname{sg}[\min(\rho,c)]A\log\pi_\theta",
+            "2506.13585, eq. 4",
+        ),
+    ]
+]
 
 # %% ../nbs/16_ledger.ipynb #be6de96e
 def check_trl_pieces(loss_type: str) -> tuple[float, float]:
     "The step in one piece here, and one group at a time in TRL."
     model = small_policy()
-    rollout, config = small_rollout(model), make_config(device="cpu", loss_type=loss_type, max_completion_length=9)
+    rollout, config = (
+        small_rollout(model),
+        make_config(device="cpu", loss_type=loss_type, max_completion_length=9),
+    )
     n = int(rollout.completion_mask.sum())
-    ours, _ = piece_loss(model, rollout, config, 0.1, {"num_sequences": torch.tensor(6), "num_tokens": torch.tensor(n)})
-    theirs = sum(trl_loss(token_logprobs(model, part), part.logprobs, part.ref_logprobs, part.advantages,
-                          part.completion_mask, loss_type, beta=0.1,
-                          max_completion_length=9, num_items=n, num_pieces=2) for part in (rollout.select([0]),
-                                  rollout.select([1])))
+    ours, _ = piece_loss(
+        model,
+        rollout,
+        config,
+        0.1,
+        {"num_sequences": torch.tensor(6), "num_tokens": torch.tensor(n)},
+    )
+    theirs = sum(
+        trl_loss(
+            token_logprobs(model, part),
+            part.logprobs,
+            part.ref_logprobs,
+            part.advantages,
+            part.completion_mask,
+            loss_type,
+            beta=0.1,
+            max_completion_length=9,
+            num_items=n,
+            num_pieces=2,
+        )
+        for part in (rollout.select([0]), rollout.select([1]))
+    )
     return disagreement(ours, theirs, list(model.parameters()))
 
-_trl_pieces_rows = [Check(f"{name} in pieces, TRL", r"L=\sum_{\text{pieces}}L_p", "linearity", "update.piece_loss",
-                          "TRL: _compute_loss of each piece", partial(check_trl_pieces, name))
-                    for name in ("grpo", "dapo", "dr_grpo")]
+
+_trl_pieces_rows = [
+    Check(
+        f"{name} in pieces, TRL",
+        r"L=\sum_{\text{pieces}}L_p",
+        "linearity",
+        "update.piece_loss",
+        "TRL: _compute_loss of each piece",
+        partial(check_trl_pieces, name),
+    )
+    for name in ("grpo", "dapo", "dr_grpo")
+]
 
 # %% ../nbs/16_ledger.ipynb #bfb12510
 def trl_advantages(
@@ -636,20 +1273,54 @@ def trl_advantages(
     "The advantages that TRL's `GRPOTrainer` gives to completions with these rewards; `OracleMissing` without TRL."
     N, logs = len(rewards), defaultdict(list, rewards=defaultdict(list))
     trainer = SimpleNamespace(
-        _generate=lambda prompts: ([[1]] * N, [[1]] * N, None, ["?"] * N, None, {}, None, None),
+        _generate=lambda prompts: (
+            [[1]] * N,
+            [[1]] * N,
+            None,
+            ["?"] * N,
+            None,
+            {},
+            None,
+            None,
+        ),
         _calculate_rewards=lambda *_: rewards[:, None],
-        accelerator=SimpleNamespace(device=rewards.device, process_index=0, num_processes=1, gather=lambda x: x),
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False, is_activation_checkpointing=False),
-        args=SimpleNamespace(per_device_train_batch_size=N, steps_per_generation=1, gradient_accumulation_steps=1,
-                             gradient_checkpointing_kwargs=None),
-        num_iterations=1, num_generations=num_generations, scale_rewards=scale_rewards,
+        accelerator=SimpleNamespace(
+            device=rewards.device, process_index=0, num_processes=1, gather=lambda x: x
+        ),
+        model=SimpleNamespace(
+            training=True,
+            is_gradient_checkpointing=False,
+            is_activation_checkpointing=False,
+        ),
+        args=SimpleNamespace(
+            per_device_train_batch_size=N,
+            steps_per_generation=1,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing_kwargs=None,
+        ),
+        num_iterations=1,
+        num_generations=num_generations,
+        scale_rewards=scale_rewards,
         multi_objective_aggregation="sum_then_normalize",
-        reward_weights=torch.ones(1).to(rewards), reward_func_names=["reward"], environment_factories=None,
-        environments=None, tools=None, beta=0.0,
-        use_vllm=False, mask_truncated_completions=False, pad_to_multiple_of=None,
-        _tokenizer=SimpleNamespace(pad_token_id=0), log_multimodal=False,
-        _metrics=defaultdict(partial(defaultdict, list)), _logs=logs, _pending_extra_logs={}, _pending_metrics={})
-    return import_trl().GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": "?"}] * N)["advantages"]
+        reward_weights=torch.ones(1).to(rewards),
+        reward_func_names=["reward"],
+        environment_factories=None,
+        environments=None,
+        tools=None,
+        beta=0.0,
+        use_vllm=False,
+        mask_truncated_completions=False,
+        pad_to_multiple_of=None,
+        _tokenizer=SimpleNamespace(pad_token_id=0),
+        log_multimodal=False,
+        _metrics=defaultdict(partial(defaultdict, list)),
+        _logs=logs,
+        _pending_extra_logs={},
+        _pending_metrics={},
+    )
+    return import_trl().GRPOTrainer._generate_and_score_completions(
+        trainer, [{"prompt": "?"}] * N
+    )["advantages"]
 
 # %% ../nbs/16_ledger.ipynb #6a9e87b5
 def check_trl_advantages(scale: str) -> tuple[float, None]:
@@ -658,50 +1329,110 @@ def check_trl_advantages(scale: str) -> tuple[float, None]:
     for _ in range(20):
         rewards = torch.randint(0, 5, (8,), generator=generator).double() / 4
         rewards[torch.rand(8, generator=generator) < 0.15] = math.nan
-        errors.append(disagreement(group_advantages(rewards, 4, scale), trl_advantages(rewards, 4, scale))[0])
+        errors.append(
+            disagreement(
+                group_advantages(rewards, 4, scale), trl_advantages(rewards, 4, scale)
+            )[0]
+        )
     return largest(errors), None
 
+
 _trl_group_rows = [
-    Check(f"advantage, {scale}, TRL", formula, source, "group.group_advantages", "TRL: its trainer's advantages",
-          partial(check_trl_advantages, scale), tolerance)
+    Check(
+        f"advantage, {scale}, TRL",
+        formula,
+        source,
+        "group.group_advantages",
+        "TRL: its trainer's advantages",
+        partial(check_trl_advantages, scale),
+        tolerance,
+    )
     for scale, formula, source, tolerance in [
-        ("group", r"\frac{r_i-\bar r}{\operatorname{std}r+10^{-4}}", "2402.03300, sec. 4.1.2", 1e-7),
-        ("batch", r"\frac{r_i-\bar r}{\operatorname{std}_\text{batch}r+10^{-4}}", "Lite PPO 2508.08221", 1e-7),
-        ("none", r"r_i-\bar r", "Dr. GRPO 2503.20783, sec. 3", 1e-10)]]
+        (
+            "group",
+            r"\frac{r_i-\bar r}{\operatorname{std}r+10^{-4}}",
+            "2402.03300, sec. 4.1.2",
+            1e-7,
+        ),
+        (
+            "batch",
+            r"\frac{r_i-\bar r}{\operatorname{std}_\text{batch}r+10^{-4}}",
+            "Lite PPO 2508.08221",
+            1e-7,
+        ),
+        ("none", r"r_i-\bar r", "Dr. GRPO 2503.20783, sec. 3", 1e-10),
+    ]
+]
 
 # %% ../nbs/16_ledger.ipynb #60d817e1
 def near_reward(prompts, completions, answer: list[str], **_) -> list[float]:
     "One point for each character of the answer in its place, less a quarter for each character written."
-    return [sum(a == b for a, b in zip(text, right)) - len(text) / 4 for text, right in zip(completions, answer)]
+    return [
+        sum(a == b for a, b in zip(text, right)) - len(text) / 4
+        for text, right in zip(completions, answer)
+    ]
 
 # %% ../nbs/16_ledger.ipynb #1d17060e
-SAME_NAME = ["num_generations", "num_iterations", "beta", "epsilon", "epsilon_high", "delta", "scale_rewards",
-             "loss_type", "importance_sampling_level",
-             "use_bias_correction_kl", "max_completion_length", "temperature", "top_p", "top_k", "learning_rate",
-             "lr_scheduler_type", "max_grad_norm", "seed"]
+SAME_NAME = [
+    "num_generations",
+    "num_iterations",
+    "beta",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "scale_rewards",
+    "loss_type",
+    "importance_sampling_level",
+    "use_bias_correction_kl",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "seed",
+]
+
 
 def trl_steps(
     directory: str | Path,  # a saved model; TRL's files go there, too
     queries: list[Query],
     config: GRPOConfig,  # what it shares with TRL by name; a sampling is trained on `num_iterations` times
-) -> tuple[list[dict], dict[str, Tensor],
-           dict[str, Tensor]]:  # (rows that TRL sampled for, what it sampled, weights afterwards)
+) -> tuple[
+    list[dict], dict[str, Tensor], dict[str, Tensor]
+]:  # (rows that TRL sampled for, what it sampled, weights afterwards)
     "Train with TRL on one sampling of these queries. It seeds the global generators of Python, NumPy and torch."
     trl, samples = import_trl(), []
     from datasets import Dataset
+
     class Spy(trl.GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
             samples.append((inputs, super()._generate_and_score_completions(inputs)))
             return samples[-1][1]
-    args = trl.GRPOConfig(output_dir=str(directory), max_steps=config.num_iterations,
-                          per_device_train_batch_size=len(queries) * config.num_generations,
-                          use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_strategy="no",
-                          disable_tqdm=True,
-                          **{name: getattr(config, name) for name in SAME_NAME})
-    trainer = Spy(model=str(directory), reward_funcs=[near_reward], args=args,
-                  train_dataset=Dataset.from_list([{"prompt": query.prompt, **query.columns} for query in queries]))
+
+    args = trl.GRPOConfig(
+        output_dir=str(directory),
+        max_steps=config.num_iterations,
+        per_device_train_batch_size=len(queries) * config.num_generations,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **{name: getattr(config, name) for name in SAME_NAME},
+    )
+    trainer = Spy(
+        model=str(directory),
+        reward_funcs=[near_reward],
+        args=args,
+        train_dataset=Dataset.from_list(
+            [{"prompt": query.prompt, **query.columns} for query in queries]
+        ),
+    )
     trainer.train()
-    (inputs, sample), = samples
+    ((inputs, sample),) = samples
     return inputs, sample, dict(trainer.model.named_parameters())
 
 # %% ../nbs/16_ledger.ipynb #5cffb8dc
@@ -716,15 +1447,29 @@ def replay(
     G = config.num_generations
     queries = [Query(row["prompt"], {"answer": row["answer"]}) for row in inputs[::G]]
     ids, mask = sample["completion_ids"], sample["completion_mask"].bool()
-    texts = [tokenizer.decode(row[real], skip_special_tokens=True) for row, real in zip(ids, mask)]
-    rollout = Rollout(queries, *encode_prompts(tokenizer, queries), ids, mask, texts,
-                      torch.zeros(len(ids), dtype=torch.bool), G)
-    rollout.rewards = torch.tensor(near_reward([], texts, [row["answer"] for row in inputs]))
-    with torch.no_grad(): rollout.logprobs = token_logprobs(policy, rollout, config.temperature)
+    texts = [
+        tokenizer.decode(row[real], skip_special_tokens=True)
+        for row, real in zip(ids, mask)
+    ]
+    rollout = Rollout(
+        queries,
+        *encode_prompts(tokenizer, queries),
+        ids,
+        mask,
+        texts,
+        torch.zeros(len(ids), dtype=torch.bool),
+        G,
+    )
+    rollout.rewards = torch.tensor(
+        near_reward([], texts, [row["answer"] for row in inputs])
+    )
+    with torch.no_grad():
+        rollout.logprobs = token_logprobs(policy, rollout, config.temperature)
     rollout.ref_logprobs = reference_logprobs(reference, rollout, config.temperature)
     rollout.advantages = group.advantages(rollout, config)
-    optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate,
-                                  weight_decay=0.0)  # as training.build_models makes it
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), config.learning_rate, weight_decay=0.0
+    )  # as training.build_models makes it
     update(policy, optimizer, rollout, config, beta=config.beta)
     return dict(policy.named_parameters())
 
@@ -734,72 +1479,147 @@ def silence():
     "No output, warnings or progress bars; torch's generator is left as it was."
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    with (warnings.catch_warnings(), torch.random.fork_rng(),
-          contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())):
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
-        try: yield
+        try:
+            yield
         finally:
-            if bars: transformers_logging.enable_progress_bar()
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 # %% ../nbs/16_ledger.ipynb #b3169ab0
 def weights_apart(
     config: GRPOConfig,
     **other,  # settings that this library has instead, to see whether they show
-) -> tuple[float, float]:  # (largest difference of a weight between the two, largest change of a weight in TRL)
+) -> tuple[
+    float, float
+]:  # (largest difference of a weight between the two, largest change of a weight in TRL)
     "Train the embedded model with TRL, then again from the same tokens with this library."
     import_trl()
     with tempfile.TemporaryDirectory() as directory, silence():
-        for part in load_policy("tiny", "cpu"): part.save_pretrained(directory)
-        inputs, sample, theirs = trl_steps(directory, load_task("add").queries("train", 4, seed=1), config)
-    ours, start = replay(inputs, sample, replace(config, **other)), dict(load_policy("tiny",
-            "cpu")[0].named_parameters())
-    def apart(a, b): return largest((a[name] - b[name]).abs().max().item() for name in start)
+        for part in load_policy("tiny", "cpu"):
+            part.save_pretrained(directory)
+        inputs, sample, theirs = trl_steps(
+            directory, load_task("add").queries("train", 4, seed=1), config
+        )
+    ours, start = (
+        replay(inputs, sample, replace(config, **other)),
+        dict(load_policy("tiny", "cpu")[0].named_parameters()),
+    )
+
+    def apart(a, b):
+        return largest((a[name] - b[name]).abs().max().item() for name in start)
+
     return apart(ours, theirs), apart(theirs, start)
 
 # %% ../nbs/16_ledger.ipynb #52c3a65c
 def check_one_step(num_iterations: int = 1, beta: float = 0.04) -> tuple[float, None]:
     "The largest difference of a weight after the same steps of TRL and of this library; NaN if TRL moved nothing."
-    apart, moved = weights_apart(make_config(num_generations=8, num_iterations=num_iterations, beta=beta,
-                                             temperature=1.5,
-                                             max_completion_length=8, learning_rate=1e-5, device="cpu"))
+    apart, moved = weights_apart(
+        make_config(
+            num_generations=8,
+            num_iterations=num_iterations,
+            beta=beta,
+            temperature=1.5,
+            max_completion_length=8,
+            learning_rate=1e-5,
+            device="cpu",
+        )
+    )
     return apart if moved > 9e-6 else math.nan, None
+
 
 _formula = r"\theta'=\operatorname{AdamW}\big(\theta,\ \nabla L_\text{GRPO}\big)"
 _step_rows = [
-    Check("one step, TRL", _formula, "2402.03300, algorithm 1", "update.update", "TRL: its trainer, float32",
-          check_one_step, 1e-6),
-    Check("three steps on one sampling, TRL", _formula + r",\ \mu=3,\ \beta=0.5", "2402.03300, algorithm 1",
-          "update.update", "TRL: its trainer, float32", partial(check_one_step, 3, 0.5), 1e-6)]
+    Check(
+        "one step, TRL",
+        _formula,
+        "2402.03300, algorithm 1",
+        "update.update",
+        "TRL: its trainer, float32",
+        check_one_step,
+        1e-6,
+    ),
+    Check(
+        "three steps on one sampling, TRL",
+        _formula + r",\ \mu=3,\ \beta=0.5",
+        "2402.03300, algorithm 1",
+        "update.update",
+        "TRL: its trainer, float32",
+        partial(check_one_step, 3, 0.5),
+        1e-6,
+    ),
+]
 
 # %% ../nbs/16_ledger.ipynb #317fb03a
-CHECKS: list[Check] = [*_token_rows, *_ratio_rows, *_objective_rows, *_aggregate_rows, *_kl_mean_rows,
-                       *_kl_gradient_rows, _kl_reward_row, _beta_row,
-                       *_gae_rows, *_whiten_rows, _value_row, _reward_row, _overlong_row, *_group_rows,
-                       _process_row, *_gradient_rows, _pieces_row, _slope_row,
-                       *_trl_rows, *_trl_pieces_rows, *_trl_group_rows, *_step_rows]
+CHECKS: list[Check] = [
+    *_token_rows,
+    *_ratio_rows,
+    *_objective_rows,
+    *_aggregate_rows,
+    *_kl_mean_rows,
+    *_kl_gradient_rows,
+    _kl_reward_row,
+    _beta_row,
+    *_gae_rows,
+    *_whiten_rows,
+    _value_row,
+    _reward_row,
+    _overlong_row,
+    *_group_rows,
+    _process_row,
+    *_gradient_rows,
+    _pieces_row,
+    _slope_row,
+    *_trl_rows,
+    *_trl_pieces_rows,
+    *_trl_group_rows,
+    *_step_rows,
+]
 
 # %% ../nbs/16_ledger.ipynb #9ad72188
 def run_checks(
     checks: list | None = None,  # of `Check`; None: all
-) -> pd.DataFrame:  # name, formula, source, code, how, tolerance, value, gradient, holds, note
+) -> (
+    pd.DataFrame
+):  # name, formula, source, code, how, tolerance, value, gradient, holds, note
     "Run every row."
-    return pd.DataFrame([check.measure() for check in (CHECKS if checks is None else checks)],
-                        dtype=object)  # keeps None (not compared) and NaN (wrong) apart
+    return pd.DataFrame(
+        [check.measure() for check in (CHECKS if checks is None else checks)],
+        dtype=object,
+    )  # keeps None (not compared) and NaN (wrong) apart
 
 # %% ../nbs/16_ledger.ipynb #6c774d96
 def as_markdown(
     table: pd.DataFrame,  # of `run_checks`
 ) -> str:
     "The ledger as a Markdown table with its formulas; errors that are not allowed are bold."
+
     def error(row, name):
-        if row[name] is None: return "–"
+        if row[name] is None:
+            return "–"
         text = f"{row[name]:.0e}" if row[name] else "0"
         return text if row[name] <= row["tolerance"] else f"**{text}**"
-    lines = ["| what, source | formula | code, truth | error in value,<br>in gradient |", "| --- | --- | --- | --- |"]
+
+    lines = [
+        "| what, source | formula | code, truth | error in value,<br>in gradient |",
+        "| --- | --- | --- | --- |",
+    ]
     for _, row in table.iterrows():
-        allowed = f"; allowed {row['tolerance']:.0e}" if row["tolerance"] > 1e-10 else ""
+        allowed = (
+            f"; allowed {row['tolerance']:.0e}" if row["tolerance"] > 1e-10 else ""
+        )
         errors = row["note"] or f"{error(row, 'value')}<br>{error(row, 'gradient')}"
-        cells = [f"{row['name']}<br>*{row['source']}*", f"${row['formula']}$",
-                 f"`{row['code']}`<br>{row['how'].replace('_', chr(92) + '_')}{allowed}", errors]
+        cells = [
+            f"{row['name']}<br>*{row['source']}*",
+            f"${row['formula']}$",
+            f"`{row['code']}`<br>{row['how'].replace('_', chr(92) + '_')}{allowed}",
+            errors,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

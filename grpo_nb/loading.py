@@ -10,35 +10,67 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 # %% ../nbs/21_loading.ipynb #61376a4e
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
 
 def resolve_device(device: str = "auto") -> torch.device:
     '"auto" (CUDA, else Apple MPS, else CPU), or a torch device by name; `ValueError` if this machine does not have it.'
-    if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "auto":
+        return torch.device(
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         resolved = torch.device(device)
-        if resolved.type == "meta": raise RuntimeError("it holds no data")
+        if resolved.type == "meta":
+            raise RuntimeError("it holds no data")
         torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:  # unknown name; known, but not on this machine
-        raise ValueError(f"device {device!r} is not available here (try \"auto\" or \"cpu\"): {str(error).splitlines()[0]}") from None
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # unknown name; known, but not on this machine
+        raise ValueError(
+            f'device {device!r} is not available here (try "auto" or "cpu"): {str(error).splitlines()[0]}'
+        ) from None
     return resolved
 
 # %% ../nbs/21_loading.ipynb #a78fa9fa
 def resolve_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
     '"float32", "bfloat16" or "float64", by name or as a torch dtype.'
-    if dtype not in [*DTYPES, *DTYPES.values()]: raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if dtype not in [*DTYPES, *DTYPES.values()]:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     return DTYPES.get(dtype, dtype)
 
 # %% ../nbs/21_loading.ipynb #c8cbe5ec
-TINY = Path(__file__).parent / "models" / "tiny" if "__file__" in globals() else Path("../grpo_nb/models/tiny").resolve()
+TINY = (
+    Path(__file__).parent / "models" / "tiny"
+    if "__file__" in globals()
+    else Path("../grpo_nb/models/tiny").resolve()
+)
+
 
 def cache_directory() -> Path:
     "Where fetched models are kept: `$GRPO_NB_CACHE`, else `$XDG_CACHE_HOME/grpo_nb`, else `~/.cache/grpo_nb`."
-    return Path(os.environ.get("GRPO_NB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_nb")
+    return Path(
+        os.environ.get("GRPO_NB_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_nb"
+    )
 
 # %% ../nbs/21_loading.ipynb #1f8e2e6f
 def load_policy(
@@ -50,16 +82,28 @@ def load_policy(
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = {"tiny": TINY, "smollm2": cache_directory() / "smollm2"}.get(str(name), name)
     if name == "smollm2" and not (path / "config.json").exists():
-        raise ValueError(f"model 'smollm2' is not in {path}; fetch it once with: python -m grpo_nb.training fetch smollm2")
+        raise ValueError(
+            f"model 'smollm2' is not in {path}; fetch it once with: python -m grpo_nb.training fetch smollm2"
+        )
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)  # no code that comes with a model is run
-    except Exception as error:  # unreadable, not there, not a language model: one message for all
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False
+        )  # no code that comes with a model is run
+    except (
+        Exception
+    ) as error:  # unreadable, not there, not a language model: one message for all
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; got {str(name)!r}: {said}") from error
+        raise ValueError(
+            f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; got {str(name)!r}: {said}"
+        ) from error
     finally:
-        if bars: transformers_logging.enable_progress_bar()
-    if getattr(model.config, "output_router_logits", False): model.config.output_router_logits = False  # mixture of experts: no auxiliary loss
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = (
+            False  # mixture of experts: no auxiliary loss
+        )
     return model.to(device).eval(), tokenizer

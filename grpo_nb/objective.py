@@ -18,62 +18,122 @@ def ratio(
     level: str = "token",  # "token" | "sequence"
 ) -> Float[Tensor, "N T"]:  # 1 on padding for "token"
     "rho of each token, or of its sequence (GSPO 2507.18071, eq. 7). `ValueError`: other shapes or dtypes, an unknown level."
-    fits = logprobs.shape == old_logprobs.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
-    if not fits: raise ValueError(f"logprobs, old_logprobs and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (logprobs, old_logprobs, mask)]}")
+    fits = (
+        logprobs.shape == old_logprobs.shape == mask.shape
+        and mask.dim() == 2
+        and mask.dtype == torch.bool
+    )
+    if not fits:
+        raise ValueError(
+            f"logprobs, old_logprobs and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (logprobs, old_logprobs, mask)]}"
+        )
     log_rho = torch.where(mask, logprobs - old_logprobs, 0.0)
-    if level == "token": return log_rho.exp()
-    if level != "sequence": raise ValueError(f'importance_sampling_level must be "token" or "sequence", got {level!r}')
-    return (log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp().expand_as(log_rho)
+    if level == "token":
+        return log_rho.exp()
+    if level != "sequence":
+        raise ValueError(
+            f'importance_sampling_level must be "token" or "sequence", got {level!r}'
+        )
+    return (
+        (log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1))
+        .exp()
+        .expand_as(log_rho)
+    )
 
 # %% ../nbs/10_objective.ipynb #d0712df2
 def policy_loss(
     logprobs: Float[Tensor, "N T"],  # log pi_theta, with gradient
     old_logprobs: Float[Tensor, "N T"],  # log pi_old, without
-    advantages: Float[Tensor, "N"] | Float[Tensor, "N T"],  # one a completion, or one a token
+    advantages: Float[Tensor, "N"]
+    | Float[Tensor, "N T"],  # one a completion, or one a token
     mask: Bool[Tensor, "N T"],  # tokens that carry loss
     epsilon: float = 0.2,  # rho is clipped below at 1 - epsilon
     epsilon_high: float | None = None,  # and above at 1 + epsilon_high; None: epsilon
     delta: float | None = None,  # upper bound on the unclipped rho
     importance_sampling_level: str = "token",  # "token" | "sequence"
     objective: str = "clip",  # "clip" | "cispo"
-) -> tuple[Float[Tensor, "N T"], dict[str, Tensor]]:  # (loss to minimise, 0 on padding; statistics per token)
+) -> tuple[
+    Float[Tensor, "N T"], dict[str, Tensor]
+]:  # (loss to minimise, 0 on padding; statistics per token)
     """Per-token policy loss (PPO 1707.06347, eq. 7; CISPO 2506.13585, eq. 4 with an upper bound only).
 
     The statistics are [N, T]: `rho` (with gradient), `clip_low`, `clip_high` (bool: a bound took the gradient away or capped the weight).
     `ValueError`: other shapes or dtypes, an unknown choice, a bound on the wrong side of 1."""
     rho = ratio(logprobs, old_logprobs, mask, importance_sampling_level)
-    if advantages.dim() == 1: advantages = advantages[:, None]
-    if advantages.shape not in (logprobs.shape, (len(logprobs), 1)): raise ValueError(f"advantages must have shape [N] or [N, T] with N, T = {tuple(logprobs.shape)}, got {tuple(advantages.shape)}")
-    advantages = torch.where(mask, advantages, 0.0)  # else NaN under the mask would reach the gradient: 0 * NaN
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    if advantages.shape not in (logprobs.shape, (len(logprobs), 1)):
+        raise ValueError(
+            f"advantages must have shape [N] or [N, T] with N, T = {tuple(logprobs.shape)}, got {tuple(advantages.shape)}"
+        )
+    advantages = torch.where(
+        mask, advantages, 0.0
+    )  # else NaN under the mask would reach the gradient: 0 * NaN
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
-    if not (low <= 1 <= high and (delta is None or delta >= 1)): raise ValueError(f"epsilon, epsilon_high >= 0 and delta >= 1 are allowed; got {epsilon}, {epsilon_high}, {delta}")
+    if not (low <= 1 <= high and (delta is None or delta >= 1)):
+        raise ValueError(
+            f"epsilon, epsilon_high >= 0 and delta >= 1 are allowed; got {epsilon}, {epsilon_high}, {delta}"
+        )
     if objective == "clip":
         bounded = rho if delta is None else rho.clamp(max=delta)
         loss = -torch.minimum(bounded * advantages, rho.clamp(low, high) * advantages)
     elif objective == "cispo":
         loss = -rho.clamp(max=high).detach() * advantages * logprobs
-    else: raise ValueError(f'objective must be "clip" or "cispo", got {objective!r}')
-    statistics = {"rho": rho, "clip_high": mask & (((rho > high) & (advantages > 0)) | ((rho > (delta or torch.inf)) & (advantages < 0))),
-                  "clip_low": mask & (rho < low) & (advantages < 0) & (objective == "clip")}
+    else:
+        raise ValueError(f'objective must be "clip" or "cispo", got {objective!r}')
+    statistics = {
+        "rho": rho,
+        "clip_high": mask
+        & (
+            ((rho > high) & (advantages > 0))
+            | ((rho > (delta or torch.inf)) & (advantages < 0))
+        ),
+        "clip_low": mask & (rho < low) & (advantages < 0) & (objective == "clip"),
+    }
     return torch.where(mask, loss, 0.0), statistics
 
 # %% ../nbs/10_objective.ipynb #feb055a0
 def aggregate(
     loss: Float[Tensor, "N T"],
-    mask: Bool[Tensor, "N T"],  # tokens that carry loss; a row without any leaves the denominators
+    mask: Bool[
+        Tensor, "N T"
+    ],  # tokens that carry loss; a row without any leaves the denominators
     loss_type: str = "grpo",  # "grpo" | "bnpo" | "dapo" | "dr_grpo"
     max_completion_length: int | None = None,  # L_max, for "dr_grpo"
-    num_sequences: int | Tensor | None = None,  # rows with loss in the whole step, below 1 taken for 1; None: in mask
-    num_tokens: int | Tensor | None = None,  # tokens with loss in the whole step, likewise; None: in mask
+    num_sequences: int
+    | Tensor
+    | None = None,  # rows with loss in the whole step, below 1 taken for 1; None: in mask
+    num_tokens: int
+    | Tensor
+    | None = None,  # tokens with loss in the whole step, likewise; None: in mask
 ) -> Float[Tensor, ""]:
     "One number from per-token losses; 0 if nothing carries loss. `ValueError`: other shapes or dtypes, an unknown type."
     fits = loss.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
-    if not fits: raise ValueError(f"loss and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (loss, mask)]}")
+    if not fits:
+        raise ValueError(
+            f"loss and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (loss, mask)]}"
+        )
     loss = torch.where(mask, loss, 0.0)
-    def total(given, counted): return (counted if given is None else torch.as_tensor(given, device=mask.device)).clamp(min=1)
-    if loss_type == "grpo": return (loss.sum(1) / mask.sum(1).clamp(min=1)).sum() / total(num_sequences, mask.any(1).sum())
-    if loss_type in ("bnpo", "dapo"): return loss.sum() / total(num_tokens, mask.sum())
+
+    def total(given, counted):
+        return (
+            counted if given is None else torch.as_tensor(given, device=mask.device)
+        ).clamp(min=1)
+
+    if loss_type == "grpo":
+        return (loss.sum(1) / mask.sum(1).clamp(min=1)).sum() / total(
+            num_sequences, mask.any(1).sum()
+        )
+    if loss_type in ("bnpo", "dapo"):
+        return loss.sum() / total(num_tokens, mask.sum())
     if loss_type == "dr_grpo":
-        if not (max_completion_length or 0) > 0: raise ValueError(f'loss_type "dr_grpo" needs max_completion_length, at least 1; got {max_completion_length}')
-        return loss.sum() / (total(num_sequences, mask.any(1).sum()) * max_completion_length)
-    raise ValueError(f'loss_type must be "grpo", "bnpo", "dapo" or "dr_grpo", got {loss_type!r}')
+        if not (max_completion_length or 0) > 0:
+            raise ValueError(
+                f'loss_type "dr_grpo" needs max_completion_length, at least 1; got {max_completion_length}'
+            )
+        return loss.sum() / (
+            total(num_sequences, mask.any(1).sum()) * max_completion_length
+        )
+    raise ValueError(
+        f'loss_type must be "grpo", "bnpo", "dapo" or "dr_grpo", got {loss_type!r}'
+    )

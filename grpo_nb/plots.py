@@ -30,9 +30,17 @@ from .value import ValueModel
 # %% ../nbs/15_plots.ipynb #75c6a1f2
 COLORS = ("#4878a8", "#d9a400", "#b04a4a", "#999999")
 PANELS = {  # title -> metric
-    "reward": "reward", "held-out accuracy": "eval/accuracy", "KL (nats a token)": "kl", "entropy (nats a token)": "entropy",
-    "length (tokens)": "completions/mean_length", "gradient norm": "grad_norm", "tokens clipped (share)": "clip_ratio/region_mean",
-    "groups all alike (share)": "frac_reward_zero_std", "value loss": "value_loss"}
+    "reward": "reward",
+    "held-out accuracy": "eval/accuracy",
+    "KL (nats a token)": "kl",
+    "entropy (nats a token)": "entropy",
+    "length (tokens)": "completions/mean_length",
+    "gradient norm": "grad_norm",
+    "tokens clipped (share)": "clip_ratio/region_mean",
+    "groups all alike (share)": "frac_reward_zero_std",
+    "value loss": "value_loss",
+}
+
 
 def curve(
     run: Run,
@@ -42,24 +50,44 @@ def curve(
     "One metric of one run."
     return _curve(run.metrics.reset_index().set_index(by), metric)
 
+
 def _curve(metrics: pd.DataFrame, metric: str) -> pd.Series:
     "One metric of a table of them, by its index; empty if it was not measured."
-    measured = lambda name: metrics[name].dropna() if name in metrics else pd.Series(dtype=float)
+    measured = lambda name: (
+        metrics[name].dropna() if name in metrics else pd.Series(dtype=float)
+    )
     y = measured(metric).cumsum() if metric == "step_time" else measured(metric)
-    before = measured("eval/initial_accuracy").reset_index(drop=True) if metric == "eval/accuracy" else y[:0]
-    return (pd.concat([before, y]) if len(before) else y).rename_axis(metrics.index.name)
+    before = (
+        measured("eval/initial_accuracy").reset_index(drop=True)
+        if metric == "eval/accuracy"
+        else y[:0]
+    )
+    return (pd.concat([before, y]) if len(before) else y).rename_axis(
+        metrics.index.name
+    )
 
 # %% ../nbs/15_plots.ipynb #3e56d38d
 def _panels(titles: list[str], xlabel: str, columns: int) -> tuple[Figure, list[Axes]]:
     "A grid of empty panels."
     rows = max(1, -(-len(titles) // columns))
-    fig, axes = plt.subplots(rows, columns, figsize=(10, 2.4 * rows + .4), layout="constrained", squeeze=False)
-    for ax in axes.flat[len(titles):]: ax.remove()
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(10, 2.4 * rows + 0.4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax in axes.flat[len(titles) :]:
+        ax.remove()
     for ax, title in zip(axes.flat, titles):
-        ax.set_title(title, fontsize=10, loc="left"); ax.set_xlabel(xlabel, fontsize=9); ax.tick_params(labelsize=9)
-        ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="y", color="#999", alpha=.2)
-        if "accuracy" in title: ax.yaxis.set_major_formatter(PercentFormatter(1))
-    return fig, list(axes.flat[:len(titles)])
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.set_xlabel(xlabel, fontsize=9)
+        ax.tick_params(labelsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#999", alpha=0.2)
+        if "accuracy" in title:
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
+    return fig, list(axes.flat[: len(titles)])
 
 # %% ../nbs/15_plots.ipynb #cbc8a384
 def plot_run(
@@ -69,20 +97,34 @@ def plot_run(
     "Learning curves of one run; panels whose metric it lacks are left out."
     window = window or max(1, len(run.metrics) // 10)
     fig = _learning_curves(run.metrics, PANELS, window, columns=4)
-    fig.suptitle(f"{run.config.algorithm.upper()} on {run.task.name}; faint: every step, strong: mean of the last {window}", fontsize=10, x=.01, ha="left")
+    fig.suptitle(
+        f"{run.config.algorithm.upper()} on {run.task.name}; faint: every step, strong: mean of the last {window}",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
     return fig
 
-def _learning_curves(metrics: pd.DataFrame, panels: dict[str, str], window: int, columns: int) -> Figure:
+
+def _learning_curves(
+    metrics: pd.DataFrame, panels: dict[str, str], window: int, columns: int
+) -> Figure:
     "The curves of those metrics (by title) that a table has, by step."
-    panels = {title: name for title, name in panels.items() if len(_curve(metrics, name))}
+    panels = {
+        title: name for title, name in panels.items() if len(_curve(metrics, name))
+    }
     fig, axes = _panels(list(panels), "step", columns)
     for ax, name in zip(axes, panels.values()):
         y = _curve(metrics, name)
-        if name == "eval/accuracy": ax.plot(y.index, y, "o-", color=COLORS[0], ms=4)
+        if name == "eval/accuracy":
+            ax.plot(y.index, y, "o-", color=COLORS[0], ms=4)
         else:
-            ax.plot(y.index, y, color=COLORS[0], lw=1, alpha=.35)
-            ax.plot(y.index, y.rolling(window, min_periods=1).mean(), color=COLORS[0], lw=2)
-        if "share" in ax.get_title(loc="left"): ax.set_ylim(bottom=-.01)
+            ax.plot(y.index, y, color=COLORS[0], lw=1, alpha=0.35)
+            ax.plot(
+                y.index, y.rolling(window, min_periods=1).mean(), color=COLORS[0], lw=2
+            )
+        if "share" in ax.get_title(loc="left"):
+            ax.set_ylim(bottom=-0.01)
     return fig
 
 # %% ../nbs/15_plots.ipynb #0f5a7b11
@@ -91,62 +133,103 @@ def _in_a_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
+
 class LivePlot:
     """Learning curves that are redrawn while a run goes on: `with LivePlot() as plot: train(config, on_step=plot)`.
 
     In a notebook one picture, which is replaced; elsewhere nothing is drawn. One for each run.
     `ValueError`: no metrics, one text in place of several, or a time that is not positive."""
+
     def __init__(
         self,
-        metrics: tuple[str, ...] = ("reward", "eval/accuracy", "kl"),  # as metrics.jsonl names them, in order
+        metrics: tuple[str, ...] = (
+            "reward",
+            "eval/accuracy",
+            "kl",
+        ),  # as metrics.jsonl names them, in order
         seconds: float = 5.0,  # from one picture to the next, at least
     ):
         if not metrics or isinstance(metrics, str):
             raise ValueError(f"metrics must hold names of metrics, got {metrics!r}")
-        if not seconds > 0: raise ValueError(f"seconds must be positive, got {seconds!r}")
+        if not seconds > 0:
+            raise ValueError(f"seconds must be positive, got {seconds!r}")
         titles = {name: title for title, name in PANELS.items()}
-        self.panels, self.seconds = {titles.get(name, name): name for name in metrics}, seconds
+        self.panels, self.seconds = (
+            {titles.get(name, name): name for name in metrics},
+            seconds,
+        )
         self.lines, self._drawn, self._handle = [], -float("inf"), None
 
     def __call__(self, metrics: dict):  # a line of metrics
         self.lines.append(metrics)
-        if time.monotonic() - self._drawn >= self.seconds: self.draw()
+        if time.monotonic() - self._drawn >= self.seconds:
+            self.draw()
 
     def draw(self):
         "Put the curves so far in the place of the last picture."
         self._drawn = time.monotonic()
-        if not self.lines or not _in_a_notebook(): return
+        if not self.lines or not _in_a_notebook():
+            return
         from IPython.display import Image, display
+
         fig, png = self.figure(), io.BytesIO()
-        fig.savefig(png); plt.close(fig)
+        fig.savefig(png)
+        plt.close(fig)
         picture = Image(png.getvalue())
-        if self._handle: self._handle.update(picture)
-        else: self._handle = display(picture, display_id=True)
+        if self._handle:
+            self._handle.update(picture)
+        else:
+            self._handle = display(picture, display_id=True)
 
     def figure(self) -> Figure:
         "The curves so far; faint: every step, strong: mean of the last tenth."
         table = pd.DataFrame(self.lines).set_index("step")
-        return _learning_curves(table, self.panels, max(1, len(table) // 10), columns=len(self.panels))
+        return _learning_curves(
+            table, self.panels, max(1, len(table) // 10), columns=len(self.panels)
+        )
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *error): self.draw()
+    def __exit__(self, *error):
+        self.draw()
 
 # %% ../nbs/15_plots.ipynb #bb01958b
-COMPARED = {"reward": "reward", "held-out accuracy": "eval/accuracy", "KL (nats a token)": "kl", "training time so far (s)": "step_time"}
+COMPARED = {
+    "reward": "reward",
+    "held-out accuracy": "eval/accuracy",
+    "KL (nats a token)": "kl",
+    "training time so far (s)": "step_time",
+}
+
 
 def spread(
     runs: list[Run],  # one configuration, several seeds
     metric: str,  # a column of `Run.metrics`
 ) -> pd.DataFrame:  # mean, lowest, highest; indexed by completions sampled
     "One metric over several seeds, as far as all of them have got."
-    curves = pd.concat([curve(run, metric, "num_completions") for run in runs], axis=1).sort_index().interpolate("index", limit_area="inside").dropna()
-    return pd.DataFrame({"mean": curves.mean(axis=1), "lowest": curves.min(axis=1), "highest": curves.max(axis=1)})
+    curves = (
+        pd.concat([curve(run, metric, "num_completions") for run in runs], axis=1)
+        .sort_index()
+        .interpolate("index", limit_area="inside")
+        .dropna()
+    )
+    return pd.DataFrame(
+        {
+            "mean": curves.mean(axis=1),
+            "lowest": curves.min(axis=1),
+            "highest": curves.max(axis=1),
+        }
+    )
 
 # %% ../nbs/15_plots.ipynb #d54a5069
 def _refuse_empty(runs: dict[str, list[Run]]):
     "`ValueError` if there is nothing to compare."
-    if not runs or not all(runs.values()): raise ValueError(f"runs must map each label to at least one run, got {({k: len(v) for k, v in runs.items()})}")
+    if not runs or not all(runs.values()):
+        raise ValueError(
+            f"runs must map each label to at least one run, got { ({k: len(v) for k, v in runs.items()}) }"
+        )
+
 
 def plot_comparison(
     runs: dict[str, list[Run]],  # label -> runs with different seeds
@@ -154,27 +237,71 @@ def plot_comparison(
     "Learning curves over completions sampled: the line is the mean of the seeds, the band goes from the lowest to the highest."
     _refuse_empty(runs)
     has = lambda run, name: name in run.metrics and run.metrics[name].notna().any()
-    panels = {title: name for title, name in COMPARED.items() if any(has(run, name) for group in runs.values() for run in group)}
+    panels = {
+        title: name
+        for title, name in COMPARED.items()
+        if any(has(run, name) for group in runs.values() for run in group)
+    }
     fig, axes = _panels(list(panels), "completions sampled", columns=2)
     for i, (label, group) in enumerate(runs.items()):
-        style = dict(color=COLORS[i % len(COLORS)], ls=("-", "--", ":")[i // len(COLORS) % 3])
+        style = dict(
+            color=COLORS[i % len(COLORS)], ls=("-", "--", ":")[i // len(COLORS) % 3]
+        )
         for ax, name in zip(axes, panels.values()):
-            if not all(has(run, name) for run in group): continue
+            if not all(has(run, name) for run in group):
+                continue
             band = spread(group, name)
-            ax.fill_between(band.index, band["lowest"], band["highest"], color=style["color"], alpha=.2, lw=0)
-            ax.plot(band.index, band["mean"], lw=2, marker="o" if name == "eval/accuracy" else None, ms=4, label=label, **style)
-    handles = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles, loc="outside upper left", ncols=4, frameon=False, fontsize=10,
-               title=f"seeds: {', '.join(map(str, sorted({len(g) for g in runs.values()})))} each (line: mean, band: lowest to highest)", alignment="left")
+            ax.fill_between(
+                band.index,
+                band["lowest"],
+                band["highest"],
+                color=style["color"],
+                alpha=0.2,
+                lw=0,
+            )
+            ax.plot(
+                band.index,
+                band["mean"],
+                lw=2,
+                marker="o" if name == "eval/accuracy" else None,
+                ms=4,
+                label=label,
+                **style,
+            )
+    handles = {
+        text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels())
+    }
+    fig.legend(
+        handles.values(),
+        handles,
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        fontsize=10,
+        title=f"seeds: {', '.join(map(str, sorted({len(g) for g in runs.values()})))} each (line: mean, band: lowest to highest)",
+        alignment="left",
+    )
     return fig
 
 # %% ../nbs/15_plots.ipynb #86806313
 def trained_parameters(run: Run) -> int:
     "Weights with a gradient: those of the policy and, for PPO, of the value model that stood beside it."
-    def count(model, adapters=False): return sum(p.numel() for name, p in model.named_parameters() if ("lora_" in name) == adapters)
-    if run.config.algorithm == "grpo": return count(run.policy, run.config.use_peft)
+
+    def count(model, adapters=False):
+        return sum(
+            p.numel()
+            for name, p in model.named_parameters()
+            if ("lora_" in name) == adapters
+        )
+
+    if run.config.algorithm == "grpo":
+        return count(run.policy, run.config.use_peft)
     own = run.config.value_model in ("separate", "head")
-    value = ValueModel(run.policy, shared=run.config.value_model == "head") if own else load_value_model(run.config.value_model, run.policy)
+    value = (
+        ValueModel(run.policy, shared=run.config.value_model == "head")
+        if own
+        else load_value_model(run.config.value_model, run.policy)
+    )
     return count(run.policy, run.config.use_peft) + count(value)
 
 # %% ../nbs/15_plots.ipynb #bc61d52e
@@ -187,56 +314,120 @@ def comparison_table(
     for label, group in runs.items():
         before, after = zip(*(run.accuracy for run in group))
         mean = lambda f: sum(map(f, group)) / len(group)
-        last = lambda name: mean(lambda run: run.metrics[name].tail(10).mean() if name in run.metrics else float("nan"))
+        last = lambda name: mean(
+            lambda run: (
+                run.metrics[name].tail(10).mean()
+                if name in run.metrics
+                else float("nan")
+            )
+        )
         rows[label] = {
-            "seeds": len(group), "held-out accuracy before": sum(before) / len(group), "held-out accuracy after": sum(after) / len(group),
-            "after, lowest seed": min(after), "after, highest seed": max(after), "reward, last 10 steps": last("reward"), "KL": last("kl"),
-            "seconds a step (median)": mean(lambda run: run.metrics["step_time"].median()), "seconds in total": mean(lambda run: run.metrics["step_time"].sum()),
-            "completions sampled": mean(lambda run: run.metrics["num_completions"].max()), "trained parameters": trained_parameters(group[0]),
-            "peak memory, MiB (largest)": max(run.metrics["peak_memory"].max() for run in group)}
+            "seeds": len(group),
+            "held-out accuracy before": sum(before) / len(group),
+            "held-out accuracy after": sum(after) / len(group),
+            "after, lowest seed": min(after),
+            "after, highest seed": max(after),
+            "reward, last 10 steps": last("reward"),
+            "KL": last("kl"),
+            "seconds a step (median)": mean(
+                lambda run: run.metrics["step_time"].median()
+            ),
+            "seconds in total": mean(lambda run: run.metrics["step_time"].sum()),
+            "completions sampled": mean(
+                lambda run: run.metrics["num_completions"].max()
+            ),
+            "trained parameters": trained_parameters(group[0]),
+            "peak memory, MiB (largest)": max(
+                run.metrics["peak_memory"].max() for run in group
+            ),
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../nbs/15_plots.ipynb #e0cddff9
 @dataclass(frozen=True)
 class GroupView:
     "HTML that a notebook shows."
+
     html: str = field(repr=False)
 
-    def _repr_html_(self): return self.html
+    def _repr_html_(self):
+        return self.html
 
 # %% ../nbs/15_plots.ipynb #386f6bec
-def _token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+def _token_texts(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase | None
+) -> list[str]:
     "What each token adds to the text; decoded behind its neighbour, because some tokenizers drop a space that comes first."
-    if tokenizer is None: return [f"{i} " for i in ids]
+    if tokenizer is None:
+        return [f"{i} " for i in ids]
     decode = lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False)
-    return [decode(ids[max(0, k - 1):k + 1])[len(decode(ids[max(0, k - 1):k])):] for k in range(len(ids))]
+    return [
+        decode(ids[max(0, k - 1) : k + 1])[len(decode(ids[max(0, k - 1) : k])) :]
+        for k in range(len(ids))
+    ]
 
-def _token(text: str, numbers: dict[str, float], strength: float, below: str = "") -> str:
+
+def _token(
+    text: str, numbers: dict[str, float], strength: float, below: str = ""
+) -> str:
     "One token as HTML: coloured by a strength in [-1, 1], its numbers in the title, and one of them below it."
-    opacity = .7 * abs(strength) ** .5  # the root, so that small ones are seen too
-    style = (f"background:rgba({'72,120,168' if strength > 0 else '176,74,74'},{opacity:.2f});outline:1px solid rgba(128,128,128,.4);"
-             "padding:0 2px;margin-right:2px")
-    if below: style += ";display:inline-block;text-align:center;line-height:1.2;margin-bottom:3px"
+    opacity = 0.7 * abs(strength) ** 0.5  # the root, so that small ones are seen too
+    style = (
+        f"background:rgba({'72,120,168' if strength > 0 else '176,74,74'},{opacity:.2f});outline:1px solid rgba(128,128,128,.4);"
+        "padding:0 2px;margin-right:2px"
+    )
+    if below:
+        style += (
+            ";display:inline-block;text-align:center;line-height:1.2;margin-bottom:3px"
+        )
     title = ", ".join(f"{name} {x:+.3f}" for name, x in numbers.items())
-    number = f'<br><small style="opacity:.75;font-size:.75em">{below}</small>' if below else ""
-    return f'<span title="{escape(title)}" style="{style}">{escape(text)}{number}</span>'
+    number = (
+        f'<br><small style="opacity:.75;font-size:.75em">{below}</small>'
+        if below
+        else ""
+    )
+    return (
+        f'<span title="{escape(title)}" style="{style}">{escape(text)}{number}</span>'
+    )
+
 
 def _row(cells: list[str], tag: str = "td") -> str:
     "One row of the table: reward, advantage, completion."
     style = "padding:2px 12px 2px 0;white-space:pre-wrap;color:inherit;background:none"
-    return "<tr>" + "".join(f'<{tag} style="text-align:{side};{style}">{cell}</{tag}>'
-                            for side, cell in zip(("right", "right", "left"), cells)) + "</tr>"
+    return (
+        "<tr>"
+        + "".join(
+            f'<{tag} style="text-align:{side};{style}">{cell}</{tag}>'
+            for side, cell in zip(("right", "right", "left"), cells)
+        )
+        + "</tr>"
+    )
 
 # %% ../nbs/15_plots.ipynb #f3308b8c
-def _token_numbers(r: Rollout, policy: PreTrainedModel | None, temperature: float) -> dict[str, torch.Tensor]:
+def _token_numbers(
+    r: Rollout, policy: PreTrainedModel | None, temperature: float
+) -> dict[str, torch.Tensor]:
     "What is known of each token of a rollout, by name, each [N,T]; with a policy, also where that policy is now."
-    A = r.advantages if r.advantages is None or r.advantages.dim() == 2 else r.advantages[:, None].expand(r.completion_mask.shape)
+    A = (
+        r.advantages
+        if r.advantages is None or r.advantages.dim() == 2
+        else r.advantages[:, None].expand(r.completion_mask.shape)
+    )
     now, entropy, rho = r.logprobs, None, None
     if policy is not None:
-        with torch.no_grad(): now, entropy = token_logprobs(policy, r, temperature, return_entropy=True)
+        with torch.no_grad():
+            now, entropy = token_logprobs(policy, r, temperature, return_entropy=True)
         rho = None if r.logprobs is None else (now - r.logprobs).exp()
-    known = {"log-prob": r.logprobs, "advantage": A, "ratio": rho, "KL": None if r.ref_logprobs is None or now is None else kl(now, r.ref_logprobs),
-             "entropy": entropy, "value": r.values}
+    known = {
+        "log-prob": r.logprobs,
+        "advantage": A,
+        "ratio": rho,
+        "KL": None
+        if r.ref_logprobs is None or now is None
+        else kl(now, r.ref_logprobs),
+        "entropy": entropy,
+        "value": r.values,
+    }
     return {name: x for name, x in known.items() if x is not None}
 
 # %% ../nbs/15_plots.ipynb #bcd43f4c
@@ -244,29 +435,64 @@ def show_group(
     rollout: Rollout,  # as far as it has come: what is still None is not shown
     group: int = 0,  # which query
     tokenizer: PreTrainedTokenizerBase | None = None,  # None: token ids are shown
-    policy: PreTrainedModel | None = None,  # as it is now, for ratio, KL and entropy; None: KL at sampling
+    policy: PreTrainedModel
+    | None = None,  # as it is now, for ratio, KL and entropy; None: KL at sampling
     color: str = "advantage",  # what colours the tokens: "advantage" | "ratio" | "KL" | "entropy" | "value" | "log-prob"
     temperature: float = 1.0,  # the one it was sampled with
 ) -> GroupView:
     """One group token by token: blue where the number is positive (a ratio above 1), red where it is negative. Padding is not shown.
 
     `ValueError` for a group that is not there, or a colour that the rollout and the policy do not tell."""
-    if not 0 <= group < len(rollout.queries): raise ValueError(f"group must lie in 0..{len(rollout.queries) - 1}, got {group}")
+    if not 0 <= group < len(rollout.queries):
+        raise ValueError(
+            f"group must lie in 0..{len(rollout.queries) - 1}, got {group}"
+        )
     r = rollout.select([group])
     numbers = _token_numbers(r, policy, temperature)
-    if color not in numbers and color != "advantage": raise ValueError(f"color must be one of {', '.join(numbers)}; got {color!r}")
+    if color not in numbers and color != "advantage":
+        raise ValueError(f"color must be one of {', '.join(numbers)}; got {color!r}")
     x = numbers.get(color, torch.zeros(r.completion_mask.shape))
     x = (x.log() if color == "ratio" else x).masked_fill(~r.completion_mask, 0.0)
-    strength, numbers = (x / x.abs().max().clamp(min=1e-12)).tolist(), {name: n.tolist() for name, n in numbers.items()}
+    strength, numbers = (
+        (x / x.abs().max().clamp(min=1e-12)).tolist(),
+        {name: n.tolist() for name, n in numbers.items()},
+    )
     number = lambda x, form: "–" if x is None or x != x else format(x, form)
-    rows = [_row(["reward", "advantage", "completion" + f" ({color} below)" * (color != "advantage")], "th")]
+    rows = [
+        _row(
+            [
+                "reward",
+                "advantage",
+                "completion" + f" ({color} below)" * (color != "advantage"),
+            ],
+            "th",
+        )
+    ]
     for i, n in enumerate(r.completion_mask.sum(1).tolist()):
         mine = [{name: x[i][j] for name, x in numbers.items()} for j in range(n)]
         below = [number(m[color], ".2f") if color != "advantage" else "" for m in mine]
-        tokens = "".join(map(_token, _token_texts(r.completion_ids[i, :n].tolist(), tokenizer), mine, strength[i], below))
+        tokens = "".join(
+            map(
+                _token,
+                _token_texts(r.completion_ids[i, :n].tolist(), tokenizer),
+                mine,
+                strength[i],
+                below,
+            )
+        )
         A = sum(m["advantage"] for m in mine) / n if "advantage" in numbers else None
         reward = number(None if r.rewards is None else r.rewards[i].item(), ".2f")
-        rows.append(_row([reward, number(A, "+.2f"), tokens + " (truncated)" * bool(r.truncated[i])]))
+        rows.append(
+            _row(
+                [
+                    reward,
+                    number(A, "+.2f"),
+                    tokens + " (truncated)" * bool(r.truncated[i]),
+                ]
+            )
+        )
     style = "font-family:monospace;color:inherit;background:none"
-    return GroupView(f'<div style="{style};overflow-x:auto"><p style="white-space:pre-wrap">{escape(r.queries[0].text)}</p>'
-                     f'<table style="{style}">{"".join(rows)}</table></div>')
+    return GroupView(
+        f'<div style="{style};overflow-x:auto"><p style="white-space:pre-wrap">{escape(r.queries[0].text)}</p>'
+        f'<table style="{style}">{"".join(rows)}</table></div>'
+    )

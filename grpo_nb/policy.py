@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .loading import TINY, cache_directory, load_policy, resolve_device, resolve_dtype
+from .loading import TINY, cache_directory, load_policy, resolve_device
+from .loading import resolve_dtype
 from .processes import add_up, process
 from .rollout import Rollout
 from .task import Query
@@ -28,12 +29,20 @@ from .task import Query
 # %% ../nbs/03_policy.ipynb #95a87135
 def autocast_as_it_is(device: torch.device, cache_enabled: bool):
     "The autocast that is on, if one is, with or without a cache of rounded weights."
-    return torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=torch.is_autocast_enabled(device.type), cache_enabled=cache_enabled)
+    return torch.autocast(
+        device.type,
+        torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=cache_enabled,
+    )
 
 # %% ../nbs/03_policy.ipynb #2ba483d7
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     "The id that fills padding: the pad token, else EOS, else 0. Masks say where it is; nothing compares with it."
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None),
+        0,
+    )
 
 # %% ../nbs/03_policy.ipynb #795acbb5
 def encode_prompts(
@@ -41,30 +50,58 @@ def encode_prompts(
     queries: list[Query],  # plain or chat prompts
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:  # (ids, mask), on the CPU
     "Prompt tokens, padded on the left; `ValueError`: no queries, an empty prompt, a chat without a chat template."
-    if not queries: raise ValueError("queries must hold at least one query, got none")
+    if not queries:
+        raise ValueError("queries must hold at least one query, got none")
     rows = []
     for i, query in enumerate(queries):
-        if isinstance(query.prompt, str): ids = tokenizer(query.prompt)["input_ids"]
-        elif tokenizer.chat_template is None: raise ValueError(f"query {i} is a chat, but the tokenizer of this model has no chat template")
-        else: ids = tokenizer.apply_chat_template(query.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if not ids: raise ValueError(f"query {i} is empty: its prompt must have at least one token, got {query.prompt!r}")
+        if isinstance(query.prompt, str):
+            ids = tokenizer(query.prompt)["input_ids"]
+        elif tokenizer.chat_template is None:
+            raise ValueError(
+                f"query {i} is a chat, but the tokenizer of this model has no chat template"
+            )
+        else:
+            ids = tokenizer.apply_chat_template(
+                query.prompt, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        if not ids:
+            raise ValueError(
+                f"query {i} is empty: its prompt must have at least one token, got {query.prompt!r}"
+            )
         rows.append(torch.tensor(ids))
-    ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(tokenizer), padding_side="left")
-    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor([len(row) for row in rows])[:, None]
+    ids = pad_sequence(
+        rows, batch_first=True, padding_value=padding_id(tokenizer), padding_side="left"
+    )
+    return ids, torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(
+        [len(row) for row in rows]
+    )[:, None]
 
 # %% ../nbs/03_policy.ipynb #d097cf24
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     "Every id that ends a completion, from the generation config and the tokenizer."
     ids = getattr(model.generation_config, "eos_token_id", None)
-    return sorted({*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id} - {None})
+    return sorted(
+        {*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id}
+        - {None}
+    )
 
 # %% ../nbs/03_policy.ipynb #18b2ab7b
 def model_inputs(rollout: Rollout) -> dict[str, Tensor]:
     "Rows `[prompt | completion]` of width P+T for a forward pass: ids, attention mask and positions of real tokens."
     G = rollout.num_generations
-    mask = torch.cat([rollout.prompt_mask.repeat_interleave(G, 0), rollout.completion_mask], 1)
-    return {"input_ids": torch.cat([rollout.prompt_ids.repeat_interleave(G, 0), rollout.completion_ids], 1),
-            "attention_mask": mask.long(), "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+    mask = torch.cat(
+        [rollout.prompt_mask.repeat_interleave(G, 0), rollout.completion_mask], 1
+    )
+    return {
+        "input_ids": torch.cat(
+            [rollout.prompt_ids.repeat_interleave(G, 0), rollout.completion_ids], 1
+        ),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
 
 # %% ../nbs/03_policy.ipynb #ff42ce44
 def completions_per_row(
@@ -74,149 +111,372 @@ def completions_per_row(
     hidden: int,  # width of the model: a layer has about 12 hidden^2 weights
 ) -> int:  # k, a divisor of G
     "How many completions of a group share a row: as many as possible at no more than a quarter above the FLOPs of the cheapest cut."
+
     def cost(k):
         row = prompt_length + k * completion_length
-        return (6 * hidden * row + row ** 2) / k  # matrix products and attention: FLOPs per completion and layer, divided by 4 hidden
+        return (
+            (6 * hidden * row + row**2) / k
+        )  # matrix products and attention: FLOPs per completion and layer, divided by 4 hidden
+
     costs = {k: cost(k) for k in range(1, G + 1) if G % k == 0}
     return max(k for k in costs if costs[k] <= 1.25 * min(costs.values()))
 
 # %% ../nbs/03_policy.ipynb #ac103922
 def shared_rows(
     rollout: Rollout,
-    hidden: int | None,  # width of the model, for `completions_per_row`; None: a row a completion
-) -> tuple[dict[str, Tensor], Int[Tensor, "M"]]:  # (model inputs, where in the flattened rows each real completion token is predicted)
+    hidden: int
+    | None,  # width of the model, for `completions_per_row`; None: a row a completion
+) -> tuple[
+    dict[str, Tensor], Int[Tensor, "M"]
+]:  # (model inputs, where in the flattened rows each real completion token is predicted)
     "Rows `[prompt | o_1 | ... | o_k]` without padding inside: ids, block mask and positions."
     (N, T), device = rollout.completion_ids.shape, rollout.completion_ids.device
-    k = completions_per_row(rollout.num_generations, rollout.prompt_ids.shape[1], rollout.completion_mask.sum().item() / N, hidden) if hidden else 1
-    R, again = N // k, rollout.num_generations // k  # rows; how often a prompt is repeated
-    prompt_ids, prompt_mask = (x.repeat_interleave(again, 0) for x in (rollout.prompt_ids, rollout.prompt_mask))
-    real = torch.cat([prompt_mask, rollout.completion_mask.reshape(R, k * T)], 1)  # [R, P + k T], with holes
+    k = (
+        completions_per_row(
+            rollout.num_generations,
+            rollout.prompt_ids.shape[1],
+            rollout.completion_mask.sum().item() / N,
+            hidden,
+        )
+        if hidden
+        else 1
+    )
+    R, again = (
+        N // k,
+        rollout.num_generations // k,
+    )  # rows; how often a prompt is repeated
+    prompt_ids, prompt_mask = (
+        x.repeat_interleave(again, 0) for x in (rollout.prompt_ids, rollout.prompt_mask)
+    )
+    real = torch.cat(
+        [prompt_mask, rollout.completion_mask.reshape(R, k * T)], 1
+    )  # [R, P + k T], with holes
     place = real.cumsum(1) - 1  # of a real token in its row, once the holes are closed
     length, L = prompt_mask.sum(1, keepdim=True), int(real.sum(1).max())
-    owner = torch.cat([torch.zeros_like(prompt_mask[0], dtype=torch.long), torch.arange(1, k + 1, device=device).repeat_interleave(T)])  # 0: the prompt
-    position = torch.cat([prompt_mask.cumsum(1) - 1, (length + torch.arange(T, device=device)).repeat(1, k)], 1)
+    owner = torch.cat(
+        [
+            torch.zeros_like(prompt_mask[0], dtype=torch.long),
+            torch.arange(1, k + 1, device=device).repeat_interleave(T),
+        ]
+    )  # 0: the prompt
+    position = torch.cat(
+        [
+            prompt_mask.cumsum(1) - 1,
+            (length + torch.arange(T, device=device)).repeat(1, k),
+        ],
+        1,
+    )
     index = (real.nonzero()[:, 0], place[real])
-    def closed(x, fill): return torch.full((R, L), fill, device=device).index_put(index, x[real])
-    ids, owner, position = closed(torch.cat([prompt_ids, rollout.completion_ids.reshape(R, k * T)], 1), 0), closed(owner.expand_as(real), -1), closed(position, 0)
-    if k > 1: sees = (((owner[:, None] == 0) | (owner[:, None] == owner[..., None])) & torch.ones(L, L, dtype=torch.bool, device=device).tril())[:, None]  # [R, 1, L, L]
-    else: sees = (owner >= 0).long()  # [R, L]
-    before = torch.cat([(length - 1)[..., None].expand(R, k, 1), place[:, prompt_ids.shape[1]:].reshape(R, k, T)[..., :-1]], 2)[..., :T]  # the token before each
-    before = (before + L * torch.arange(R, device=device)[:, None, None]).view(N, T)[rollout.completion_mask]
-    return {"input_ids": ids, "attention_mask": sees, "position_ids": position, "use_cache": False}, before
+
+    def closed(x, fill):
+        return torch.full((R, L), fill, device=device).index_put(index, x[real])
+
+    ids, owner, position = (
+        closed(torch.cat([prompt_ids, rollout.completion_ids.reshape(R, k * T)], 1), 0),
+        closed(owner.expand_as(real), -1),
+        closed(position, 0),
+    )
+    if k > 1:
+        sees = (
+            ((owner[:, None] == 0) | (owner[:, None] == owner[..., None]))
+            & torch.ones(L, L, dtype=torch.bool, device=device).tril()
+        )[:, None]  # [R, 1, L, L]
+    else:
+        sees = (owner >= 0).long()  # [R, L]
+    before = torch.cat(
+        [
+            (length - 1)[..., None].expand(R, k, 1),
+            place[:, prompt_ids.shape[1] :].reshape(R, k, T)[..., :-1],
+        ],
+        2,
+    )[..., :T]  # the token before each
+    before = (before + L * torch.arange(R, device=device)[:, None, None]).view(N, T)[
+        rollout.completion_mask
+    ]
+    return {
+        "input_ids": ids,
+        "attention_mask": sees,
+        "position_ids": position,
+        "use_cache": False,
+    }, before
 
 # %% ../nbs/03_policy.ipynb #423a350a
-def shares_prompt(model: PreTrainedModel, longest: int) -> bool:  # longest: tokens of prompt and completion
+def shares_prompt(
+    model: PreTrainedModel, longest: int
+) -> bool:  # longest: tokens of prompt and completion
     "Can this model compute a group in one row? Tried once, with a warning if not; wrapped models, longer rows than a sliding window and capped logits: no."
-    config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
-    window = min(getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size"))
-    if config is None or longest > window or getattr(config, "final_logit_softcapping", None): return False
-    key = (config._attn_implementation, model.dtype, model.device.type)  # what the answer depends on
+    config = (
+        model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    )
+    window = min(
+        getattr(config, name, None) or longest
+        for name in ("sliding_window", "attention_chunk_size")
+    )
+    if (
+        config is None
+        or longest > window
+        or getattr(config, "final_logit_softcapping", None)
+    ):
+        return False
+    key = (
+        config._attn_implementation,
+        model.dtype,
+        model.device.type,
+    )  # what the answer depends on
     if getattr(model, "_shares_prompt", (None,))[0] != key:
-        ids, yes = torch.arange(6, device=model.device) % config.vocab_size, torch.ones(2, 2, dtype=torch.bool, device=model.device)
-        probe = Rollout([None], ids[None, :2], yes[:1], ids[2:].view(2, 2), yes, ["", ""], ~yes[0], 2)
+        ids, yes = (
+            torch.arange(6, device=model.device) % config.vocab_size,
+            torch.ones(2, 2, dtype=torch.bool, device=model.device),
+        )
+        probe = Rollout(
+            [None],
+            ids[None, :2],
+            yes[:1],
+            ids[2:].view(2, 2),
+            yes,
+            ["", ""],
+            ~yes[0],
+            2,
+        )
         try:
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-                each, (inputs, before) = model.eval()(**model_inputs(probe), logits_to_keep=3).logits[:, :-1].flatten(0, 1), shared_rows(probe, 10**6)
-                together = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before])
-            apart, allowed = ((together - each).abs().max() / each.abs().max()).item(), {torch.float64: 1e-5, torch.float32: 1e-3}.get(each.dtype, 5e-2)
-            model._shares_prompt, why = (key, apart <= allowed), f"its logits differ by {apart:.0e}"
-        except torch.OutOfMemoryError: raise
-        except Exception as error: model._shares_prompt, why = (key, False), f"{type(error).__name__}"
-        if not model._shares_prompt[1]: warnings.warn(f"{type(model).__name__} does not compute a group in one row ({why}); each completion gets a row of its own", stacklevel=2)
+                each, (inputs, before) = (
+                    model.eval()(**model_inputs(probe), logits_to_keep=3)
+                    .logits[:, :-1]
+                    .flatten(0, 1),
+                    shared_rows(probe, 10**6),
+                )
+                together = model.get_output_embeddings()(
+                    model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before]
+                )
+            apart, allowed = (
+                ((together - each).abs().max() / each.abs().max()).item(),
+                {torch.float64: 1e-5, torch.float32: 1e-3}.get(each.dtype, 5e-2),
+            )
+            model._shares_prompt, why = (
+                (key, apart <= allowed),
+                f"its logits differ by {apart:.0e}",
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            model._shares_prompt, why = (key, False), f"{type(error).__name__}"
+        if not model._shares_prompt[1]:
+            warnings.warn(
+                f"{type(model).__name__} does not compute a group in one row ({why}); each completion gets a row of its own",
+                stacklevel=2,
+            )
     return model._shares_prompt[1]
+
 
 def sharing_width(model: PreTrainedModel, rollout: Rollout) -> int | None:
     "The model's width if it can compute the groups of this rollout in shared rows, else None."
     longest = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
-    return model.config.get_text_config().hidden_size if shares_prompt(model, longest) else None
+    return (
+        model.config.get_text_config().hidden_size
+        if shares_prompt(model, longest)
+        else None
+    )
 
 # %% ../nbs/03_policy.ipynb #a0fb3c84
 def first_of_equal(rollout: Rollout) -> Int[Tensor, "N"]:
     "For each completion the first of its group that has the same tokens (itself, if there is none before it)."
     rows = torch.arange(len(rollout), device=rollout.completion_ids.device)
-    alike = torch.cat([(rows // rollout.num_generations)[:, None], rollout.completion_ids.masked_fill(~rollout.completion_mask, -1)], 1).unique(dim=0, return_inverse=True)[1]
+    alike = torch.cat(
+        [
+            (rows // rollout.num_generations)[:, None],
+            rollout.completion_ids.masked_fill(~rollout.completion_mask, -1),
+        ],
+        1,
+    ).unique(dim=0, return_inverse=True)[1]
     return rows.scatter_reduce(0, alike, rows, "amin", include_self=False)[alike]
 
 # %% ../nbs/03_policy.ipynb #29512921
 LOGITS = 2**25  # numbers in one piece of the logits
+
 
 def token_logprobs(
     model: PreTrainedModel,
     rollout: Rollout,
     temperature: float = 1.0,  # the one it was sampled with
     return_entropy: bool = False,  # also the entropy of the distribution at each token
-) -> Float[Tensor, "N T"] | tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # nats; 0 on padding
+) -> (
+    Float[Tensor, "N T"] | tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]
+):  # nats; 0 on padding
     """`log pi(o_t | q, o_<t)` of every completion token, differentiable; where groups share rows, a prompt is computed once a row, and equal completions once.
 
     `ValueError`: temperature not positive. The model is left in eval mode: with dropout, rho would be noise."""
-    if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
     T, first = rollout.completion_ids.shape[1], first_of_equal(rollout)
-    rollout = replace(rollout, completion_mask=rollout.completion_mask & (first == torch.arange(len(first), device=first.device))[:, None])
-    mask, ids, model = rollout.completion_mask, rollout.completion_ids[rollout.completion_mask], model.eval()
+    rollout = replace(
+        rollout,
+        completion_mask=rollout.completion_mask
+        & (first == torch.arange(len(first), device=first.device))[:, None],
+    )
+    mask, ids, model = (
+        rollout.completion_mask,
+        rollout.completion_ids[rollout.completion_mask],
+        model.eval(),
+    )
     if hidden := sharing_width(model, rollout):
         inputs, before = shared_rows(rollout, hidden)
-        states, head = model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before], model.get_output_embeddings()  # [M, d]
-    else: states, head = model(**model_inputs(rollout), logits_to_keep=T + 1).logits[:, :-1][mask], None  # [M, V]
+        states, head = (
+            model.base_model(**inputs).last_hidden_state.flatten(0, 1)[before],
+            model.get_output_embeddings(),
+        )  # [M, d]
+    else:
+        states, head = (
+            model(**model_inputs(rollout), logits_to_keep=T + 1).logits[:, :-1][mask],
+            None,
+        )  # [M, V]
+
     def score(states, ids):
         logits = states if head is None else head(states)
-        all_logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if return_entropy else None
+        all_logprobs = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        ).log_softmax(-1)
+        entropy = (
+            -(all_logprobs.exp() * all_logprobs).sum(-1) if return_entropy else None
+        )
         return all_logprobs.gather(-1, ids[:, None]).squeeze(-1), entropy
-    size = max(1, LOGITS // (states.shape[-1] if head is None else head.weight.shape[0]))
-    pieces = [score(states, ids)] if len(ids) <= size else [checkpoint(score, *x, use_reentrant=False, preserve_rng_state=False) for x in zip(states.split(size), ids.split(size))]
-    def scattered(column): return (x := torch.cat(column)).new_zeros(mask.shape).masked_scatter(mask, x)[first]
+
+    size = max(
+        1, LOGITS // (states.shape[-1] if head is None else head.weight.shape[0])
+    )
+    pieces = (
+        [score(states, ids)]
+        if len(ids) <= size
+        else [
+            checkpoint(score, *x, use_reentrant=False, preserve_rng_state=False)
+            for x in zip(states.split(size), ids.split(size))
+        ]
+    )
+
+    def scattered(column):
+        return (
+            (x := torch.cat(column))
+            .new_zeros(mask.shape)
+            .masked_scatter(mask, x)[first]
+        )
+
     logprobs, entropy = zip(*pieces)
-    return (scattered(logprobs), scattered(entropy)) if return_entropy else scattered(logprobs)
+    return (
+        (scattered(logprobs), scattered(entropy))
+        if return_entropy
+        else scattered(logprobs)
+    )
 
 # %% ../nbs/03_policy.ipynb #8199becd
 def as_rollout(
     tokenizer: PreTrainedTokenizerBase,
     queries: list[Query],
-    completions: list[str],  # the same number for each query, groups contiguous; EOS is appended to each
+    completions: list[
+        str
+    ],  # the same number for each query, groups contiguous; EOS is appended to each
     device: torch.device | str = "cpu",
 ) -> Rollout:
     "A rollout of given texts in place of sampled ones; `ValueError` if they do not make whole groups."
     G, rest = divmod(len(completions), len(queries) or 1)
-    if rest or not G: raise ValueError(f"completions must be a multiple of the {len(queries)} queries, got {len(completions)}")
+    if rest or not G:
+        raise ValueError(
+            f"completions must be a multiple of the {len(queries)} queries, got {len(completions)}"
+        )
     prompt_ids, prompt_mask = encode_prompts(tokenizer, queries)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + eos, dtype=torch.long) for text in completions]
-    ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(tokenizer)).to(device)
-    mask = torch.arange(ids.shape[1], device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
-    return Rollout(queries, prompt_ids.to(device), prompt_mask.to(device), ids, mask, completions,
-                   truncated=torch.zeros(len(rows), dtype=torch.bool, device=device), num_generations=G)
+    rows = [
+        torch.tensor(
+            tokenizer(text, add_special_tokens=False)["input_ids"] + eos,
+            dtype=torch.long,
+        )
+        for text in completions
+    ]
+    ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(tokenizer)).to(
+        device
+    )
+    mask = (
+        torch.arange(ids.shape[1], device=device)
+        < torch.tensor([len(row) for row in rows], device=device)[:, None]
+    )
+    return Rollout(
+        queries,
+        prompt_ids.to(device),
+        prompt_mask.to(device),
+        ids,
+        mask,
+        completions,
+        truncated=torch.zeros(len(rows), dtype=torch.bool, device=device),
+        num_generations=G,
+    )
 
 # %% ../nbs/03_policy.ipynb #47efb212
 def micro_batches(
     rollout: Rollout,
-    max_tokens: int | None,  # tokens of one forward pass, padding included; None: no limit
-    hidden: int | None = None,  # width of a model that shares prompts; None: a row a completion
+    max_tokens: int
+    | None,  # tokens of one forward pass, padding included; None: no limit
+    hidden: int
+    | None = None,  # width of a model that shares prompts; None: a row a completion
 ) -> list[list[int]]:  # groups of each piece
     "Cut a rollout into pieces of whole groups, longest groups together; `ValueError` if `max_tokens` is below 1. Of several processes, each gets its share, in as many pieces (the last may be empty)."
-    if max_tokens is not None and not max_tokens >= 1: raise ValueError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
+    if max_tokens is not None and not max_tokens >= 1:
+        raise ValueError(
+            f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}"
+        )
     G, prompt = rollout.num_generations, rollout.prompt_mask.sum(1).numpy(force=True)
     completion = rollout.completion_mask.sum(1).numpy(force=True).reshape(-1, G)
+
     def tokens(groups):
         p, n = prompt[groups], completion[groups]
-        if not hidden: return n.size * int(p.max() + n.max())
+        if not hidden:
+            return n.size * int(p.max() + n.max())
         k = completions_per_row(G, int(p.max()), int(n.sum()) / n.size, hidden)
-        return n.size // k * int((p[:, None] + n.reshape(len(groups), -1, k).sum(2)).max())
+        return (
+            n.size // k * int((p[:, None] + n.reshape(len(groups), -1, k).sum(2)).max())
+        )
+
     pieces, (rank, n) = [[]], process()
     order = sorted(range(len(prompt)), key=lambda g: (-tokens([g]), g))
-    for dealt in (order[i:i + n] for i in range(0, len(order), n)):  # one group to each process
-        if max_tokens and pieces[-1] and max(tokens([*pieces[-1], *dealt][r::n]) for r in range(len(dealt))) > max_tokens: pieces.append([])
+    for dealt in (
+        order[i : i + n] for i in range(0, len(order), n)
+    ):  # one group to each process
+        if (
+            max_tokens
+            and pieces[-1]
+            and max(tokens([*pieces[-1], *dealt][r::n]) for r in range(len(dealt)))
+            > max_tokens
+        ):
+            pieces.append([])
         pieces[-1] += dealt
     return [piece[rank::n] for piece in pieces]
 
 # %% ../nbs/03_policy.ipynb #06a6cba4
-def in_pieces(compute: Callable[[Rollout], Tensor], rollout: Rollout, max_tokens: int | None, hidden: int | None) -> Float[Tensor, "N T"]:
+def in_pieces(
+    compute: Callable[[Rollout], Tensor],
+    rollout: Rollout,
+    max_tokens: int | None,
+    hidden: int | None,
+) -> Float[Tensor, "N T"]:
     "`compute` of a rollout, [n, t] of each of its micro-batches, without a gradient."
     pieces = micro_batches(rollout, max_tokens, hidden)
-    with (torch.inference_mode if process()[1] == 1 else torch.no_grad)(), autocast_as_it_is(rollout.completion_ids.device, cache_enabled=False): parts = [compute(rollout.select(groups or [0])) for groups in pieces]
+    with (
+        (torch.inference_mode if process()[1] == 1 else torch.no_grad)(),
+        autocast_as_it_is(rollout.completion_ids.device, cache_enabled=False),
+    ):
+        parts = [compute(rollout.select(groups or [0])) for groups in pieces]
     return in_order(parts, pieces, rollout)
 
-def in_order(parts: list[Float[Tensor, "n t"]], pieces: list[list[int]], rollout: Rollout) -> Float[Tensor, "N T"]:
+
+def in_order(
+    parts: list[Float[Tensor, "n t"]], pieces: list[list[int]], rollout: Rollout
+) -> Float[Tensor, "N T"]:
     "What was computed of each micro-batch, in this process and the others, as the rollout has its rows."
-    whole = parts[0].new_zeros(rollout.completion_ids.shape).unflatten(0, (-1, rollout.num_generations))
-    for x, groups in zip(parts, pieces): whole[groups, :, :x.shape[1]] = x.unflatten(0, (-1, rollout.num_generations))[:len(groups)]
+    whole = (
+        parts[0]
+        .new_zeros(rollout.completion_ids.shape)
+        .unflatten(0, (-1, rollout.num_generations))
+    )
+    for x, groups in zip(parts, pieces):
+        whole[groups, :, : x.shape[1]] = x.unflatten(0, (-1, rollout.num_generations))[
+            : len(groups)
+        ]
     return add_up(whole.flatten(0, 1))

@@ -22,22 +22,48 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def process() -> tuple[int, int]:  # (rank, how many)
     "Which process of a launch this one is, and of how many; (0, 1) alone. The one of rank 0 writes and prints."
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+    return (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if joined
+        else (0, 1)
+    )
 
 # %% ../nbs/19_processes.ipynb #e5b37e46
 def join_launch():
     "Meet the other processes of a launch (`torchrun`, `accelerate launch`); alone, do nothing. `ValueError` for an engine that is not supported."
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or int(os.environ["WORLD_SIZE"]) == 1 or process()[1] > 1: return
-    refused = {"ACCELERATE_USE_DEEPSPEED": ("true", "DeepSpeed is not supported; FSDP2 shards the same: accelerate launch --use_fsdp --fsdp_version 2"),
-               "ACCELERATE_MIXED_PRECISION": ("bf16", "mixed precision is an option of the run here: --mixed_precision no, and --dtype bfloat16 behind the program's name"),
-               "FSDP_OFFLOAD_PARAMS": ("true", "weights cannot be kept on the CPU: --fsdp_offload_params false")}
-    if sharded(): refused["FSDP_VERSION"] = ("1", "only FSDP2 is supported: --fsdp_version 2")
+    if (
+        not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+        or int(os.environ["WORLD_SIZE"]) == 1
+        or process()[1] > 1
+    ):
+        return
+    refused = {
+        "ACCELERATE_USE_DEEPSPEED": (
+            "true",
+            "DeepSpeed is not supported; FSDP2 shards the same: accelerate launch --use_fsdp --fsdp_version 2",
+        ),
+        "ACCELERATE_MIXED_PRECISION": (
+            "bf16",
+            "mixed precision is an option of the run here: --mixed_precision no, and --dtype bfloat16 behind the program's name",
+        ),
+        "FSDP_OFFLOAD_PARAMS": (
+            "true",
+            "weights cannot be kept on the CPU: --fsdp_offload_params false",
+        ),
+    }
+    if sharded():
+        refused["FSDP_VERSION"] = ("1", "only FSDP2 is supported: --fsdp_version 2")
     for name, (value, said) in refused.items():
-        if os.environ.get(name) == value: raise ValueError(f"{name}={value}: {said}")
+        if os.environ.get(name) == value:
+            raise ValueError(f"{name}={value}: {said}")
     cuda = torch.cuda.is_available()
-    if cuda: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    atexit.register(torch.distributed.destroy_process_group)  # its threads must not outlive the interpreter
+    atexit.register(
+        torch.distributed.destroy_process_group
+    )  # its threads must not outlive the interpreter
+
 
 def sharded() -> bool:
     "Did the launcher ask for FSDP2 (`accelerate launch --use_fsdp`, which sets ACCELERATE_USE_FSDP)?"
@@ -49,42 +75,75 @@ def my_share(n: int) -> slice:
     rank, count = process()
     return slice(rank * n // count, (rank + 1) * n // count)
 
+
 def add_up(x: Tensor) -> Tensor:
     "The sum of a tensor over all processes, in its place; alone, the tensor as it is."
-    if process()[1] > 1: torch.distributed.all_reduce(x)
+    if process()[1] > 1:
+        torch.distributed.all_reduce(x)
     return x
+
 
 def add_up_numbers(numbers: dict[str, float]) -> dict[str, float]:
     "The same for numbers by name, in float64; every process has the same names in the same order."
-    if process()[1] == 1: return numbers
-    return dict(zip(numbers, add_up(torch.tensor([*numbers.values()], dtype=torch.float64)).tolist()))
+    if process()[1] == 1:
+        return numbers
+    return dict(
+        zip(
+            numbers,
+            add_up(torch.tensor([*numbers.values()], dtype=torch.float64)).tolist(),
+        )
+    )
 
 # %% ../nbs/19_processes.ipynb #28fdb309
-def all_rows(x: Tensor, fill: float = 0) -> Tensor:  # fill: behind the end of a shorter row
+def all_rows(
+    x: Tensor, fill: float = 0
+) -> Tensor:  # fill: behind the end of a shorter row
     "The rows ([n, t]) of all processes in order of rank, [N, T]; alone, x itself."
-    if process()[1] == 1: return x
+    if process()[1] == 1:
+        return x
     shapes = gather(lambda: list(x.shape))
-    start, whole = sum(n for n, _ in shapes[:process()[0]]), x.new_zeros(sum(n for n, _ in shapes), max(t for _, t in shapes))
-    whole[start:start + len(x), :x.shape[1]] = x - fill
+    start, whole = (
+        sum(n for n, _ in shapes[: process()[0]]),
+        x.new_zeros(sum(n for n, _ in shapes), max(t for _, t in shapes)),
+    )
+    whole[start : start + len(x), : x.shape[1]] = x - fill
     return add_up(whole) + fill
 
 # %% ../nbs/19_processes.ipynb #3d8e5f81
-KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, OSError, MemoryError, FloatingPointError)}  # of errors that travel; any other arrives as a RuntimeError
+KINDS = {
+    kind.__name__: kind
+    for kind in (ValueError, TypeError, OSError, MemoryError, FloatingPointError)
+}  # of errors that travel; any other arrives as a RuntimeError
+
 
 def gather(compute: Callable[[], Any]) -> list:
     "What `compute` returns in each process, by rank, as JSON (numbers exactly; tuples become lists); what it raises in one is raised in all. Alone: [compute()]."
     rank, n = process()
-    if n == 1: return [compute()]
-    try: said, own = {"value": compute()}, None
-    except Exception as error: said, own = {"type": type(error).__name__, "error": str(error)}, error
+    if n == 1:
+        return [compute()]
+    try:
+        said, own = {"value": compute()}, None
+    except Exception as error:
+        said, own = {"type": type(error).__name__, "error": str(error)}, error
     text = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
-    lengths = add_up(torch.zeros(n, dtype=torch.long).index_fill(0, torch.tensor(rank), len(text)))
+    lengths = add_up(
+        torch.zeros(n, dtype=torch.long).index_fill(0, torch.tensor(rank), len(text))
+    )
     texts = torch.zeros(n, int(lengths.max()), dtype=torch.uint8)
-    texts[rank, :len(text)] = text
-    everything = [json.loads(row[:k].numpy().tobytes()) for row, k in zip(add_up(texts), lengths)]
+    texts[rank, : len(text)] = text
+    everything = [
+        json.loads(row[:k].numpy().tobytes()) for row, k in zip(add_up(texts), lengths)
+    ]
     for i, other in enumerate(everything):
-        if "error" in other: raise _known_to_all(own or KINDS.get(other["type"], RuntimeError)(f"process {i}: {other['error']}"))
+        if "error" in other:
+            raise _known_to_all(
+                own
+                or KINDS.get(other["type"], RuntimeError)(
+                    f"process {i}: {other['error']}"
+                )
+            )
     return [other["value"] for other in everything]
+
 
 def on_main(compute: Callable[[], Any]) -> Any:
     "What `compute` returns in the process of rank 0, in all of them; no other runs it, and all wait for it."
@@ -95,6 +154,7 @@ def _known_to_all(error: Exception) -> Exception:
     error.known_to_all = True
     return error
 
+
 def known_to_all(error: Exception) -> bool:
     "Is this raised in every process? Then they can still do something together. (Alone: always.)"
     return process()[1] == 1 or getattr(error, "known_to_all", False)
@@ -102,57 +162,89 @@ def known_to_all(error: Exception) -> bool:
 # %% ../nbs/19_processes.ipynb #0df3ebd0
 BUCKET = 2**23  # numbers that are sent together
 
+
 def add_up_gradients(model: nn.Module):
     "Add up each gradient over the processes, as DDP does, but once a step and as a sum. (Those of sharded weights FSDP2 has added up already.)"
-    if process()[1] == 1: return
+    if process()[1] == 1:
+        return
     buckets, room = [], 0
     for p in model.parameters():
-        if not p.requires_grad or hasattr(p, "full_tensor"): continue
+        if not p.requires_grad or hasattr(p, "full_tensor"):
+            continue
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if p.numel() > room: buckets.append([]); room = max(BUCKET, p.numel())
-        buckets[-1].append(p.grad); room -= p.numel()
+        if p.numel() > room:
+            buckets.append([])
+            room = max(BUCKET, p.numel())
+        buckets[-1].append(p.grad)
+        room -= p.numel()
     for grads in buckets:
         sums = add_up(torch.cat([grad.flatten() for grad in grads]))
-        for grad, x in zip(grads, sums.split([grad.numel() for grad in grads])): grad.copy_(x.view_as(grad))
+        for grad, x in zip(grads, sums.split([grad.numel() for grad in grads])):
+            grad.copy_(x.view_as(grad))
 
 # %% ../nbs/19_processes.ipynb #d2daf81a
 def shard(model: nn.Module):
     "Cut the weights of a model over the processes with FSDP2, layer by layer, in its place. Optimisers are to be made afterwards."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (process()[1],))
-    for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
+    for layer in [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for module in _shards(model): module.set_gradient_divide_factor(1.0); module.set_force_sum_reduction_for_comms(True)  # a sum, not a mean
-    if not hasattr(model, "get_output_embeddings"): return
-    with torch.no_grad(): model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)  # the first pass tells FSDP2 what the root is
+    for module in _shards(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # a sum, not a mean
+    if not hasattr(model, "get_output_embeddings"):
+        return
+    with torch.no_grad():
+        model(
+            torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False
+        )  # the first pass tells FSDP2 what the root is
     model.reshard()
-    def gather_root(*_): model.unshard()
+
+    def gather_root(*_):
+        model.unshard()
+
     model.base_model.register_forward_pre_hook(gather_root)
+
 
 def _shards(model: nn.Module) -> list[nn.Module]:
     "The modules that FSDP2 has cut."
-    return [module for module in model.modules() if hasattr(module, "set_gradient_divide_factor")]
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "set_gradient_divide_factor")
+    ]
 
 # %% ../nbs/19_processes.ipynb #51217029
 @contextmanager
 def whole(model: nn.Module):
     "While it is open, this process holds all weights, and its passes need no other process; nothing changes for a model that is not sharded."
     parts = _shards(model) if process()[1] > 1 else []
-    for part in parts: part.set_reshard_after_forward(False, recurse=False); part.unshard()
-    try: yield
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
     finally:
-        for part in parts: part.reshard(); part.set_reshard_after_forward(part is not model, recurse=False)
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)
 
 # %% ../nbs/19_processes.ipynb #23944707
 def full(x: Tensor) -> Tensor:
     "The whole of a sharded tensor, in every process; any other tensor itself."
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
+
 def cut_like(x: Tensor, p: Tensor) -> Tensor:  # x: the same in every process
     "This process's share of x, if p is sharded and of the same shape; else x itself."
-    if not hasattr(p, "full_tensor") or x.shape != p.shape: return x
+    if not hasattr(p, "full_tensor") or x.shape != p.shape:
+        return x
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)

@@ -24,10 +24,18 @@ def reference_logprobs(
     max_tokens: int | None = None,  # of one forward pass; None: no limit
 ) -> Float[Tensor, "N T"] | None:  # nats; None without a reference
     "`log pi_ref` of every completion token. A model with adapters (LoRA) is scored without them; afterwards they are on again."
-    if reference is None: return None
+    if reference is None:
+        return None
     with ExitStack() as afterwards:
-        if hasattr(reference, "peft_config"): afterwards.callback(reference.enable_adapters); reference.disable_adapters()
-        return in_pieces(lambda piece: token_logprobs(reference, piece, temperature), rollout, max_tokens, sharing_width(reference, rollout))
+        if hasattr(reference, "peft_config"):
+            afterwards.callback(reference.enable_adapters)
+            reference.disable_adapters()
+        return in_pieces(
+            lambda piece: token_logprobs(reference, piece, temperature),
+            rollout,
+            max_tokens,
+            sharing_width(reference, rollout),
+        )
 
 # %% ../nbs/05_reference.ipynb #4a39bac0
 def kl(
@@ -37,11 +45,16 @@ def kl(
 ) -> Float[Tensor, "*shape"]:  # nats per token
     "Estimates KL(pi || pi_ref) at tokens that were sampled from pi (Schulman 2020; k3 is eq. 4 of DeepSeekMath, 2402.03300)."
     if logprobs.shape != ref_logprobs.shape:
-        raise ValueError(f"ref_logprobs must have the shape of logprobs {tuple(logprobs.shape)}, got {tuple(ref_logprobs.shape)}")
+        raise ValueError(
+            f"ref_logprobs must have the shape of logprobs {tuple(logprobs.shape)}, got {tuple(ref_logprobs.shape)}"
+        )
     d = ref_logprobs - logprobs
-    if estimator == "k1": return -d
-    if estimator == "k2": return d.square() / 2
-    if estimator == "k3": return d.expm1() - d
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return d.expm1() - d
     raise ValueError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}')
 
 # %% ../nbs/05_reference.ipynb #317929c8
@@ -53,10 +66,20 @@ def kl_in_reward(
     beta: float,  # price of one nat
 ) -> Float[Tensor, "N T"]:  # per-token rewards; 0 on padding
     "Per-token rewards of PPO: -beta * k1 on each token, the score on the last real one (DeepSeekMath 2402.03300, eq. 2). `ValueError`: other shapes or dtypes."
-    fits = scores.shape == mask.shape[:1] and logprobs.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
-    if not fits: raise ValueError(f"scores must be [N], logprobs and mask [N, T], mask bool; got {[(x.dtype, *x.shape) for x in (scores, logprobs, mask)]}")
+    fits = (
+        scores.shape == mask.shape[:1]
+        and logprobs.shape == mask.shape
+        and mask.dim() == 2
+        and mask.dtype == torch.bool
+    )
+    if not fits:
+        raise ValueError(
+            f"scores must be [N], logprobs and mask [N, T], mask bool; got {[(x.dtype, *x.shape) for x in (scores, logprobs, mask)]}"
+        )
     rewards = torch.where(mask, -beta * kl(logprobs, ref_logprobs, "k1"), 0.0)
-    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))  # a completion without a token has none, and gets nothing
+    last = mask & (
+        mask.cumsum(1) == mask.sum(1, keepdim=True)
+    )  # a completion without a token has none, and gets nothing
     return torch.where(last, rewards + scores[:, None].to(rewards.dtype), rewards)
 
 # %% ../nbs/05_reference.ipynb #517f97a1
@@ -65,11 +88,22 @@ def token_rewards(
     beta: float,
 ) -> Float[Tensor, "N T"]:
     "Reward of each token of a rollout: its score (or those of its steps), less the price of the KL."
-    ref_logprobs = rollout.logprobs if rollout.ref_logprobs is None else rollout.ref_logprobs
-    scores = rollout.rewards.nan_to_num() if rollout.step_rewards is None else torch.zeros_like(rollout.rewards)
-    rewards = kl_in_reward(scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta)
-    for row, ends, steps in zip(rewards, rollout.step_ends or [], rollout.step_rewards or []):
-        for end, reward in zip(ends, steps): row[end] += reward
+    ref_logprobs = (
+        rollout.logprobs if rollout.ref_logprobs is None else rollout.ref_logprobs
+    )
+    scores = (
+        rollout.rewards.nan_to_num()
+        if rollout.step_rewards is None
+        else torch.zeros_like(rollout.rewards)
+    )
+    rewards = kl_in_reward(
+        scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta
+    )
+    for row, ends, steps in zip(
+        rewards, rollout.step_ends or [], rollout.step_rewards or []
+    ):
+        for end, reward in zip(ends, steps):
+            row[end] += reward
     return rewards
 
 # %% ../nbs/05_reference.ipynb #b37fddfb
@@ -81,13 +115,22 @@ def adapt_beta(
     horizon: int = 10_000,  # completions; the larger, the slower
 ) -> float:
     "Proportional controller of the KL coefficient (Ziegler et al. 2019, 1909.08593, sec. 2.2). `ValueError`: a target or a horizon that is not positive."
-    if not (kl_target > 0 and horizon > 0): raise ValueError(f"kl_target and horizon must be positive, got {kl_target} and {horizon}")
+    if not (kl_target > 0 and horizon > 0):
+        raise ValueError(
+            f"kl_target and horizon must be positive, got {kl_target} and {horizon}"
+        )
     error = min(max(observed_kl / kl_target - 1, -0.2), 0.2)
     return beta * (1 + error * num_completions / horizon)
 
 # %% ../nbs/05_reference.ipynb #6f10c868
 def next_beta(beta: float, rollout: Rollout, kl_target: float | None) -> float:
     "The KL coefficient for the next step; `kl_target` in nats a completion, None: beta is fixed."
-    if kl_target is None or rollout.ref_logprobs is None: return beta
-    observed = kl(rollout.logprobs, rollout.ref_logprobs, "k1").masked_fill(~rollout.completion_mask, 0.0).sum(1).mean()
+    if kl_target is None or rollout.ref_logprobs is None:
+        return beta
+    observed = (
+        kl(rollout.logprobs, rollout.ref_logprobs, "k1")
+        .masked_fill(~rollout.completion_mask, 0.0)
+        .sum(1)
+        .mean()
+    )
     return adapt_beta(beta, observed.item(), kl_target, len(rollout))

@@ -21,7 +21,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .policy import as_rollout, model_inputs, padding_id, resolve_device
 from .processes import gather, my_share
@@ -29,55 +34,94 @@ from .rollout import Rollout
 from .task import Query, Task
 
 # %% ../nbs/06_reward.ipynb #35138581
-RewardFunction = Callable[..., list]  # f(prompts, completions, completion_ids, **columns) -> a float, None or steps for each completion
+RewardFunction = Callable[
+    ..., list
+]  # f(prompts, completions, completion_ids, **columns) -> a float, None or steps for each completion
+
 
 def text_of(completion: str | list[dict]) -> str:
     "The text of a plain or chat completion."
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
+
 def name_of(f: RewardFunction) -> str:
     "The name that metrics and errors call it by."
-    return name_of(f.func) if isinstance(f, functools.partial) else getattr(f, "__name__", type(f).__name__)
+    return (
+        name_of(f.func)
+        if isinstance(f, functools.partial)
+        else getattr(f, "__name__", type(f).__name__)
+    )
 
 # %% ../nbs/06_reward.ipynb #4593931c
 def _queries(prompts: list, columns: dict) -> list[Query]:
     "The queries again, from what a reward function is given; what is not a list is no column (TRL passes its trainer's state, too)."
-    columns = {name: values for name, values in columns.items() if isinstance(values, (list, tuple))}
-    return [Query(prompt, {name: values[i] for name, values in columns.items()}) for i, prompt in enumerate(prompts)]
+    columns = {
+        name: values
+        for name, values in columns.items()
+        if isinstance(values, (list, tuple))
+    }
+    return [
+        Query(prompt, {name: values[i] for name, values in columns.items()})
+        for i, prompt in enumerate(prompts)
+    ]
 
 # %% ../nbs/06_reward.ipynb #327eb663
 def accuracy_reward(task: Task) -> RewardFunction:
     "1 for a right answer of that task, else 0; reads the query's own columns."
+
     def accuracy(prompts, completions, **columns):
-        return [float(task.is_right(text_of(completion), query)) for completion, query in zip(completions, _queries(prompts, columns))]
+        return [
+            float(task.is_right(text_of(completion), query))
+            for completion, query in zip(completions, _queries(prompts, columns))
+        ]
+
     return accuracy
 
 # %% ../nbs/06_reward.ipynb #f0298176
 def brevity_reward(limit: int = 16) -> RewardFunction:
     "1 for an empty completion, falling to 0 at `limit` characters, at least 1."
-    if not limit >= 1: raise ValueError(f"limit must be at least 1, got {limit}")
+    if not limit >= 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+
     def brevity(prompts, completions, **columns):
-        return [max(0.0, 1 - len(text_of(completion)) / limit) for completion in completions]
+        return [
+            max(0.0, 1 - len(text_of(completion)) / limit) for completion in completions
+        ]
+
     return brevity
 
 # %% ../nbs/06_reward.ipynb #82ed8b2e
 def format_reward(pattern: str) -> RewardFunction:  # a regular expression
     "1 for a completion that is of this form as a whole, else 0."
     form = re.compile(pattern, re.DOTALL)
+
     def format(prompts, completions, **columns):
-        return [float(form.fullmatch(text_of(completion)) is not None) for completion in completions]
+        return [
+            float(form.fullmatch(text_of(completion)) is not None)
+            for completion in completions
+        ]
+
     return format
 
 # %% ../nbs/06_reward.ipynb #5b7db0ce
 def overlong_reward(
     max_completion_length: int,  # L_max, tokens
-    cache: int | None = None,  # L_cache, tokens before the limit in which the penalty grows; None: a fifth of L_max
+    cache: int
+    | None = None,  # L_cache, tokens before the limit in which the penalty grows; None: a fifth of L_max
 ) -> RewardFunction:
     "DAPO's soft overlong penalty, from 0 to -1 (2503.14476, eq. 13). `ValueError` if the cache is not in 1..L_max."
     cache = max(1, max_completion_length // 5) if cache is None else cache
-    if not 1 <= cache <= max_completion_length: raise ValueError(f"cache must lie in 1..{max_completion_length} (max_completion_length), got {cache}")
+    if not 1 <= cache <= max_completion_length:
+        raise ValueError(
+            f"cache must lie in 1..{max_completion_length} (max_completion_length), got {cache}"
+        )
+
     def overlong(prompts, completions, completion_ids, **columns):
-        return [-min(1.0, max(0.0, (len(ids) - (max_completion_length - cache)) / cache)) for ids in completion_ids]
+        return [
+            -min(1.0, max(0.0, (len(ids) - (max_completion_length - cache)) / cache))
+            for ids in completion_ids
+        ]
+
     return overlong
 
 # %% ../nbs/06_reward.ipynb #8ca2d6b5
@@ -86,59 +130,162 @@ def process_reward(
     tokenizer: PreTrainedTokenizerBase,  # of the policy
 ) -> RewardFunction:
     "A score at the end of each step, by the rule of the task; the last step ends at the last token, EOS included (2402.03300, section 4.1.3)."
+
     def in_tokens(steps, text, ids):
-        if all(end >= len(text) for end, _ in steps): return [(len(ids) - 1, score) for _, score in steps]
-        lengths = list(map(len, tokenizer.batch_decode([ids[:t + 1] for t in range(len(ids))], skip_special_tokens=True)))  # characters after each token
-        return [(len(ids) - 1 if end >= len(text) else next(t for t, n in enumerate(lengths) if n >= end), score) for end, score in steps]
-    def steps(text, query): return task.steps(text, query) if task.steps else [(len(text), float(task.is_right(text, query)))]
+        if all(end >= len(text) for end, _ in steps):
+            return [(len(ids) - 1, score) for _, score in steps]
+        lengths = list(
+            map(
+                len,
+                tokenizer.batch_decode(
+                    [ids[: t + 1] for t in range(len(ids))], skip_special_tokens=True
+                ),
+            )
+        )  # characters after each token
+        return [
+            (
+                len(ids) - 1
+                if end >= len(text)
+                else next(t for t, n in enumerate(lengths) if n >= end),
+                score,
+            )
+            for end, score in steps
+        ]
+
+    def steps(text, query):
+        return (
+            task.steps(text, query)
+            if task.steps
+            else [(len(text), float(task.is_right(text, query)))]
+        )
+
     def process(prompts, completions, completion_ids, **columns):
         texts = map(text_of, completions)
-        return [in_tokens(steps(text, query), text, ids) for text, ids, query in zip(texts, completion_ids, _queries(prompts, columns))]
+        return [
+            in_tokens(steps(text, query), text, ids)
+            for text, ids, query in zip(
+                texts, completion_ids, _queries(prompts, columns)
+            )
+        ]
+
     return process
 
 # %% ../nbs/06_reward.ipynb #28da6fa5
 def _number(name: str, i: int, score) -> float:
     "One score as a float; what is not a finite number is refused."
-    if hasattr(score, "item") and getattr(score, "ndim", 0) == 0: score = score.item()
-    if not isinstance(score, Real): raise TypeError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a number or None (or a list of steps, (end, score))")
-    if not abs(score) <= torch.finfo(torch.float32).max: raise ValueError(f"reward function {name!r} returned {score!r} for completion {i}; allowed: a finite number or None")
+    if hasattr(score, "item") and getattr(score, "ndim", 0) == 0:
+        score = score.item()
+    if not isinstance(score, Real):
+        raise TypeError(
+            f"reward function {name!r} returned {score!r} for completion {i}; allowed: a number or None (or a list of steps, (end, score))"
+        )
+    if not abs(score) <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"reward function {name!r} returned {score!r} for completion {i}; allowed: a finite number or None"
+        )
     return float(score)
+
 
 def _checked(name: str, scores, lengths: list[int]) -> list:
     "What one function returned or raised: for each completion a float, None, or the (end, score) of its steps."
     n = len(lengths)
-    if isinstance(scores, Exception): raise RuntimeError(f"reward function {name!r} raised {type(scores).__name__}: {scores}") from scores
-    if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"): raise TypeError(f"reward function {name!r} must return a list of {n} numbers, got {type(scores).__name__}")
+    if isinstance(scores, Exception):
+        raise RuntimeError(
+            f"reward function {name!r} raised {type(scores).__name__}: {scores}"
+        ) from scores
+    if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"):
+        raise TypeError(
+            f"reward function {name!r} must return a list of {n} numbers, got {type(scores).__name__}"
+        )
     scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
-    if not isinstance(scores, list) or len(scores) != n: raise ValueError(f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}")
+    if not isinstance(scores, list) or len(scores) != n:
+        raise ValueError(
+            f"reward function {name!r} must return {n} scores, one for each completion; got {len(scores) if isinstance(scores, list) else 1}"
+        )
+
     def steps(i, pairs):
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], Integral) for pair in pairs):
-            raise TypeError(f"reward function {name!r} returned {pairs!r} for completion {i}; allowed: a number, None or a list of steps, (end, score)")
+        if not all(
+            isinstance(pair, (list, tuple))
+            and len(pair) == 2
+            and isinstance(pair[0], Integral)
+            for pair in pairs
+        ):
+            raise TypeError(
+                f"reward function {name!r} returned {pairs!r} for completion {i}; allowed: a number, None or a list of steps, (end, score)"
+            )
         outside = [end for end, _ in pairs if not 0 <= end < lengths[i]]
-        if outside: raise ValueError(f"reward function {name!r} returned a step that ends at token {outside[0]} of completion {i}; allowed: 0..{lengths[i] - 1}")
+        if outside:
+            raise ValueError(
+                f"reward function {name!r} returned a step that ends at token {outside[0]} of completion {i}; allowed: 0..{lengths[i] - 1}"
+            )
         return [(int(end), _number(name, i, score)) for end, score in pairs]
-    return [None if x is None else steps(i, x) if isinstance(x, (list, tuple)) else _number(name, i, x) for i, x in enumerate(scores)]
+
+    return [
+        None
+        if x is None
+        else steps(i, x)
+        if isinstance(x, (list, tuple))
+        else _number(name, i, x)
+        for i, x in enumerate(scores)
+    ]
 
 # %% ../nbs/06_reward.ipynb #d9ac8da5
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
     "Runs `async` functions: in a thread, as a notebook has a loop of its own; for good, as clients stay connected."
-    threading.Thread(target=(loop := asyncio.new_event_loop()).run_forever, daemon=True).start()
+    threading.Thread(
+        target=(loop := asyncio.new_event_loop()).run_forever, daemon=True
+    ).start()
     return loop
 
-def judge(reward_funcs: list[RewardFunction], rollout: Rollout) -> list[list]:  # of each function, for each completion: a float, None, or a list of (end, score)
+
+def judge(
+    reward_funcs: list[RewardFunction], rollout: Rollout
+) -> list[
+    list
+]:  # of each function, for each completion: a float, None, or a list of (end, score)
     "Call every reward function on every completion, `async` ones together; one that raises is a `RuntimeError` with its name, wrong numbers or types a `ValueError` or `TypeError`."
-    queries = [query for query in rollout.queries for _ in range(rollout.num_generations)]
+    queries = [
+        query for query in rollout.queries for _ in range(rollout.num_generations)
+    ]
     prompts = [query.prompt for query in queries]
-    completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, rollout.completions)]
-    columns = {name: [query.columns.get(name) for query in queries] for name in sorted({name for query in queries for name in query.columns})}
-    ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, rollout.completions)
+    ]
+    columns = {
+        name: [query.columns.get(name) for query in queries]
+        for name in sorted({name for query in queries for name in query.columns})
+    }
+    ids = [
+        row[mask].tolist()
+        for row, mask in zip(rollout.completion_ids, rollout.completion_mask)
+    ]
+
     def attempt(call, **given):
-        try: return call(**given)
-        except Exception as error: return error
-    scores = [attempt(f, prompts=prompts, completions=completions, completion_ids=ids, **columns) for f in reward_funcs]
-    scores = [asyncio.run_coroutine_threadsafe(x, _loop()) if asyncio.iscoroutine(x) else x for x in scores]  # begun, all of them
-    return [_checked(name_of(f), attempt(x.result) if isinstance(x, Future) else x, [len(row) for row in ids]) for f, x in zip(reward_funcs, scores)]
+        try:
+            return call(**given)
+        except Exception as error:
+            return error
+
+    scores = [
+        attempt(
+            f, prompts=prompts, completions=completions, completion_ids=ids, **columns
+        )
+        for f in reward_funcs
+    ]
+    scores = [
+        asyncio.run_coroutine_threadsafe(x, _loop()) if asyncio.iscoroutine(x) else x
+        for x in scores
+    ]  # begun, all of them
+    return [
+        _checked(
+            name_of(f),
+            attempt(x.result) if isinstance(x, Future) else x,
+            [len(row) for row in ids],
+        )
+        for f, x in zip(reward_funcs, scores)
+    ]
 
 # %% ../nbs/06_reward.ipynb #84f02149
 def combine(
@@ -146,27 +293,52 @@ def combine(
     weights: list[float] | None = None,  # one a function; None: all 1
 ) -> Float[Tensor, "N"]:  # NaN where no function judged
     "Weighted sum over the functions that judged; `ValueError`: scores that are not [N, F] and floating point, not one finite weight a function."
-    if scores.dim() != 2 or not scores.is_floating_point(): raise ValueError(f"scores must be floating point and [N, F], got {tuple(scores.shape)} {scores.dtype}")
-    weights = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights, dtype=scores.dtype)
-    if len(weights) != scores.shape[1]: raise ValueError(f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}")
-    if not weights.isfinite().all(): raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
-    return (scores * weights.to(scores)).nansum(1).masked_fill(scores.isnan().all(1), math.nan)
+    if scores.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(
+            f"scores must be floating point and [N, F], got {tuple(scores.shape)} {scores.dtype}"
+        )
+    weights = (
+        torch.ones(scores.shape[1])
+        if weights is None
+        else torch.tensor(weights, dtype=scores.dtype)
+    )
+    if len(weights) != scores.shape[1]:
+        raise ValueError(
+            f"reward_weights must have one weight for each of the {scores.shape[1]} reward functions, got {len(weights)}"
+        )
+    if not weights.isfinite().all():
+        raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
+    return (
+        (scores * weights.to(scores))
+        .nansum(1)
+        .masked_fill(scores.isnan().all(1), math.nan)
+    )
 
 # %% ../nbs/06_reward.ipynb #47cbe36d
 def combine_steps(
     judged: list[list],  # as `judge` returns it
     weights: list[float] | None,
     lengths: list[int],  # tokens of each completion
-) -> tuple[list[list[float]], list[list[int]]]:  # (step rewards, step ends), ends in order
+) -> tuple[
+    list[list[float]], list[list[int]]
+]:  # (step rewards, step ends), ends in order
     "Weighted step rewards of each completion; what ends at the same token is added up."
     result = []
     for i, n in enumerate(lengths):
         at = {}
         for column, weight in zip(judged, weights or [1.0] * len(judged)):
-            for end, score in column[i] if isinstance(column[i], list) else [(n - 1, column[i])] if n and column[i] is not None else []:
+            for end, score in (
+                column[i]
+                if isinstance(column[i], list)
+                else [(n - 1, column[i])]
+                if n and column[i] is not None
+                else []
+            ):
                 at[end] = at.get(end, 0.0) + weight * score
         result.append(sorted(at.items()))
-    return [[score for _, score in steps] for steps in result], [[end for end, _ in steps] for steps in result]
+    return [[score for _, score in steps] for steps in result], [
+        [end for end, _ in steps] for steps in result
+    ]
 
 # %% ../nbs/06_reward.ipynb #8ca9d8ba
 def score(
@@ -176,22 +348,56 @@ def score(
     on_error: str = "stop",  # of what `judge` refuses: "stop" | "drop" its group
 ) -> dict[str, float]:  # mean of each function over the completions that it judged
     "The reward stage: fills `rollout.rewards` and `rollout.scored`, and the step rewards if a function gives them."
-    if on_error not in ("stop", "drop"): raise ValueError(f'on_error must be "stop" or "drop", got {on_error!r}')
+    if on_error not in ("stop", "drop"):
+        raise ValueError(f'on_error must be "stop" or "drop", got {on_error!r}')
+
     def judgement(part):
-        try: return judge(reward_funcs, part)
+        try:
+            return judge(reward_funcs, part)
         except (RuntimeError, TypeError, ValueError):
-            if on_error == "stop": raise
+            if on_error == "stop":
+                raise
             return [[None] * len(part)] * len(reward_funcs)
-    mine = range(len(rollout.queries))[my_share(len(rollout.queries))]  # of several processes, each judges its groups
-    parts = [rollout.select(groups) for groups in ([list(mine)] if on_error == "stop" else [[group] for group in mine]) if groups]
-    judged = [sum(columns, []) for columns in zip(*sum(gather(lambda: [judgement(part) for part in parts]), []))]
-    total = lambda x: math.nan if x is None else math.fsum(score for _, score in x) if isinstance(x, list) else x
-    scores = torch.tensor([[total(x) for x in column] for column in judged], device=rollout.completion_ids.device).T
+
+    mine = range(len(rollout.queries))[
+        my_share(len(rollout.queries))
+    ]  # of several processes, each judges its groups
+    parts = [
+        rollout.select(groups)
+        for groups in (
+            [list(mine)] if on_error == "stop" else [[group] for group in mine]
+        )
+        if groups
+    ]
+    judged = [
+        sum(columns, [])
+        for columns in zip(
+            *sum(gather(lambda: [judgement(part) for part in parts]), [])
+        )
+    ]
+    total = lambda x: (
+        math.nan
+        if x is None
+        else math.fsum(score for _, score in x)
+        if isinstance(x, list)
+        else x
+    )
+    scores = torch.tensor(
+        [[total(x) for x in column] for column in judged],
+        device=rollout.completion_ids.device,
+    ).T
     rollout.rewards = combine(scores, weights)
     rollout.scored = ~rollout.rewards.isnan()
     has_steps = any(isinstance(x, list) for column in judged for x in column)
-    rollout.step_rewards, rollout.step_ends = combine_steps(judged, weights, rollout.completion_mask.sum(1).tolist()) if has_steps else (None, None)
-    return {f"rewards/{name_of(f)}/mean": column.nanmean().item() for f, column in zip(reward_funcs, scores.T)}
+    rollout.step_rewards, rollout.step_ends = (
+        combine_steps(judged, weights, rollout.completion_mask.sum(1).tolist())
+        if has_steps
+        else (None, None)
+    )
+    return {
+        f"rewards/{name_of(f)}/mean": column.nanmean().item()
+        for f, column in zip(reward_funcs, scores.T)
+    }
 
 # %% ../nbs/06_reward.ipynb #58823d1a
 def bradley_terry_loss(
@@ -199,47 +405,90 @@ def bradley_terry_loss(
     rejected: Float[Tensor, "K"],  # scores of the others
 ) -> Float[Tensor, ""]:
     "-log sigmoid(chosen - rejected), mean over pairs (Bradley & Terry 1952; InstructGPT 2203.02155, eq. 1). `ValueError`: not both [K] with K > 0."
-    if chosen.shape != rejected.shape or chosen.dim() != 1 or not len(chosen): raise ValueError(f"chosen and rejected must be [K], K > 0; got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
+    if chosen.shape != rejected.shape or chosen.dim() != 1 or not len(chosen):
+        raise ValueError(
+            f"chosen and rejected must be [K], K > 0; got {tuple(chosen.shape)} and {tuple(rejected.shape)}"
+        )
     return -F.logsigmoid(chosen - rejected).mean()
 
 # %% ../nbs/06_reward.ipynb #cc65731a
 class RewardModel:
     "A frozen sequence classifier with one output, called like any reward function."
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 256):  # completions scored at a time
-        if model.config.num_labels != 1: raise ValueError(f"a reward model must have num_labels=1, got {model.config.num_labels}")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 256,
+    ):  # completions scored at a time
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"a reward model must have num_labels=1, got {model.config.num_labels}"
+            )
         model.config.pad_token_id = padding_id(tokenizer)
-        self.model, self.tokenizer, self.batch_size, self.__name__ = model.eval(), tokenizer, batch_size, "reward_model"
+        self.model, self.tokenizer, self.batch_size, self.__name__ = (
+            model.eval(),
+            tokenizer,
+            batch_size,
+            "reward_model",
+        )
 
     @classmethod
     def from_pretrained(cls, path: str, device: str = "auto") -> "RewardModel":
         "Load one from a directory or hub id."
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True, trust_remote_code=False)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, output_loading_info=True, trust_remote_code=False
+            )
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
-            raise ValueError(f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
-        if info["missing_keys"]: raise ValueError(f"{str(path)!r} is not a reward model: it has no trained score head (missing: {', '.join(sorted(info['missing_keys']))})")
+            raise ValueError(
+                f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            ) from error
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{str(path)!r} is not a reward model: it has no trained score head (missing: {', '.join(sorted(info['missing_keys']))})"
+            )
         return cls(model.to(resolve_device(device)), tokenizer)
 
     @classmethod
-    def from_policy(cls, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "RewardModel":
+    def from_policy(
+        cls, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> "RewardModel":
         "An untrained one: a copy of the policy's trunk with a new head (as InstructGPT makes its own). `ValueError` if it has adapters."
-        if hasattr(policy, "peft_config"): raise ValueError("policy has adapters (LoRA): make the reward model before they are added")
+        if hasattr(policy, "peft_config"):
+            raise ValueError(
+                "policy has adapters (LoRA): make the reward model before they are added"
+            )
         config = copy.deepcopy(policy.config)
         config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=policy.dtype
+        )
         model.base_model.load_state_dict(policy.base_model.state_dict())
         return cls(model.to(policy.device).requires_grad_(False), tokenizer)
 
-    def scores(self, queries: list[Query], completions: list[str]) -> Float[Tensor, "N"]:
+    def scores(
+        self, queries: list[Query], completions: list[str]
+    ) -> Float[Tensor, "N"]:
         "Scores of one completion a query, differentiable (it is what training the model uses)."
         rollout = as_rollout(self.tokenizer, queries, completions, self.model.device)
-        with torch.autocast(self.model.device.type, enabled=False):  # a score in bfloat16 has three digits: answers would tie
+        with torch.autocast(
+            self.model.device.type, enabled=False
+        ):  # a score in bfloat16 has three digits: answers would tie
             return self.model(**model_inputs(rollout)).logits.squeeze(-1)
 
     @torch.no_grad()
     def __call__(self, prompts, completions, **columns) -> list[float]:
         "One score a completion, as every reward function."
-        queries, texts = [Query(prompt) for prompt in prompts], [text_of(completion) for completion in completions]
-        return [x for i in range(0, len(texts), self.batch_size)
-                for x in self.scores(queries[i:i + self.batch_size], texts[i:i + self.batch_size]).tolist()]
+        queries, texts = (
+            [Query(prompt) for prompt in prompts],
+            [text_of(completion) for completion in completions],
+        )
+        return [
+            x
+            for i in range(0, len(texts), self.batch_size)
+            for x in self.scores(
+                queries[i : i + self.batch_size], texts[i : i + self.batch_size]
+            ).tolist()
+        ]

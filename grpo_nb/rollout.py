@@ -19,35 +19,75 @@ from .task import Query
 @dataclass
 class Rollout:
     "Queries and their sampled completions, completed by each stage in turn. Masks are bool, `True` on real tokens."
+
     queries: list[Query]  # B
     prompt_ids: Int[Tensor, "B P"]  # padded on the left
     prompt_mask: Bool[Tensor, "B P"]
-    completion_ids: Int[Tensor, "N T"]  # padded on the right; N = B * num_generations, groups contiguous
+    completion_ids: Int[
+        Tensor, "N T"
+    ]  # padded on the right; N = B * num_generations, groups contiguous
     completion_mask: Bool[Tensor, "N T"]  # EOS is inside, padding is not
     completions: list[str]  # N, decoded
     truncated: Bool[Tensor, "N"]  # stopped by the length limit, not by EOS
     num_generations: int  # G; 1 for PPO
-    logprobs: Float[Tensor, "N T"] | None = None  # log pi_old: under the policy that sampled; 0 on padding
-    sampling_logprobs: Float[Tensor, "N T"] | None = None  # the same, as another engine computed it; None where there is none
-    ref_logprobs: Float[Tensor, "N T"] | None = None  # log pi_ref; None without a reference model
+    logprobs: Float[Tensor, "N T"] | None = (
+        None  # log pi_old: under the policy that sampled; 0 on padding
+    )
+    sampling_logprobs: Float[Tensor, "N T"] | None = (
+        None  # the same, as another engine computed it; None where there is none
+    )
+    ref_logprobs: Float[Tensor, "N T"] | None = (
+        None  # log pi_ref; None without a reference model
+    )
     rewards: Float[Tensor, "N"] | None = None  # before any KL; NaN where not scored
-    scored: Bool[Tensor, "N"] | None = None  # False where every reward function returned None
-    step_rewards: list[list[float]] | None = None  # process supervision: a reward for each step of each completion
-    step_ends: list[list[int]] | None = None  # 0-based index of the last token of each step
-    values: Float[Tensor, "N T"] | None = None  # V before the token at t is chosen (PPO only)
+    scored: Bool[Tensor, "N"] | None = (
+        None  # False where every reward function returned None
+    )
+    step_rewards: list[list[float]] | None = (
+        None  # process supervision: a reward for each step of each completion
+    )
+    step_ends: list[list[int]] | None = (
+        None  # 0-based index of the last token of each step
+    )
+    values: Float[Tensor, "N T"] | None = (
+        None  # V before the token at t is chosen (PPO only)
+    )
     advantages: Float[Tensor, "N"] | Float[Tensor, "N T"] | None = None
     returns: Float[Tensor, "N T"] | None = None  # targets of the value model (PPO only)
 
     def __post_init__(self):
         B, G, N = len(self.queries), self.num_generations, self.completion_ids.shape[0]
-        if B < 1 or G < 1: raise ValueError(f"queries must hold at least one and num_generations be at least 1, got {B} and {G}")
-        if N != B * G: raise ValueError(f"completion_ids must have {B} queries x {G} generations = {B * G} rows, got {N}")
-        with jaxtyped("context"):  # in which a letter stands for the same number in every field
-            for name, kind, x in [(f.name, f.type, getattr(self, f.name)) for f in fields(self)]:
-                fits = isinstance(x, kind) if "Tensor" in str(kind) else not isinstance(x, list) or len(x) == (B if name == "queries" else N)
-                if not fits: raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)} with N = {N}; got {(x.dtype, *x.shape) if isinstance(x, Tensor) else x}")
-        if not self.prompt_mask[:, -1:].any(1).all() or (self.completion_mask[:, 1:] > self.completion_mask[:, :-1]).any():
-            raise ValueError("prompt_mask must be padded on the left only, completion_mask on the right only, and no prompt be empty")
+        if B < 1 or G < 1:
+            raise ValueError(
+                f"queries must hold at least one and num_generations be at least 1, got {B} and {G}"
+            )
+        if N != B * G:
+            raise ValueError(
+                f"completion_ids must have {B} queries x {G} generations = {B * G} rows, got {N}"
+            )
+        with jaxtyped(
+            "context"
+        ):  # in which a letter stands for the same number in every field
+            for name, kind, x in [
+                (f.name, f.type, getattr(self, f.name)) for f in fields(self)
+            ]:
+                fits = (
+                    isinstance(x, kind)
+                    if "Tensor" in str(kind)
+                    else not isinstance(x, list)
+                    or len(x) == (B if name == "queries" else N)
+                )
+                if not fits:
+                    raise ValueError(
+                        f"{name} must be {getattr(kind, '__name__', kind)} with N = {N}; got {(x.dtype, *x.shape) if isinstance(x, Tensor) else x}"
+                    )
+        if (
+            not self.prompt_mask[:, -1:].any(1).all()
+            or (self.completion_mask[:, 1:] > self.completion_mask[:, :-1]).any()
+        ):
+            raise ValueError(
+                "prompt_mask must be padded on the left only, completion_mask on the right only, and no prompt be empty"
+            )
 
     def __len__(self) -> int:
         "N, the number of completions."
@@ -59,7 +99,11 @@ def loss_mask(
     mask_truncated_completions: bool = False,  # leave out completions that ran into the length limit
 ) -> Bool[Tensor, "N T"]:  # True on the tokens that the loss is taken over
     "Real tokens of scored (and, if asked, finished) completions (overlong filtering: DAPO 2503.14476, section 3.4)."
-    mask = rollout.completion_mask if rollout.scored is None else rollout.completion_mask & rollout.scored[:, None]
+    mask = (
+        rollout.completion_mask
+        if rollout.scored is None
+        else rollout.completion_mask & rollout.scored[:, None]
+    )
     return mask & ~rollout.truncated[:, None] if mask_truncated_completions else mask
 
 # %% ../nbs/02_rollout.ipynb #45192df8
@@ -69,33 +113,82 @@ def select(
 ) -> Rollout:  # K groups, padding trimmed to the longest of them
     "Whole groups of a rollout, with every field that has been filled in so far; `ValueError` if none is named, or one that is not there."
     rollout.__post_init__()  # what has been filled in since it was made
-    device, G, B = rollout.completion_ids.device, rollout.num_generations, len(rollout.queries)
+    device, G, B = (
+        rollout.completion_ids.device,
+        rollout.num_generations,
+        len(rollout.queries),
+    )
     groups = torch.as_tensor(groups, device=device)
-    right = groups.dim() == 1 and len(groups) and groups.dtype == torch.long and 0 <= groups.min() and groups.max() < B
-    if not right: raise ValueError(f"groups must name at least one group, by indices in 0..{B - 1}; got {groups.tolist()}")
+    right = (
+        groups.dim() == 1
+        and len(groups)
+        and groups.dtype == torch.long
+        and 0 <= groups.min()
+        and groups.max() < B
+    )
+    if not right:
+        raise ValueError(
+            f"groups must name at least one group, by indices in 0..{B - 1}; got {groups.tolist()}"
+        )
     rows = (groups[:, None] * G + torch.arange(G, device=device)).flatten()
     prompt_columns = slice(-int(rollout.prompt_mask[groups].sum(1).max()), None)
-    completion_columns = slice(0, max(1, int(rollout.completion_mask[rows].sum(1).max())))
+    completion_columns = slice(
+        0, max(1, int(rollout.completion_mask[rows].sum(1).max()))
+    )
+
     def cut(name, x):
-        index, columns = (groups, prompt_columns) if name in ("queries", "prompt_ids", "prompt_mask") else (rows, completion_columns)
-        return [x[i] for i in index.tolist()] if isinstance(x, list) else x[index][:, columns] if x.dim() == 2 else x[index]
-    filled = {f.name: x for f in fields(rollout) if (x := getattr(rollout, f.name)) is not None and f.name != "num_generations"}
+        index, columns = (
+            (groups, prompt_columns)
+            if name in ("queries", "prompt_ids", "prompt_mask")
+            else (rows, completion_columns)
+        )
+        return (
+            [x[i] for i in index.tolist()]
+            if isinstance(x, list)
+            else x[index][:, columns]
+            if x.dim() == 2
+            else x[index]
+        )
+
+    filled = {
+        f.name: x
+        for f in fields(rollout)
+        if (x := getattr(rollout, f.name)) is not None and f.name != "num_generations"
+    }
     return replace(rollout, **{name: cut(name, x) for name, x in filled.items()})
 
 # %% ../nbs/02_rollout.ipynb #4927932c
 def join(rollouts: list[Rollout]) -> Rollout:
     "Rollouts with one `num_generations` as one, groups in order; a field is kept if all of them have it. `ValueError`: none, groups of different sizes."
-    if len({r.num_generations for r in rollouts}) != 1: raise ValueError(f"rollouts must have one num_generations, got {[r.num_generations for r in rollouts]}")
+    if len({r.num_generations for r in rollouts}) != 1:
+        raise ValueError(
+            f"rollouts must have one num_generations, got {[r.num_generations for r in rollouts]}"
+        )
+
     def joined(name):
         values = [getattr(r, name) for r in rollouts]
-        if any(x is None for x in values): return None
-        if isinstance(values[0], list): return [item for x in values for item in x]
-        if len({x.dim() for x in values}) > 1: raise ValueError(f"{name} must be [N] in all rollouts, or [N, T] in all")
-        if values[0].dim() == 1: return torch.cat(values)
+        if any(x is None for x in values):
+            return None
+        if isinstance(values[0], list):
+            return [item for x in values for item in x]
+        if len({x.dim() for x in values}) > 1:
+            raise ValueError(f"{name} must be [N] in all rollouts, or [N, T] in all")
+        if values[0].dim() == 1:
+            return torch.cat(values)
         width = max(x.shape[1] for x in values)
-        side = (lambda n: (n, 0)) if name.startswith("prompt_") else (lambda n: (0, n))  # prompts are padded on the left
+        side = (
+            (lambda n: (n, 0)) if name.startswith("prompt_") else (lambda n: (0, n))
+        )  # prompts are padded on the left
         return torch.cat([F.pad(x, side(width - x.shape[1])) for x in values])
-    return replace(rollouts[0], **{f.name: joined(f.name) for f in fields(rollouts[0]) if f.name != "num_generations"})
+
+    return replace(
+        rollouts[0],
+        **{
+            f.name: joined(f.name)
+            for f in fields(rollouts[0])
+            if f.name != "num_generations"
+        },
+    )
 
 # %% ../nbs/02_rollout.ipynb #0efd3090
 Rollout.select, Rollout.loss_mask, Rollout.join = select, loss_mask, staticmethod(join)

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from .policy import autocast_as_it_is, encode_prompts, eos_token_ids, in_pieces, padding_id, shares_prompt, sharing_width, token_logprobs
+from .policy import autocast_as_it_is, encode_prompts, eos_token_ids, in_pieces
+from .policy import padding_id, shares_prompt, sharing_width, token_logprobs
 from .processes import all_rows, my_share, whole
 from .rollout import Rollout
 from .task import Query
@@ -30,25 +31,45 @@ def draw(
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "N"]:
     "Draw one token a row, after the tail has been cut off by top-k and then top-p (Holtzman et al., 1904.09751)."
-    if top_k == 1: return logprobs.argmax(-1)
+    if top_k == 1:
+        return logprobs.argmax(-1)
     if 0 < top_k < logprobs.shape[-1]:
-        logprobs = logprobs.masked_fill(logprobs < logprobs.topk(top_k).values[:, -1:], float("-inf"))
+        logprobs = logprobs.masked_fill(
+            logprobs < logprobs.topk(top_k).values[:, -1:], float("-inf")
+        )
     if top_p < 1:
         ordered, index = logprobs.log_softmax(-1).sort(descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of everything more likely than this token
-        logprobs = logprobs.masked_fill((before >= top_p).scatter(1, index, before >= top_p), float("-inf"))
+        before = (
+            ordered.exp().cumsum(-1) - ordered.exp()
+        )  # probability of everything more likely than this token
+        logprobs = logprobs.masked_fill(
+            (before >= top_p).scatter(1, index, before >= top_p), float("-inf")
+        )
     size = math.isqrt(logprobs.shape[-1])
-    blocks = F.pad(logprobs.softmax(-1), (0, -logprobs.shape[-1] % size)).unflatten(1, (-1, size))  # [N, blocks, size]
+    blocks = F.pad(logprobs.softmax(-1), (0, -logprobs.shape[-1] % size)).unflatten(
+        1, (-1, size)
+    )  # [N, blocks, size]
     block = torch.multinomial(blocks.sum(-1), 1, generator=generator)
-    return block.squeeze(1) * size + torch.multinomial(blocks.gather(1, block[..., None].expand(-1, 1, size)).squeeze(1), 1, generator=generator).squeeze(1)
+    return block.squeeze(1) * size + torch.multinomial(
+        blocks.gather(1, block[..., None].expand(-1, 1, size)).squeeze(1),
+        1,
+        generator=generator,
+    ).squeeze(1)
 
 # %% ../nbs/04_sampling.ipynb #76cff356
-def check_context(model: PreTrainedModel, queries: list[Query], lengths: Int[Tensor, "B"], max_completion_length: int):
+def check_context(
+    model: PreTrainedModel,
+    queries: list[Query],
+    lengths: Int[Tensor, "B"],
+    max_completion_length: int,
+):
     "`ValueError` if a prompt and its longest completion do not fit into the model's context."
     context = getattr(model.config, "max_position_embeddings", None)
     i = int(lengths.argmax())
     if context is not None and lengths[i] + max_completion_length > context:
-        raise ValueError(f"query {i} is too long: {lengths[i]} prompt tokens + max_completion_length {max_completion_length} exceed the model's context of {context}; it begins {queries[i].text[:40]!r}")
+        raise ValueError(
+            f"query {i} is too long: {lengths[i]} prompt tokens + max_completion_length {max_completion_length} exceed the model's context of {context}; it begins {queries[i].text[:40]!r}"
+        )
 
 # %% ../nbs/04_sampling.ipynb #88f44ae7
 @torch.no_grad()
@@ -61,126 +82,311 @@ def sample(
     temperature: float = 1.0,  # of the softmax; its log-probs are what is recorded
     top_p: float = 1.0,
     top_k: int = 0,  # 1: greedy
-    generator: torch.Generator | None = None,  # on the model's device; None: torch's global one
+    generator: torch.Generator
+    | None = None,  # on the model's device; None: torch's global one
 ) -> Rollout:  # with `logprobs`; N = B * G rows, groups contiguous
     """Draw `num_generations` completions of each query: q -> o_1 ... o_G.
 
     A model without a cache of keys and values passes whole sequences, with a warning. `ValueError`: no queries, an empty prompt, one that does not fit, a number out of range."""
-    for name, value, good in [("num_generations", num_generations, num_generations >= 1), ("temperature", temperature, temperature > 0),
-                              ("max_completion_length", max_completion_length, max_completion_length >= 1),
-                              ("top_p", top_p, 0 < top_p <= 1), ("top_k", top_k, top_k >= 0)]:
-        if not good: raise ValueError(f"{name} is out of range: {value} (num_generations, max_completion_length >= 1; temperature > 0; 0 < top_p <= 1; top_k >= 0)")
-    prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, queries))
+    for name, value, good in [
+        ("num_generations", num_generations, num_generations >= 1),
+        ("temperature", temperature, temperature > 0),
+        ("max_completion_length", max_completion_length, max_completion_length >= 1),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("top_k", top_k, top_k >= 0),
+    ]:
+        if not good:
+            raise ValueError(
+                f"{name} is out of range: {value} (num_generations, max_completion_length >= 1; temperature > 0; 0 < top_p <= 1; top_k >= 0)"
+            )
+    prompt_ids, prompt_mask = (
+        x.to(model.device) for x in encode_prompts(tokenizer, queries)
+    )
     check_context(model, queries, prompt_mask.sum(1), max_completion_length)
-    eos, mine = eos_token_ids(model, tokenizer), my_share(len(queries))  # of several processes, each draws for its queries
+    eos, mine = (
+        eos_token_ids(model, tokenizer),
+        my_share(len(queries)),
+    )  # of several processes, each draws for its queries
     try:
-        with whole(model), autocast_as_it_is(model.device, cache_enabled=True):  # if one is on: weights are rounded once, not for each token
-            ids, logprobs = _decode(model.eval(), prompt_ids[mine], prompt_mask[mine], num_generations, max_completion_length, temperature, top_p, top_k, eos, generator)
-    finally: torch.clear_autocast_cache()  # or the next sampling would find these weights, not what an update has made of them
+        with (
+            whole(model),
+            autocast_as_it_is(model.device, cache_enabled=True),
+        ):  # if one is on: weights are rounded once, not for each token
+            ids, logprobs = _decode(
+                model.eval(),
+                prompt_ids[mine],
+                prompt_mask[mine],
+                num_generations,
+                max_completion_length,
+                temperature,
+                top_p,
+                top_k,
+                eos,
+                generator,
+            )
+    finally:
+        torch.clear_autocast_cache()  # or the next sampling would find these weights, not what an update has made of them
     ids, logprobs = all_rows(ids, -1), all_rows(logprobs)
     mask = ids >= 0
-    return Rollout(queries, prompt_ids, prompt_mask, ids.masked_fill(~mask, padding_id(tokenizer)), mask,
-                   tokenizer.batch_decode([row[row >= 0] for row in ids.cpu()], skip_special_tokens=True),
-                   truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1), num_generations=num_generations, logprobs=logprobs)
+    return Rollout(
+        queries,
+        prompt_ids,
+        prompt_mask,
+        ids.masked_fill(~mask, padding_id(tokenizer)),
+        mask,
+        tokenizer.batch_decode(
+            [row[row >= 0] for row in ids.cpu()], skip_special_tokens=True
+        ),
+        truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1),
+        num_generations=num_generations,
+        logprobs=logprobs,
+    )
 
 # %% ../nbs/04_sampling.ipynb #6b22bb6f
-def _similar(lengths: list[int], padding: int = 128) -> list[list[int]]:  # so much padding costs no more than another pass
+def _similar(
+    lengths: list[int], padding: int = 128
+) -> list[list[int]]:  # so much padding costs no more than another pass
     "Which prompts are read together: pieces of similar length, longest first."
     pieces, wasted = [[]], 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         wasted += lengths[pieces[-1][0]] - lengths[i] if pieces[-1] else 0
-        if wasted > padding: pieces, wasted = [*pieces, []], 0
+        if wasted > padding:
+            pieces, wasted = [*pieces, []], 0
         pieces[-1].append(i)
     return pieces
 
 # %% ../nbs/04_sampling.ipynb #282a8bfd
 class _Room(DynamicLayer):
     "One layer of the cache: keys and values of N rows, [N, heads, P + more, width], of which `keys` and `values` show the part that is filled."
-    def __init__(self, read: list[tuple[list[int], DynamicLayer]], G: int, P: int, more: int):  # read: prompts, and the cache that reading them left
+
+    def __init__(
+        self, read: list[tuple[list[int], DynamicLayer]], G: int, P: int, more: int
+    ):  # read: prompts, and the cache that reading them left
         super().__init__()
         first, N = read[0][1].keys, G * sum(len(prompts) for prompts, _ in read)
-        rounded = torch.is_autocast_enabled(first.device.type) and first.dtype == torch.float32  # as attention would round them, at each token
+        rounded = (
+            torch.is_autocast_enabled(first.device.type)
+            and first.dtype == torch.float32
+        )  # as attention would round them, at each token
         self.device, self.is_initialized = first.device, True
-        self.dtype = torch.get_autocast_dtype(first.device.type) if rounded else first.dtype
-        self.places = [x.new_empty(N, x.shape[1], P + more, x.shape[3], dtype=self.dtype) for x in (first, read[0][1].values)]
+        self.dtype = (
+            torch.get_autocast_dtype(first.device.type) if rounded else first.dtype
+        )
+        self.places = [
+            x.new_empty(N, x.shape[1], P + more, x.shape[3], dtype=self.dtype)
+            for x in (first, read[0][1].values)
+        ]
         for prompts, layer in read:
             rows = [i * G + g for i in prompts for g in range(G)]
-            for place, x in zip(self.places, (layer.keys, layer.values)): place[rows, :, :P] = F.pad(x, (0, 0, P - x.shape[2], 0)).repeat_interleave(G, 0).to(self.dtype)  # a copy for each of the group
+            for place, x in zip(self.places, (layer.keys, layer.values)):
+                place[rows, :, :P] = (
+                    F.pad(x, (0, 0, P - x.shape[2], 0))
+                    .repeat_interleave(G, 0)
+                    .to(self.dtype)
+                )  # a copy for each of the group
         self.show(N, P)
 
-    def show(self, N, length): self.keys, self.values = (x[:N, :, :length] for x in self.places)
+    def show(self, N, length):
+        self.keys, self.values = (x[:N, :, :length] for x in self.places)
 
-    def update(self, keys, values, *args, **kwargs):  # called by the attention layer, with one token a row
+    def update(
+        self, keys, values, *args, **kwargs
+    ):  # called by the attention layer, with one token a row
         self.show(len(keys), self.keys.shape[2] + 1)
         self.keys[:, :, -1:], self.values[:, :, -1:] = keys, values
         return self.keys, self.values
 
     def move(self, gaps, movers, N):  # rows into the places of others; N are left
-        for x in (place[:, :, :self.keys.shape[2]] for place in self.places): x[gaps] = x[movers]
+        for x in (place[:, :, : self.keys.shape[2]] for place in self.places):
+            x[gaps] = x[movers]
         self.show(N, self.keys.shape[2])
 
 # %% ../nbs/04_sampling.ipynb #509f0555
 def _close_gaps(N: int, ended: list[int]) -> tuple[list[int], list[int]]:
     "Of N rows some leave: the places that they leave among the first, and the last rows, which move there."
-    return [i for i in ended if i < N - len(ended)], sorted(set(range(N - len(ended), N)) - set(ended))
+    return [i for i in ended if i < N - len(ended)], sorted(
+        set(range(N - len(ended), N)) - set(ended)
+    )
 
 # %% ../nbs/04_sampling.ipynb #06629cbc
 def _prefill(model, ids, mask, G, more):
     "Read each prompt once: logits of the token after it, [N, V], and the cache of N rows; None if the model keeps no keys and values."
-    P, read, logits, layers = ids.shape[1], [], {}, DynamicCache(config=model.config).layers
-    if not all(hasattr(layer, "keys") for layer in layers): return None
-    alone = all(type(layer) is DynamicLayer for layer in layers)  # no sliding window, no other state
+    P, read, logits, layers = (
+        ids.shape[1],
+        [],
+        {},
+        DynamicCache(config=model.config).layers,
+    )
+    if not all(hasattr(layer, "keys") for layer in layers):
+        return None
+    alone = all(
+        type(layer) is DynamicLayer for layer in layers
+    )  # no sliding window, no other state
     for prompts in _similar(mask.sum(1).tolist()) if alone else [list(range(len(ids)))]:
-        cache, width = DynamicCache(config=model.config), int(mask[prompts].sum(1).max())
-        seen = mask[prompts, P - width:]
-        out = model(ids[prompts, P - width:], attention_mask=seen.long(), position_ids=(seen.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if cache.get_seq_length() != width: return None
-        logits |= dict(zip(prompts, out.logits[:, -1])); read.append((prompts, cache))
+        cache, width = (
+            DynamicCache(config=model.config),
+            int(mask[prompts].sum(1).max()),
+        )
+        seen = mask[prompts, P - width :]
+        out = model(
+            ids[prompts, P - width :],
+            attention_mask=seen.long(),
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if cache.get_seq_length() != width:
+            return None
+        logits |= dict(zip(prompts, out.logits[:, -1]))
+        read.append((prompts, cache))
     for i, layer in enumerate(layers):
-        if type(layer) is DynamicLayer: cache.layers[i] = _Room([(prompts, c.layers[i]) for prompts, c in read], G, P, more)
-        else: cache.layers[i].reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(G))
-    return torch.stack([logits[i] for i in range(len(ids))]).repeat_interleave(G, 0), cache
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = _Room(
+                [(prompts, c.layers[i]) for prompts, c in read], G, P, more
+            )
+        else:
+            cache.layers[i].reorder_cache(
+                torch.arange(len(ids), device=ids.device).repeat_interleave(G)
+            )
+    return torch.stack([logits[i] for i in range(len(ids))]).repeat_interleave(
+        G, 0
+    ), cache
 
 # %% ../nbs/04_sampling.ipynb #31c849bf
-def _decode(model, prompt_ids, prompt_mask, G, max_length, temperature, top_p, top_k, eos, generator):
+def _decode(
+    model,
+    prompt_ids,
+    prompt_mask,
+    G,
+    max_length,
+    temperature,
+    top_p,
+    top_k,
+    eos,
+    generator,
+):
     "Token by token: ids [N, T] with -1 behind the end, and their log-probs."
     device, N, P = prompt_ids.device, len(prompt_ids) * G, prompt_ids.shape[1]
-    ids, eos = torch.full((N, max_length), -1, device=device), torch.tensor(eos, dtype=torch.long, device=device)
-    logprobs = torch.zeros(N, max_length, device=device, dtype=torch.promote_types(model.dtype, torch.float32))
-    if not N: return ids[:, :1], logprobs[:, :1]
-    alive, seen = torch.arange(N, device=device), F.pad(prompt_mask.repeat_interleave(G, 0), (0, max_length), value=True)
-    padded, ready = not prompt_mask.all(), shares_prompt(model, P + max_length)  # ready: it takes a mask as it is, [N, 1, 1, L], and need not make one for each token
-    def plain(t):  # the whole sequence again
-        mask = seen[alive, :P + t]
-        return model(torch.cat([prompt_ids.repeat_interleave(G, 0), ids], 1)[alive, :P + t], attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False, logits_to_keep=1).logits[:, -1]
+    ids, eos = (
+        torch.full((N, max_length), -1, device=device),
+        torch.tensor(eos, dtype=torch.long, device=device),
+    )
+    logprobs = torch.zeros(
+        N,
+        max_length,
+        device=device,
+        dtype=torch.promote_types(model.dtype, torch.float32),
+    )
+    if not N:
+        return ids[:, :1], logprobs[:, :1]
+    alive, seen = (
+        torch.arange(N, device=device),
+        F.pad(prompt_mask.repeat_interleave(G, 0), (0, max_length), value=True),
+    )
+    padded, ready = (
+        not prompt_mask.all(),
+        shares_prompt(model, P + max_length),
+    )  # ready: it takes a mask as it is, [N, 1, 1, L], and need not make one for each token
 
-    logits, cache = _prefill(model, prompt_ids, prompt_mask, G, max_length) or (None, None)
-    if cache is None: warnings.warn(f"{type(model).__name__} keeps no cache of keys and values; each token passes the whole sequence through it", stacklevel=4)
+    def plain(t):  # the whole sequence again
+        mask = seen[alive, : P + t]
+        return model(
+            torch.cat([prompt_ids.repeat_interleave(G, 0), ids], 1)[alive, : P + t],
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    logits, cache = _prefill(model, prompt_ids, prompt_mask, G, max_length) or (
+        None,
+        None,
+    )
+    if cache is None:
+        warnings.warn(
+            f"{type(model).__name__} keeps no cache of keys and values; each token passes the whole sequence through it",
+            stacklevel=4,
+        )
     for t in range(max_length):
-        distribution = ((plain(t) if cache is None else logits).to(logprobs.dtype) / temperature).log_softmax(-1)
+        distribution = (
+            (plain(t) if cache is None else logits).to(logprobs.dtype) / temperature
+        ).log_softmax(-1)
         token = draw(distribution, top_p, top_k, generator)
-        ids[alive, t], logprobs[alive, t] = token, distribution.gather(1, token[:, None]).squeeze(1)
-        if t + 1 == max_length: break
+        ids[alive, t], logprobs[alive, t] = (
+            token,
+            distribution.gather(1, token[:, None]).squeeze(1),
+        )
+        if t + 1 == max_length:
+            break
         ended = torch.isin(token, eos).nonzero().squeeze(1).tolist()
-        if len(ended) == len(alive): break
+        if len(ended) == len(alive):
+            break
         if ended:  # the rows that ended leave, and the last ones fill the gaps
-            gaps, movers = (torch.tensor(x, dtype=torch.long, device=device) for x in _close_gaps(len(alive), ended))
-            stay = torch.arange(len(alive) - len(ended), device=device).index_copy(0, gaps, movers)
+            gaps, movers = (
+                torch.tensor(x, dtype=torch.long, device=device)
+                for x in _close_gaps(len(alive), ended)
+            )
+            stay = torch.arange(len(alive) - len(ended), device=device).index_copy(
+                0, gaps, movers
+            )
             token, alive = token[stay], alive[stay]
-            for layer in cache.layers if cache is not None else []: layer.move(gaps, movers, len(stay)) if type(layer) is _Room else layer.reorder_cache(stay)
-        if cache is None: continue
-        mask = None if not padded else seen[alive, None, None, :P + t + 1] if ready else seen[alive, :P + t + 1].long()
-        logits = model(token[:, None], attention_mask=mask, position_ids=seen[alive, :P + t].sum(1, keepdim=True), past_key_values=cache, use_cache=True).logits[:, -1]
-    return ids[:, :t + 1], logprobs[:, :t + 1]
+            for layer in cache.layers if cache is not None else []:
+                layer.move(gaps, movers, len(stay)) if type(
+                    layer
+                ) is _Room else layer.reorder_cache(stay)
+        if cache is None:
+            continue
+        mask = (
+            None
+            if not padded
+            else seen[alive, None, None, : P + t + 1]
+            if ready
+            else seen[alive, : P + t + 1].long()
+        )
+        logits = model(
+            token[:, None],
+            attention_mask=mask,
+            position_ids=seen[alive, : P + t].sum(1, keepdim=True),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return ids[:, : t + 1], logprobs[:, : t + 1]
 
 # %% ../nbs/04_sampling.ipynb #5a3f09c1
-Sampler = Callable[..., Rollout]  # `sample`, or whatever takes its arguments and returns a rollout
+Sampler = Callable[
+    ..., Rollout
+]  # `sample`, or whatever takes its arguments and returns a rollout
 
 # %% ../nbs/04_sampling.ipynb #d2d5ee11
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: list[Query], num_generations: int, config,
-             generator: torch.Generator | None = None, sampler: Sampler = sample) -> Rollout:
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: list[Query],
+    num_generations: int,
+    config,
+    generator: torch.Generator | None = None,
+    sampler: Sampler = sample,
+) -> Rollout:
     "Sample as the config says; log-probs are exact, or None (in bfloat16 or by another sampler, for a group) where the update will find them exactly."
-    rollout = sampler(model, tokenizer, queries, num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k, generator)
-    if config.dtype == "bfloat16": rollout.logprobs = None
-    if rollout.logprobs is None and num_generations == 1: rollout.logprobs = in_pieces(lambda piece: token_logprobs(model, piece, config.temperature), rollout, config.max_tokens_per_micro_batch, sharing_width(model, rollout))
+    rollout = sampler(
+        model,
+        tokenizer,
+        queries,
+        num_generations,
+        config.max_completion_length,
+        config.temperature,
+        config.top_p,
+        config.top_k,
+        generator,
+    )
+    if config.dtype == "bfloat16":
+        rollout.logprobs = None
+    if rollout.logprobs is None and num_generations == 1:
+        rollout.logprobs = in_pieces(
+            lambda piece: token_logprobs(model, piece, config.temperature),
+            rollout,
+            config.max_tokens_per_micro_batch,
+            sharing_width(model, rollout),
+        )
     return rollout

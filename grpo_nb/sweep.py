@@ -28,9 +28,15 @@ def grid(
     **axes,  # parameter: a list of values, or one value
 ) -> list[dict[str, Any]]:  # the parameters of each cell
     "All combinations of the values; `ValueError` for an axis without any."
-    lists = {name: values if isinstance(values, list) else [values] for name, values in axes.items()}
+    lists = {
+        name: values if isinstance(values, list) else [values]
+        for name, values in axes.items()
+    }
     for name, values in lists.items():
-        if not values: raise ValueError(f"{name}=[] has no value; allowed: one value, or a list of at least one")
+        if not values:
+            raise ValueError(
+                f"{name}=[] has no value; allowed: one value, or a list of at least one"
+            )
     return [dict(zip(lists, values)) for values in product(*lists.values())]
 
 # %% ../nbs/17_sweep.ipynb #481a5855
@@ -38,22 +44,63 @@ def cell_name(cell: dict[str, Any]) -> str:
     "A name for the folder of a cell: its parameters, shortened where they are long, and different where they differ."
     text = ",".join(f"{name}={value}" for name, value in cell.items()) or "default"
     plain = re.sub(r"[^\w=.,+-]+", "_", text)
-    return plain if plain == text and len(plain) <= 100 else f"{plain[:90]}-{crc32(text.encode()):08x}"
+    return (
+        plain
+        if plain == text and len(plain) <= 100
+        else f"{plain[:90]}-{crc32(text.encode()):08x}"
+    )
 
 # %% ../nbs/17_sweep.ipynb #3bcb23b6
-def _run_cell(notebook: Path, cell: dict[str, Any], folder: Path, threads: int) -> dict[str, Any]:
+def _run_cell(
+    notebook: Path, cell: dict[str, Any], folder: Path, threads: int
+) -> dict[str, Any]:
     "Run the notebook with these parameters; returns what `cell.json` says, with an `error` if it is not written."
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    command = [sys.executable, "-m", "papermill", notebook, folder / "notebook.ipynb", "--kernel", "python3", "--cwd", notebook.parent,
-               "--no-progress-bar", "--parameters_yaml", json.dumps(cell | {"output_dir": str(folder)})]
-    environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    done = {"notebook": notebook.name, "parameters": cell, "seconds": round(time.time() - began, 1)}
-    if ended.returncode == 0: write_atomically(folder / "cell.json", json.dumps(done))
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        notebook,
+        folder / "notebook.ipynb",
+        "--kernel",
+        "python3",
+        "--cwd",
+        notebook.parent,
+        "--no-progress-bar",
+        "--parameters_yaml",
+        json.dumps(cell | {"output_dir": str(folder)}),
+    ]
+    environment = os.environ | {
+        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    }
+    ended = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    done = {
+        "notebook": notebook.name,
+        "parameters": cell,
+        "seconds": round(time.time() - began, 1),
+    }
+    if ended.returncode == 0:
+        write_atomically(folder / "cell.json", json.dumps(done))
     (folder / "log.txt").write_text(ended.stdout + ended.stderr)
-    said = [f"papermill ended with {ended.returncode}", *filter(str.strip, ended.stderr.splitlines())]
-    error = next((line for line in reversed(said) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), said[-1])
+    said = [
+        f"papermill ended with {ended.returncode}",
+        *filter(str.strip, ended.stderr.splitlines()),
+    ]
+    error = next(
+        (
+            line
+            for line in reversed(said)
+            if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)
+        ),
+        said[-1],
+    )
     return done | {"error": error if ended.returncode else None}
 
 # %% ../nbs/17_sweep.ipynb #45db34ae
@@ -70,39 +117,86 @@ def sweep(
     `ValueError`, before anything runs: a notebook, a parameter or a number of jobs that is not there, a cell that
     stands twice, a folder that holds another cell."""
     import papermill
-    if not Path(notebook).is_file(): raise ValueError(f"notebook={str(notebook)!r} is not a file")
+
+    if not Path(notebook).is_file():
+        raise ValueError(f"notebook={str(notebook)!r} is not a file")
     for name, value in {"jobs": jobs, "threads": threads or 1}.items():
-        if not isinstance(value, int) or value < 1: raise ValueError(f"{name}={value} is not allowed; a whole number, at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{name}={value} is not allowed; a whole number, at least 1"
+            )
     notebook, directory = Path(notebook).resolve(), Path(directory).resolve()
     known = set(papermill.inspect_notebook(notebook))
-    if "output_dir" not in known: raise ValueError(f"{notebook.name} has no parameter output_dir, so its cells could not be kept apart")
+    if "output_dir" not in known:
+        raise ValueError(
+            f"{notebook.name} has no parameter output_dir, so its cells could not be kept apart"
+        )
     folders, done = [], []
     for cell in cells:
         for name in cell:
-            if name in known - {"output_dir"}: continue
-            raise ValueError(f"{name!r} is not a parameter of {notebook.name} that a cell may set; "
-                             f"allowed: {', '.join(sorted(known - {'output_dir'}))}")
+            if name in known - {"output_dir"}:
+                continue
+            raise ValueError(
+                f"{name!r} is not a parameter of {notebook.name} that a cell may set; "
+                f"allowed: {', '.join(sorted(known - {'output_dir'}))}"
+            )
         folder = directory / cell_name(cell)
-        if folder in folders: raise ValueError(f"the cell {cell} stands twice in the sweep")
+        if folder in folders:
+            raise ValueError(f"the cell {cell} stands twice in the sweep")
         folders.append(folder)
-        try: plain = json.loads(json.dumps(cell, allow_nan=False))
-        except (TypeError, ValueError) as error: raise ValueError(f"the cell {cell} cannot be handed to a notebook: {error}") from None
-        found = read_json(folder / "cell.json") if (folder / "cell.json").exists() else None
-        if found and not {"notebook", "parameters", "seconds"} <= found.keys(): raise ValueError(f"{folder / 'cell.json'} is damaged: it has only {', '.join(found)}")
+        try:
+            plain = json.loads(json.dumps(cell, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the cell {cell} cannot be handed to a notebook: {error}"
+            ) from None
+        found = (
+            read_json(folder / "cell.json") if (folder / "cell.json").exists() else None
+        )
+        if found and not {"notebook", "parameters", "seconds"} <= found.keys():
+            raise ValueError(
+                f"{folder / 'cell.json'} is damaged: it has only {', '.join(found)}"
+            )
         if found and (found["notebook"], found["parameters"]) != (notebook.name, plain):
-            raise ValueError(f"{folder} holds another cell, {found['parameters']} of {found['notebook']}; give another directory")
+            raise ValueError(
+                f"{folder} holds another cell, {found['parameters']} of {found['notebook']}; give another directory"
+            )
         done.append(found and found | {"error": None})
 
-    todo, threads = [i for i, found in enumerate(done) if not found], threads or max(1, (os.cpu_count() or 1) // jobs)
-    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell", disable=not progress)
+    todo, threads = (
+        [i for i, found in enumerate(done) if not found],
+        threads or max(1, (os.cpu_count() or 1) // jobs),
+    )
+    bar = tqdm(
+        total=len(cells),
+        initial=len(cells) - len(todo),
+        unit="cell",
+        disable=not progress,
+    )
     with bar, ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(_run_cell, notebook, cells[i], folders[i], threads): i for i in todo}
+        running = {
+            pool.submit(_run_cell, notebook, cells[i], folders[i], threads): i
+            for i in todo
+        }
         try:
             for future in as_completed(running):
                 i = running[future]
                 done[i] = future.result()
-                if done[i]["error"]: bar.write(f"{folders[i].name}: {done[i]['error']}")
+                if done[i]["error"]:
+                    bar.write(f"{folders[i].name}: {done[i]['error']}")
                 bar.update()
-        finally: pool.shutdown(cancel_futures=True)  # after an interrupt: what runs ends, what has not begun does not
-    return pd.DataFrame([cell | {"directory": str(folder), "seconds": found["seconds"], "error": found["error"]}
-                         for cell, folder, found in zip(cells, folders, done)])
+        finally:
+            pool.shutdown(
+                cancel_futures=True
+            )  # after an interrupt: what runs ends, what has not begun does not
+    return pd.DataFrame(
+        [
+            cell
+            | {
+                "directory": str(folder),
+                "seconds": found["seconds"],
+                "error": found["error"],
+            }
+            for cell, folder, found in zip(cells, folders, done)
+        ]
+    )

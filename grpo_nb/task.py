@@ -29,18 +29,25 @@ import pyarrow.parquet
 @dataclass(frozen=True)
 class Query:
     "One question `q`, with what a reward function needs to judge an answer to it."
-    prompt: str | list[dict]  # plain text, or chat messages `[{"role": ..., "content": ...}]`
-    columns: dict[str, Any] = field(default_factory=dict, hash=False)  # passed on to reward functions, e.g. `answer`
+
+    prompt: (
+        str | list[dict]
+    )  # plain text, or chat messages `[{"role": ..., "content": ...}]`
+    columns: dict[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # passed on to reward functions, e.g. `answer`
     key: str = ""  # queries with the same key are the same question: they stay on one side of the train/held-out split
 
     @property
     def text(self) -> str:
         "The prompt as one string, for people and tables."
-        if isinstance(self.prompt, str): return self.prompt
+        if isinstance(self.prompt, str):
+            return self.prompt
         return "\n".join(message["content"] for message in self.prompt)
 
 # %% ../nbs/01_task.ipynb #117c5d79
 HELDOUT_EVERY = 5  # one key in five is held out
+
 
 def is_heldout(query: Query) -> bool:
     "Is this query on the held-out side? Decided by a checksum of its key (its text, if it has none) alone, so it never changes."
@@ -50,44 +57,64 @@ def is_heldout(query: Query) -> bool:
 @dataclass(frozen=True)
 class Task:
     "A numbered family of queries and the rule that tells a right answer."
+
     name: str  # as in `load_task`
     size: int  # how many distinct queries there are
     query: Callable[[int], Query]  # index -> query
-    is_right: Callable[[str, Query], bool] | None  # (completion text, query) -> right? None: only rewards say
+    is_right: (
+        Callable[[str, Query], bool] | None
+    )  # (completion text, query) -> right? None: only rewards say
     solve: Callable[[Query, random.Random], str]  # one right answer, for the warm start
-    parse: Callable[[str], Query | None]  # what a person types -> query, None if it is not one
+    parse: Callable[
+        [str], Query | None
+    ]  # what a person types -> query, None if it is not one
     form: str = r".+"  # regular expression of a well-formed answer, right or wrong
-    steps: Callable[[str, Query], list[tuple[int, float]]] | None = None  # (characters up to the end of a step, its score); None: one step
-    sides: dict[str, list[int]] | None = None  # split -> indices, where they are known; None: `is_heldout` decides
+    steps: Callable[[str, Query], list[tuple[int, float]]] | None = (
+        None  # (characters up to the end of a step, its score); None: one step
+    )
+    sides: dict[str, list[int]] | None = (
+        None  # split -> indices, where they are known; None: `is_heldout` decides
+    )
 
-    def queries(self,
+    def queries(
+        self,
         split: str,  # "train" | "heldout"
         n: int,  # how many
         seed: int | str = 0,  # the same seed gives the same queries
     ) -> list[Query]:
         "Draw `n` queries of one side of the split; none comes twice before all have come once. `ValueError`: another split, `n` below 1, an empty side."
-        if split not in ("train", "heldout"): raise ValueError(f'split must be "train" or "heldout", got {split!r}')
-        if n < 1: raise ValueError(f"n must be at least 1, got {n}")
+        if split not in ("train", "heldout"):
+            raise ValueError(f'split must be "train" or "heldout", got {split!r}')
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
         rng, drawn, seen = random.Random(seed), [], set()
         rows = range(self.size) if self.sides is None else self.sides[split]
         for _ in range(100 * (n + len(rows)) if rows else 0):
-            if len(drawn) == n: return drawn
+            if len(drawn) == n:
+                return drawn
             index = rows[rng.randrange(len(rows))]
-            if index in seen: continue
+            if index in seen:
+                continue
             seen.add(index)
             query = self.query(index)
-            if self.sides is not None or is_heldout(query) == (split == "heldout"): drawn.append(query)
-            if len(seen) == len(rows): seen.clear()
-        raise ValueError(f"task {self.name!r} has no {split} queries among its {self.size}")
+            if self.sides is not None or is_heldout(query) == (split == "heldout"):
+                drawn.append(query)
+            if len(seen) == len(rows):
+                seen.clear()
+        raise ValueError(
+            f"task {self.name!r} has no {split} queries among its {self.size}"
+        )
 
 # %% ../nbs/01_task.ipynb #519a7b5e
 def _number(index: int, digits: int) -> int:
     "The index-th number with exactly `digits` digits (0 counts as one digit)."
     return index + (10 ** (digits - 1) if digits > 1 else 0)
 
+
 def _count(digits: int) -> int:
     "How many numbers have exactly `digits` digits; `ValueError` for other digits than 1, 2 and 3."
-    if not isinstance(digits, int) or digits not in (1, 2, 3): raise ValueError(f"digits must be 1, 2 or 3, got {digits!r}")
+    if not isinstance(digits, int) or digits not in (1, 2, 3):
+        raise ValueError(f"digits must be 1, 2 or 3, got {digits!r}")
     return 10 if digits == 1 else 9 * 10 ** (digits - 1)
 
 # %% ../nbs/01_task.ipynb #9b934d7d
@@ -96,16 +123,32 @@ def add(
 ) -> Task:
     "`12+34=` -> `46`: one right answer, compared as text; each digit is a step, right if the answer up to it is."
     n = _count(digits)
-    def sum_query(a, b): return Query(f"{a}+{b}=", {"answer": str(a + b)}, key=f"{min(a, b)}+{max(a, b)}")
+
+    def sum_query(a, b):
+        return Query(
+            f"{a}+{b}=", {"answer": str(a + b)}, key=f"{min(a, b)}+{max(a, b)}"
+        )
+
     def parse(text):
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*\+\s*([0-9]{1,9})\s*=?\s*", text)
         return found and sum_query(int(found[1]), int(found[2]))
+
     def steps(completion, query):
         right, end = query.columns["answer"], len(completion)
-        return [(i, float(right.startswith(completion[:i]))) for i in range(1, end)] + [(end, float(completion == right))]
-    return Task("add", n * n, lambda i: sum_query(_number(i // n, digits), _number(i % n, digits)),
-                is_right=lambda completion, query: completion == query.columns["answer"],
-                solve=lambda query, rng: query.columns["answer"], parse=parse, form="[0-9]+", steps=steps)
+        return [(i, float(right.startswith(completion[:i]))) for i in range(1, end)] + [
+            (end, float(completion == right))
+        ]
+
+    return Task(
+        "add",
+        n * n,
+        lambda i: sum_query(_number(i // n, digits), _number(i % n, digits)),
+        is_right=lambda completion, query: completion == query.columns["answer"],
+        solve=lambda query, rng: query.columns["answer"],
+        parse=parse,
+        form="[0-9]+",
+        steps=steps,
+    )
 
 # %% ../nbs/01_task.ipynb #0101a002
 def sums(
@@ -114,39 +157,54 @@ def sums(
     "`3+4=`, `12+34=` or `123+456=`: sums of 1 to `digits` digits, each length as likely; judged as in `add`."
     _count(digits)  # refuses what it is not given for
     parts = [add(n) for n in range(1, digits + 1)]
-    def query(i): return parts[i % digits].query(i // digits % parts[i % digits].size)
+
+    def query(i):
+        return parts[i % digits].query(i // digits % parts[i % digits].size)
+
     return replace(parts[-1], name="sums", size=digits * parts[-1].size, query=query)
 
 # %% ../nbs/01_task.ipynb #0fb47ce5
 MAX_EXPRESSION = 64  # characters; a longer text is not an expression
 
+
 def evaluate_expression(
     text: str,  # what a model wrote
 ) -> int | None:  # its value, `None` if it is not an expression
     "Value of an expression of digits, `+`, `-`, `*` and parentheses; no other character is accepted, nothing is executed."
-    if not re.fullmatch(r"[0-9+*()-]{1,%d}" % MAX_EXPRESSION, text): return None
-    tokens = re.findall(r"[0-9]+|[-+*()]", text)[::-1] # reversed: the next token is tokens[-1]
+    if not re.fullmatch(r"[0-9+*()-]{1,%d}" % MAX_EXPRESSION, text):
+        return None
+    tokens = re.findall(r"[0-9]+|[-+*()]", text)[
+        ::-1
+    ]  # reversed: the next token is tokens[-1]
 
     def factor():
         token = tokens.pop()
-        if token.isdigit(): return int(token)
-        if token != "(": raise ValueError(token)
+        if token.isdigit():
+            return int(token)
+        if token != "(":
+            raise ValueError(token)
         value = total()
-        if tokens.pop() != ")": raise ValueError("unclosed parenthesis")
+        if tokens.pop() != ")":
+            raise ValueError("unclosed parenthesis")
         return value
 
     def product():
         value = factor()
-        while tokens and tokens[-1] == "*": tokens.pop(); value *= factor()
+        while tokens and tokens[-1] == "*":
+            tokens.pop()
+            value *= factor()
         return value
 
     def total():
         value = product()
-        while tokens and tokens[-1] in "+-": value += product() if tokens.pop() == "+" else -product()
+        while tokens and tokens[-1] in "+-":
+            value += product() if tokens.pop() == "+" else -product()
         return value
 
-    try: value = total()
-    except (ValueError, IndexError): return None  # IndexError: the text ended too early
+    try:
+        value = total()
+    except (ValueError, IndexError):
+        return None  # IndexError: the text ended too early
     return None if tokens else value
 
 # %% ../nbs/01_task.ipynb #71c83afe
@@ -154,9 +212,12 @@ def _split_target(n: int, rng: random.Random) -> str:
     "One expression that makes `n`: often with a small number in it, as a person would begin."
     factors = [a for a in range(2, n) if n % a == 0]
     kind = rng.choice("+-*" if factors else "+-")
-    if kind == "*": a = rng.choice(factors); return f"{a}*{n // a}"
+    if kind == "*":
+        a = rng.choice(factors)
+        return f"{a}*{n // a}"
     a = rng.randint(1, 9 if rng.random() < 0.75 else 99)
-    if kind == "+" and a <= n: return rng.choice([f"{n - a}+{a}", f"{a}+{n - a}"])
+    if kind == "+" and a <= n:
+        return rng.choice([f"{n - a}+{a}", f"{a}+{n - a}"])
     return f"{n + a}-{a}"
 
 # %% ../nbs/01_task.ipynb #0a6f41d9
@@ -164,14 +225,28 @@ def target(
     digits: int = 2,  # digits of the number to make, 1 to 3
 ) -> Task:
     "`24:` -> any expression that makes 24: many right answers."
-    def number_query(n): return Query(f"{n}:", {"answer": str(n)}, key=str(n))
+
+    def number_query(n):
+        return Query(f"{n}:", {"answer": str(n)}, key=str(n))
+
     def is_right(completion, query):
-        return bool(re.search(r"[-+*]", completion)) and evaluate_expression(completion) == int(query.columns["answer"])
+        return bool(re.search(r"[-+*]", completion)) and evaluate_expression(
+            completion
+        ) == int(query.columns["answer"])
+
     def parse(text):
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*:?\s*", text)
         return found and number_query(int(found[1]))
-    return Task("target", _count(digits), lambda i: number_query(_number(i, digits)), is_right=is_right,
-                solve=lambda query, rng: _split_target(int(query.columns["answer"]), rng), parse=parse, form="[0-9+*()-]+")
+
+    return Task(
+        "target",
+        _count(digits),
+        lambda i: number_query(_number(i, digits)),
+        is_right=is_right,
+        solve=lambda query, rng: _split_target(int(query.columns["answer"]), rng),
+        parse=parse,
+        form="[0-9+*()-]+",
+    )
 
 # %% ../nbs/01_task.ipynb #55559609
 def add_chat(
@@ -179,28 +254,47 @@ def add_chat(
 ) -> Task:
     "A chat message that asks for a sum; a reply is right if its last number is the sum."
     plain = add(digits)
+
     def chat(query):
         text = f"What is {query.prompt[:-1].replace('+', ' + ')}? Reply with the number only."
         return Query([{"role": "user", "content": text}], query.columns, query.key)
+
     def is_right(completion, query):
         numbers = re.findall(r"[0-9]+", completion)
         return bool(numbers) and numbers[-1] == query.columns["answer"]
+
     def parse(text):
         query = plain.parse(text)
         return query and chat(query)
-    return Task("add_chat", plain.size, lambda i: chat(plain.query(i)), is_right=is_right, solve=plain.solve, parse=parse, form="[0-9]+")
+
+    return Task(
+        "add_chat",
+        plain.size,
+        lambda i: chat(plain.query(i)),
+        is_right=is_right,
+        solve=plain.solve,
+        parse=parse,
+        form="[0-9]+",
+    )
 
 # %% ../nbs/01_task.ipynb #83b8104c
 def _read_jsonl(path: str) -> list[dict]:
     rows = []
     with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip(): continue
-            try: row = json.loads(line)
-            except (ValueError, RecursionError) as error: raise ValueError(f"line {number} is not JSON: {error}")
-            if not isinstance(row, dict): raise ValueError(f"line {number} must be an object, got {type(row).__name__}")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not JSON: {error}")
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"line {number} must be an object, got {type(row).__name__}"
+                )
             rows.append(row)
     return rows
+
 
 def _read_csv(path: str) -> list[dict]:
     with open(path, encoding="utf-8-sig", newline="") as text:
@@ -208,10 +302,15 @@ def _read_csv(path: str) -> list[dict]:
         rows = list(reader)
     for i, row in enumerate(rows, 1):
         if None in row or None in row.values():  # more fields, or fewer
-            raise ValueError(f"row {i} must have the {len(reader.fieldnames)} fields of the header")
+            raise ValueError(
+                f"row {i} must have the {len(reader.fieldnames)} fields of the header"
+            )
     return rows
 
-def _read_parquet(path: str) -> list[dict]: return pyarrow.parquet.read_table(path).to_pylist()
+
+def _read_parquet(path: str) -> list[dict]:
+    return pyarrow.parquet.read_table(path).to_pylist()
+
 
 READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 
@@ -219,79 +318,167 @@ READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 def _check_source(name: str):
     "`ValueError` unless rows can be read from there, as far as the path tells."
     suffix = os.path.splitext(name)[1].lower()
-    if os.path.isdir(name) or (suffix in READERS and os.path.isfile(name)): return
-    if os.path.exists(name): raise ValueError(f"task {name!r} is a file of another kind; allowed: {', '.join(READERS)}")
-    if suffix in READERS: raise ValueError(f"task {name!r}: there is no such file")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name): return
+    if os.path.isdir(name) or (suffix in READERS and os.path.isfile(name)):
+        return
+    if os.path.exists(name):
+        raise ValueError(
+            f"task {name!r} is a file of another kind; allowed: {', '.join(READERS)}"
+        )
+    if suffix in READERS:
+        raise ValueError(f"task {name!r}: there is no such file")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+        return
     raise ValueError(f"task must be one of {ALLOWED}; got {name!r}")
 
+
 def _missing(name: str, package: str, extra: str) -> ImportError:
-    return ImportError(f'task {name!r} needs the package {package}: pip install "grpo_nb[{extra}]"')
+    return ImportError(
+        f'task {name!r} needs the package {package}: pip install "grpo_nb[{extra}]"'
+    )
 
 # %% ../nbs/01_task.ipynb #c022e819
 def read_rows(
     name: str,  # a file, a directory that `datasets` saved, or owner/name[:config] on the Hugging Face hub
-) -> tuple[list[dict], list[dict] | None]:  # (rows, held-out rows; None: the source has no such split)
+) -> tuple[
+    list[dict], list[dict] | None
+]:  # (rows, held-out rows; None: the source has no such split)
     "The rows of a table; `ValueError` names what cannot be read, `ImportError` the package that it takes."
     _check_source(name)
     try:
-        if os.path.isfile(name): return READERS[os.path.splitext(name)[1].lower()](name), None
-        try: import datasets
-        except ImportError as error: raise _missing(name, "datasets", "data") from error
+        if os.path.isfile(name):
+            return READERS[os.path.splitext(name)[1].lower()](name), None
+        try:
+            import datasets
+        except ImportError as error:
+            raise _missing(name, "datasets", "data") from error
         source, _, config = name.partition(":")
-        found = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(source, config or None)
-    except ImportError: raise
+        found = (
+            datasets.load_from_disk(name)
+            if os.path.isdir(name)
+            else datasets.load_dataset(source, config or None)
+        )
+    except ImportError:
+        raise
     except Exception as error:
-        where = "" if os.path.exists(name) else " from the Hugging Face hub, and there is no such directory here"
+        where = (
+            ""
+            if os.path.exists(name)
+            else " from the Hugging Face hub, and there is no such directory here"
+        )
         raise ValueError(f"task {name!r} could not be read{where}: {error}") from error
-    if not isinstance(found, dict): return found.to_list(), None
+    if not isinstance(found, dict):
+        return found.to_list(), None
     train, heldout = found.get("train"), found.get("test", found.get("validation"))
-    if len(found) == 1: train, heldout = next(iter(found.values())), None
-    if train is None: raise ValueError(f"task {name!r} must have a split train, or one split; got {', '.join(found)}")
+    if len(found) == 1:
+        train, heldout = next(iter(found.values())), None
+    if train is None:
+        raise ValueError(
+            f"task {name!r} must have a split train, or one split; got {', '.join(found)}"
+        )
     return train.to_list(), None if heldout is None else heldout.to_list()
 
 # %% ../nbs/01_task.ipynb #20c1b773
 def _query(row: dict) -> Query:
     "A row as a query."
-    if "prompt" not in row: raise ValueError(f"has no column prompt, but {', '.join(map(str, row)) or 'nothing'}")
-    def is_text(x): return isinstance(x, str) and x.strip()
-    def is_message(x): return isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
-    prompt, taken = row["prompt"], sorted({"prompts", "completions", "completion_ids"} & row.keys())
-    if not (is_text(prompt) or isinstance(prompt, list) and prompt and all(map(is_message, prompt))):
-        raise ValueError(f"must have as its prompt a text, or a list of {{role, content}}; got {repr(prompt)[:60]}")
-    if taken: raise ValueError(f"has a column {taken[0]}, a name that reward functions use for something else")
-    return Query(prompt, {name: value for name, value in row.items() if name != "prompt"})
+    if "prompt" not in row:
+        raise ValueError(
+            f"has no column prompt, but {', '.join(map(str, row)) or 'nothing'}"
+        )
+
+    def is_text(x):
+        return isinstance(x, str) and x.strip()
+
+    def is_message(x):
+        return (
+            isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
+        )
+
+    prompt, taken = (
+        row["prompt"],
+        sorted({"prompts", "completions", "completion_ids"} & row.keys()),
+    )
+    if not (
+        is_text(prompt)
+        or isinstance(prompt, list)
+        and prompt
+        and all(map(is_message, prompt))
+    ):
+        raise ValueError(
+            f"must have as its prompt a text, or a list of {{role, content}}; got {repr(prompt)[:60]}"
+        )
+    if taken:
+        raise ValueError(
+            f"has a column {taken[0]}, a name that reward functions use for something else"
+        )
+    return Query(
+        prompt, {name: value for name, value in row.items() if name != "prompt"}
+    )
 
 # %% ../nbs/01_task.ipynb #a18ab081
 def task_from_rows(
     name: str,  # for messages
     rows: Sequence[dict],  # each with a `prompt`
-    heldout: Sequence[dict] | None = None,  # rows of the other side; None: the checksum decides
-    as_query: Callable[[dict], Query] = _query,  # row -> query; its `ValueError` gets the row's number
+    heldout: Sequence[dict]
+    | None = None,  # rows of the other side; None: the checksum decides
+    as_query: Callable[
+        [dict], Query
+    ] = _query,  # row -> query; its `ValueError` gets the row's number
 ) -> Task:
     "A table as a task; right is the text in column `answer`. `ValueError`: no rows, no prompt, some answers missing."
     if not rows or (heldout is not None and not heldout):
-        raise ValueError(f"task {name!r} must have a row, and a held-out row if it has a split for them; got none")
+        raise ValueError(
+            f"task {name!r} must have a row, and a held-out row if it has a split for them; got none"
+        )
     queries, n = [], len(rows)
-    def where(i): return f"task {name!r}: {f'row {i + 1}' if i < n else f'held-out row {i - n + 1}'}"
+
+    def where(i):
+        return (
+            f"task {name!r}: {f'row {i + 1}' if i < n else f'held-out row {i - n + 1}'}"
+        )
+
     for i, row in enumerate([*rows, *(heldout or [])]):
-        try: queries.append(as_query(row)); is_heldout(queries[-1])  # the latter refuses what has no UTF-8
-        except ValueError as error: raise ValueError(f"{where(i)} {error}") from None
-    unanswered = [i for i, query in enumerate(queries) if query.columns.get("answer") is None]
+        try:
+            queries.append(as_query(row))
+            is_heldout(queries[-1])  # the latter refuses what has no UTF-8
+        except ValueError as error:
+            raise ValueError(f"{where(i)} {error}") from None
+    unanswered = [
+        i for i, query in enumerate(queries) if query.columns.get("answer") is None
+    ]
     if 0 < len(unanswered) < len(queries):
-        raise ValueError(f"{where(unanswered[0])} has no answer, but others have; allowed: all or none")
-    def is_right(completion, query): return completion.strip() == str(query.columns["answer"]).strip()
+        raise ValueError(
+            f"{where(unanswered[0])} has no answer, but others have; allowed: all or none"
+        )
+
+    def is_right(completion, query):
+        return completion.strip() == str(query.columns["answer"]).strip()
+
     key = lambda i: queries[i].key or queries[i].text
-    tested = set(map(key, range(n, len(queries))))  # a prompt that is on both sides is not trained on
-    out = [key(i) in tested if heldout else is_heldout(query) for i, query in enumerate(queries)]
-    sides = {"train": [i for i in range(n) if not out[i]],
-             "heldout": [i for i in range(n if heldout else 0, len(queries)) if out[i]]}
+    tested = set(
+        map(key, range(n, len(queries)))
+    )  # a prompt that is on both sides is not trained on
+    out = [
+        key(i) in tested if heldout else is_heldout(query)
+        for i, query in enumerate(queries)
+    ]
+    sides = {
+        "train": [i for i in range(n) if not out[i]],
+        "heldout": [i for i in range(n if heldout else 0, len(queries)) if out[i]],
+    }
     by_text = {query.text.strip(): query for query in queries}
-    return Task(name, len(queries), queries.__getitem__, is_right=None if unanswered else is_right, sides=sides,
-                solve=lambda query, rng: str(query.columns["answer"]), parse=lambda text: by_text.get(text.strip()))
+    return Task(
+        name,
+        len(queries),
+        queries.__getitem__,
+        is_right=None if unanswered else is_right,
+        sides=sides,
+        solve=lambda query, rng: str(query.columns["answer"]),
+        parse=lambda text: by_text.get(text.strip()),
+    )
 
 # %% ../nbs/01_task.ipynb #c522e7a3
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+/0*[1-9][0-9]*|[0-9]*\.?[0-9]+)")
+
 
 def extract_answer(
     text: str,  # a solution
@@ -302,10 +489,13 @@ def extract_answer(
     text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
     text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
     for mark, end in (("####", "\n"), ("\\boxed{", "}")):
-        if mark in text: found = _NUMBER.search(text.rpartition(mark)[2].partition(end)[0]); break
+        if mark in text:
+            found = _NUMBER.search(text.rpartition(mark)[2].partition(end)[0])
+            break
     else:
         found = None
-        for found in _NUMBER.finditer(text): pass  # the last one
+        for found in _NUMBER.finditer(text):
+            pass  # the last one
     return found[0] if found and len(found[0]) <= MAX_EXPRESSION else None
 
 # %% ../nbs/01_task.ipynb #d446021b
@@ -317,9 +507,16 @@ def same_number(
     "Are two numbers equal by math-verify (exactly; to six decimals where one is a decimal)? `ImportError` without it."
     from math_verify import verify
     from sympy import Float, Rational
-    logging.getLogger("math_verify.grader").setLevel(logging.ERROR)  # it would warn that it has no time limit
-    if answer is None: return False
-    return verify(*(Float(x) if "." in x else Rational(x) for x in (right, answer)), timeout_seconds=None)
+
+    logging.getLogger("math_verify.grader").setLevel(
+        logging.ERROR
+    )  # it would warn that it has no time limit
+    if answer is None:
+        return False
+    return verify(
+        *(Float(x) if "." in x else Rational(x) for x in (right, answer)),
+        timeout_seconds=None,
+    )
 
 # %% ../nbs/01_task.ipynb #1afbbf47
 def gsm8k(
@@ -327,42 +524,82 @@ def gsm8k(
     chat: bool = False,  # ask in a chat message
 ) -> Task:
     "Word problems (2110.14168): a `question`, an `answer` that ends in `#### 42`; right is an equal number."
-    try: same_number("1", "1")
-    except ImportError as error: raise _missing("gsm8k", "math-verify", "math") from error
+    try:
+        same_number("1", "1")
+    except ImportError as error:
+        raise _missing("gsm8k", "math-verify", "math") from error
+
     def query(row):
         question, answer = row.get("question"), row.get("answer")
         if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"must have a text in the column question, got {question!r}")
-        if not isinstance(answer, str) or "####" not in answer or not extract_answer(answer):
-            raise ValueError(f"must have an answer that ends with #### and a number, got {repr(answer)[-60:]}")
-        told = [{"role": "user", "content": f"{question.strip()}\nThink step by step. End with #### and the number."}]
+            raise ValueError(
+                f"must have a text in the column question, got {question!r}"
+            )
+        if (
+            not isinstance(answer, str)
+            or "####" not in answer
+            or not extract_answer(answer)
+        ):
+            raise ValueError(
+                f"must have an answer that ends with #### and a number, got {repr(answer)[-60:]}"
+            )
+        told = [
+            {
+                "role": "user",
+                "content": f"{question.strip()}\nThink step by step. End with #### and the number.",
+            }
+        ]
         prompt = told if chat else f"Question: {question.strip()}\nAnswer:"
         return replace(_query(row | {"prompt": prompt}), key=question.strip())
+
     def is_right(completion, query):
-        return same_number(extract_answer(query.columns["answer"]), extract_answer(completion))
+        return same_number(
+            extract_answer(query.columns["answer"]), extract_answer(completion)
+        )
+
     task = task_from_rows(source, *read_rows(source), as_query=query)
-    return replace(task, is_right=is_right, form=r".*#### *-?\$?[0-9]+(,[0-9]{3})*(\.[0-9]+)?\s*")
+    return replace(
+        task, is_right=is_right, form=r".*#### *-?\$?[0-9]+(,[0-9]{3})*(\.[0-9]+)?\s*"
+    )
 
 # %% ../nbs/01_task.ipynb #a605b108
 GYM_SIZE = 10_000  # questions of a generator
-GYM_UNFIT = {"coin_flip": "its checker does not come back from 1e999999999",
-             "complex_arithmetic": "its checker takes nan as right",
-             "game_of_life_halting": "its checker takes any text as right"} | dict.fromkeys(
-    ["isomorphic_strings", "list_functions", "ransom_note", "word_ladder"], "it draws other questions in each process")
+GYM_UNFIT = {
+    "coin_flip": "its checker does not come back from 1e999999999",
+    "complex_arithmetic": "its checker takes nan as right",
+    "game_of_life_halting": "its checker takes any text as right",
+} | dict.fromkeys(
+    ["isomorphic_strings", "list_functions", "ransom_note", "word_ladder"],
+    "it draws other questions in each process",
+)
+
 
 def _generator(name: str):
     "A data set of reasoning-gym, refused where it is not safe or not the same each time."
-    try: import reasoning_gym
-    except ImportError as error: raise _missing(f"gym:{name}", "reasoning-gym", "gym") from error
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise _missing(f"gym:{name}", "reasoning-gym", "gym") from error
     known = reasoning_gym.factory.DATASETS
     if name not in known:
-        near = ", ".join(get_close_matches(name, known, cutoff=.4)) or "none"
-        raise ValueError(f"gym must name one of the {len(known)} tasks of reasoning-gym, got {name!r}; near: {near}")
-    executes = re.search(r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(known[name][0]))
-    reason = f"it calls {executes[1]}, which may run what a model writes" if executes else GYM_UNFIT.get(name)
-    if reason: raise ValueError(f"gym:{name} is not fit for training: {reason}")
-    try: return reasoning_gym.create_dataset(name, size=GYM_SIZE, seed=0)
-    except Exception as error: raise ValueError(f"gym:{name} could not be made: {error}") from error
+        near = ", ".join(get_close_matches(name, known, cutoff=0.4)) or "none"
+        raise ValueError(
+            f"gym must name one of the {len(known)} tasks of reasoning-gym, got {name!r}; near: {near}"
+        )
+    executes = re.search(
+        r"\b(eval|exec|parse_expr|sympify)\(", inspect.getsource(known[name][0])
+    )
+    reason = (
+        f"it calls {executes[1]}, which may run what a model writes"
+        if executes
+        else GYM_UNFIT.get(name)
+    )
+    if reason:
+        raise ValueError(f"gym:{name} is not fit for training: {reason}")
+    try:
+        return reasoning_gym.create_dataset(name, size=GYM_SIZE, seed=0)
+    except Exception as error:
+        raise ValueError(f"gym:{name} could not be made: {error}") from error
 
 # %% ../nbs/01_task.ipynb #d17a4902
 def gym(
@@ -371,35 +608,64 @@ def gym(
 ) -> Task:
     "Questions of reasoning-gym (2505.24760) with its checkers: right is a score of 1. `ValueError`: unknown or unfit."
     data = _generator(name)
+
     @lru_cache(maxsize=GYM_SIZE)
     def query(i):
         entry = data[i]
         text = f"{entry['question']}\nPut your final answer between <answer> and </answer>."
-        return Query([{"role": "user", "content": text}] if chat else entry["question"], entry, key=entry["question"])
+        return Query(
+            [{"role": "user", "content": text}] if chat else entry["question"],
+            entry,
+            key=entry["question"],
+        )
+
     def score(completion, query):
         before, tag, rest = completion.rpartition("<answer>")
-        answer = completion if not chat else rest.partition("</answer>")[0] if tag else ""
-        try: return float(data.score_answer(answer.strip(), query.columns))
-        except Exception: return 0.0  # a text that the checker stumbles over is not an answer
-    return Task(f"gym:{name}", GYM_SIZE, query, is_right=lambda completion, query: score(completion, query) == 1,
-                solve=lambda query, rng: query.columns["answer"], parse=lambda text: None,
-                steps=lambda completion, query: [(len(completion), score(completion, query))])
+        answer = (
+            completion if not chat else rest.partition("</answer>")[0] if tag else ""
+        )
+        try:
+            return float(data.score_answer(answer.strip(), query.columns))
+        except Exception:
+            return 0.0  # a text that the checker stumbles over is not an answer
+
+    return Task(
+        f"gym:{name}",
+        GYM_SIZE,
+        query,
+        is_right=lambda completion, query: score(completion, query) == 1,
+        solve=lambda query, rng: query.columns["answer"],
+        parse=lambda text: None,
+        steps=lambda completion, query: [(len(completion), score(completion, query))],
+    )
 
 # %% ../nbs/01_task.ipynb #26a6b7cf
 TASKS = {"add": add, "sums": sums, "target": target, "add_chat": add_chat}
-MAKERS = {"gsm8k": gsm8k, "gsm8k_chat": lambda source: gsm8k(source, chat=True),
-          "gym": gym, "gym_chat": lambda name: gym(name, chat=True)}
-ALLOWED = (f"{', '.join(TASKS)}; a file that ends in {', '.join(READERS)}; a directory saved by datasets; owner/name "
-           "on the Hugging Face hub; gsm8k: or gsm8k_chat: and one of these three; gym: or gym_chat: and a name")
+MAKERS = {
+    "gsm8k": gsm8k,
+    "gsm8k_chat": lambda source: gsm8k(source, chat=True),
+    "gym": gym,
+    "gym_chat": lambda name: gym(name, chat=True),
+}
+ALLOWED = (
+    f"{', '.join(TASKS)}; a file that ends in {', '.join(READERS)}; a directory saved by datasets; owner/name "
+    "on the Hugging Face hub; gsm8k: or gsm8k_chat: and one of these three; gym: or gym_chat: and a name"
+)
+
 
 def check_task(name: str):
     "`ValueError` unless this is how a task is named; looks at paths, reads nothing."
-    if not isinstance(name, str): raise ValueError(f"task must be one of {ALLOWED}; got {name!r}")
-    if name in TASKS: return
+    if not isinstance(name, str):
+        raise ValueError(f"task must be one of {ALLOWED}; got {name!r}")
+    if name in TASKS:
+        return
     kind, _, rest = name.partition(":")
-    if kind not in MAKERS: _check_source(name)
-    elif not rest: raise ValueError(f"task must be one of {ALLOWED}; got {name!r}")
-    elif kind.startswith("gsm8k"): _check_source(rest)
+    if kind not in MAKERS:
+        _check_source(name)
+    elif not rest:
+        raise ValueError(f"task must be one of {ALLOWED}; got {name!r}")
+    elif kind.startswith("gsm8k"):
+        _check_source(rest)
 
 # %% ../nbs/01_task.ipynb #d2e65870
 def load_task(
@@ -410,9 +676,15 @@ def load_task(
     check_task(name)
     if name in TASKS:
         digits = options.get("digits", 2)
-        if digits not in (1, 2, 3): raise ValueError(f"digits must be 1, 2 or 3, got {digits!r}")
+        if digits not in (1, 2, 3):
+            raise ValueError(f"digits must be 1, 2 or 3, got {digits!r}")
         return TASKS[name](**options)
-    if options: raise ValueError(f"{', '.join(options)}: only {', '.join(TASKS)} have options, {name!r} has none")
+    if options:
+        raise ValueError(
+            f"{', '.join(options)}: only {', '.join(TASKS)} have options, {name!r} has none"
+        )
     kind, _, rest = name.partition(":")
-    task = MAKERS[kind](rest) if kind in MAKERS else task_from_rows(name, *read_rows(name))
+    task = (
+        MAKERS[kind](rest) if kind in MAKERS else task_from_rows(name, *read_rows(name))
+    )
     return replace(task, name=name)

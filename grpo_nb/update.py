@@ -22,23 +22,62 @@ from .rollout import Rollout
 from .value import ValueModel, value_loss
 
 # %% ../nbs/11_update.ipynb #9e94a517
-def piece_loss(policy: PreTrainedModel, piece: Rollout, config, beta: float, totals: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+def piece_loss(
+    policy: PreTrainedModel,
+    piece: Rollout,
+    config,
+    beta: float,
+    totals: dict[str, Tensor],
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     "Policy loss, KL in the loss and entropy bonus of one micro-batch (2402.03300, eq. 3), and sums over its tokens (nats); `totals`: num_sequences, num_tokens of the step. The first pass on fresh samples fills in `piece.logprobs`."
     mask = piece.loss_mask(config.mask_truncated_completions)
-    logprobs, entropy = token_logprobs(policy, piece, config.temperature, return_entropy=True)
-    if piece.logprobs is None: piece.logprobs = logprobs.detach()
-    loss, statistics = policy_loss(logprobs, piece.logprobs, piece.advantages, mask, config.epsilon, config.epsilon_high, config.delta,
-                                   config.importance_sampling_level, config.objective)
-    if config.vllm_importance_sampling_correction:  # truncated importance sampling (Yao et al. 2025)
-        loss = loss * (piece.logprobs - piece.sampling_logprobs).exp().clamp(max=config.vllm_importance_sampling_clip_max)
+    logprobs, entropy = token_logprobs(
+        policy, piece, config.temperature, return_entropy=True
+    )
+    if piece.logprobs is None:
+        piece.logprobs = logprobs.detach()
+    loss, statistics = policy_loss(
+        logprobs,
+        piece.logprobs,
+        piece.advantages,
+        mask,
+        config.epsilon,
+        config.epsilon_high,
+        config.delta,
+        config.importance_sampling_level,
+        config.objective,
+    )
+    if (
+        config.vllm_importance_sampling_correction
+    ):  # truncated importance sampling (Yao et al. 2025)
+        loss = loss * (piece.logprobs - piece.sampling_logprobs).exp().clamp(
+            max=config.vllm_importance_sampling_clip_max
+        )
     low, high = statistics["clip_low"], statistics["clip_high"]
-    sums = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high, "ratio": statistics["rho"], "entropy": entropy}
+    sums = {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+        "ratio": statistics["rho"],
+        "entropy": entropy,
+    }
     if piece.ref_logprobs is not None:
         sums["kl"] = kl(logprobs, piece.ref_logprobs, "k3")
-        if beta: loss = loss + beta * sums["kl"] * (statistics["rho"] if getattr(config, "use_bias_correction_kl", False) else 1.0)
-    loss = aggregate(loss, mask, config.loss_type, config.max_completion_length, **totals)
-    if config.entropy_coef: loss = loss - config.entropy_coef * aggregate(entropy, mask, "dapo", **totals)
-    return loss, {name: torch.where(mask, x.detach().to(loss.dtype), 0.0).sum() for name, x in sums.items()}
+        if beta:
+            loss = loss + beta * sums["kl"] * (
+                statistics["rho"]
+                if getattr(config, "use_bias_correction_kl", False)
+                else 1.0
+            )
+    loss = aggregate(
+        loss, mask, config.loss_type, config.max_completion_length, **totals
+    )
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * aggregate(entropy, mask, "dapo", **totals)
+    return loss, {
+        name: torch.where(mask, x.detach().to(loss.dtype), 0.0).sum()
+        for name, x in sums.items()
+    }
 
 # %% ../nbs/11_update.ipynb #fd3c6290
 def update(
@@ -51,32 +90,79 @@ def update(
     value_optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, float]:  # of the whole step; mean over its iterations
     "Move the policy (and the value model) by `num_iterations` gradient steps on one rollout (2402.03300, algorithm 1); `ValueError` if it lacks advantages, with a beta the reference's log-probs, or with a correction the sampler's."
-    for name in ["advantages"] + ["ref_logprobs"] * (beta != 0) + ["sampling_logprobs"] * config.vllm_importance_sampling_correction:
-        if getattr(rollout, name) is None: raise ValueError(f"rollout.{name} is None: fill it before the update" + ", or set beta=0" * (name == "ref_logprobs"))
+    for name in (
+        ["advantages"]
+        + ["ref_logprobs"] * (beta != 0)
+        + ["sampling_logprobs"] * config.vllm_importance_sampling_correction
+    ):
+        if getattr(rollout, name) is None:
+            raise ValueError(
+                f"rollout.{name} is None: fill it before the update"
+                + ", or set beta=0" * (name == "ref_logprobs")
+            )
     mask = rollout.loss_mask(config.mask_truncated_completions)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
-    cut = micro_batches(rollout, config.max_tokens_per_micro_batch, sharing_width(policy, rollout))
+    cut = micro_batches(
+        rollout, config.max_tokens_per_micro_batch, sharing_width(policy, rollout)
+    )
     pieces = [rollout.select(groups or [0]) for groups in cut]
-    for piece in pieces[sum(map(bool, cut)):]: piece.scored = torch.zeros_like(piece.truncated)  # no groups left for this process: a pass without loss
-    trained = [(policy, optimizer, "grad_norm")] + ([(value_model, value_optimizer, "value_grad_norm")] if value_model is not None else [])
+    for piece in pieces[sum(map(bool, cut)) :]:
+        piece.scored = torch.zeros_like(
+            piece.truncated
+        )  # no groups left for this process: a pass without loss
+    trained = [(policy, optimizer, "grad_norm")] + (
+        [(value_model, value_optimizer, "value_grad_norm")]
+        if value_model is not None
+        else []
+    )
     metrics = defaultdict(float)
     for _ in range(config.num_iterations if totals["num_tokens"] else 0):
-        for _, o, _ in trained: o.zero_grad(set_to_none=True)
+        for _, o, _ in trained:
+            o.zero_grad(set_to_none=True)
         for piece in pieces:
             loss, sums = piece_loss(policy, piece, config, beta, totals)
             loss.backward()
             metrics["loss"] += loss.item()
-            for name, x in sums.items(): metrics[name] += (x / totals["num_tokens"]).item()
+            for name, x in sums.items():
+                metrics[name] += (x / totals["num_tokens"]).item()
             if value_model is not None:
-                loss = value_loss(value_model(piece), piece.values, piece.returns, piece.loss_mask(config.mask_truncated_completions), config.cliprange_value, totals["num_tokens"])
+                loss = value_loss(
+                    value_model(piece),
+                    piece.values,
+                    piece.returns,
+                    piece.loss_mask(config.mask_truncated_completions),
+                    config.cliprange_value,
+                    totals["num_tokens"],
+                )
                 (config.vf_coef * loss).backward()
                 metrics["value_loss"] += loss.item()
-        for model, _, _ in trained: add_up_gradients(model)
-        norms = {name: nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item() for model, _, name in trained}
-        for name, norm in norms.items(): metrics[name] += norm
+        for model, _, _ in trained:
+            add_up_gradients(model)
+        norms = {
+            name: nn.utils.clip_grad_norm_(
+                model.parameters(), config.max_grad_norm
+            ).item()
+            for model, _, name in trained
+        }
+        for name, norm in norms.items():
+            metrics[name] += norm
         finite = isfinite(sum(norms.values()))
-        metrics["skipped_updates"] += config.num_iterations * (not finite)  # a count, not a mean
-        for _, o, _ in trained if finite else []: o.step()
-    metrics |= add_up_numbers({name: x for name, x in metrics.items() if name not in ("grad_norm", "value_grad_norm", "skipped_updates")})
-    if rollout.logprobs is None and metrics: rollout.logprobs = in_order([piece.logprobs for piece in pieces], cut, rollout)
-    return {name: x / config.num_iterations for name, x in metrics.items()} or {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0.0}
+        metrics["skipped_updates"] += config.num_iterations * (
+            not finite
+        )  # a count, not a mean
+        for _, o, _ in trained if finite else []:
+            o.step()
+    metrics |= add_up_numbers(
+        {
+            name: x
+            for name, x in metrics.items()
+            if name not in ("grad_norm", "value_grad_norm", "skipped_updates")
+        }
+    )
+    if rollout.logprobs is None and metrics:
+        rollout.logprobs = in_order([piece.logprobs for piece in pieces], cut, rollout)
+    return {name: x / config.num_iterations for name, x in metrics.items()} or {
+        "loss": 0.0,
+        "grad_norm": 0.0,
+        "skipped_updates": 0.0,
+    }

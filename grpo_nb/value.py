@@ -19,20 +19,38 @@ from .rollout import Rollout
 # %% ../nbs/07_value.ipynb #9a2ebbdf
 class ValueModel(nn.Module):
     "V_psi: a scalar head on a copy of the policy's trunk (a model of its own, as the figure draws it), or on the policy's own. Of a classifier with one output, its head."
-    def __init__(self, policy: PreTrainedModel, shared: bool = False):  # shared: the trunk's parameters stay the policy's, and only the head's are parameters here
+
+    def __init__(
+        self, policy: PreTrainedModel, shared: bool = False
+    ):  # shared: the trunk's parameters stay the policy's, and only the head's are parameters here
         super().__init__()
-        if shared: object.__setattr__(self, "trunk", policy.base_model)  # not registered as a part of this module
-        else: self.trunk = copy.deepcopy(policy.base_model)
+        if shared:
+            object.__setattr__(
+                self, "trunk", policy.base_model
+            )  # not registered as a part of this module
+        else:
+            self.trunk = copy.deepcopy(policy.base_model)
         head = getattr(policy, "score", getattr(policy, "classifier", None))
-        if getattr(head, "out_features", None) == 1: self.head = copy.deepcopy(head); return
-        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1).to(policy.device, policy.dtype)
-        nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
+        if getattr(head, "out_features", None) == 1:
+            self.head = copy.deepcopy(head)
+            return
+        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1).to(
+            policy.device, policy.dtype
+        )
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, rollout: Rollout) -> Float[Tensor, "N T"]:
         "Value before each completion token, in units of reward; 0 on padding. Dropout is off."
-        inputs, before = shared_rows(rollout, None)  # before: where what is known before each completion token stands
-        values = self.head(self.eval().trunk.eval()(**inputs).last_hidden_state.flatten(0, 1)[before]).squeeze(-1)
-        return values.new_zeros(rollout.completion_mask.shape).masked_scatter(rollout.completion_mask, values)
+        inputs, before = shared_rows(
+            rollout, None
+        )  # before: where what is known before each completion token stands
+        values = self.head(
+            self.eval().trunk.eval()(**inputs).last_hidden_state.flatten(0, 1)[before]
+        ).squeeze(-1)
+        return values.new_zeros(rollout.completion_mask.shape).masked_scatter(
+            rollout.completion_mask, values
+        )
 
 # %% ../nbs/07_value.ipynb #07674860
 def predict_values(
@@ -50,14 +68,33 @@ def value_loss(
     returns: Float[Tensor, "N T"],  # R = A + V_old, from unwhitened advantages
     mask: Bool[Tensor, "N T"],
     cliprange_value: float = 0.2,  # eps_v, in units of reward
-    num_tokens: int | Tensor | None = None,  # tokens of the whole step, if this is a piece of it (below 1: 1); None: those of mask
+    num_tokens: int
+    | Tensor
+    | None = None,  # tokens of the whole step, if this is a piece of it (below 1: 1); None: those of mask
 ) -> Float[Tensor, ""]:  # token mean
     "Clipped value loss, token mean of 1/2 max((V-R)^2, (clip(V)-R)^2) (PPO2; InstructGPT 2203.02155). `ValueError`: other shapes or dtypes, a negative range."
-    fits = values.shape == old_values.shape == returns.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
-    if not fits: raise ValueError(f"values, old_values, returns and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (values, old_values, returns, mask)]}")
-    if not cliprange_value >= 0: raise ValueError(f"cliprange_value must not be negative, got {cliprange_value}")
-    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))  # NaN elsewhere does not count
-    clipped = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
+    fits = (
+        values.shape == old_values.shape == returns.shape == mask.shape
+        and mask.dim() == 2
+        and mask.dtype == torch.bool
+    )
+    if not fits:
+        raise ValueError(
+            f"values, old_values, returns and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (values, old_values, returns, mask)]}"
+        )
+    if not cliprange_value >= 0:
+        raise ValueError(f"cliprange_value must not be negative, got {cliprange_value}")
+    values, old_values, returns = (
+        torch.where(mask, x, 0.0) for x in (values, old_values, returns)
+    )  # NaN elsewhere does not count
+    clipped = torch.minimum(
+        torch.maximum(values, old_values - cliprange_value),
+        old_values + cliprange_value,
+    )
     loss = torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
-    count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=mask.device)
+    count = (
+        mask.sum()
+        if num_tokens is None
+        else torch.as_tensor(num_tokens, device=mask.device)
+    )
     return loss.sum() / count.clamp(min=1)

@@ -26,10 +26,19 @@ from .task import Query
 def import_vllm():
     "The package vllm, set up to live in this process. `ImportError`: it is not installed; `ValueError`: there is more than one process."
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's, too
-    if process()[1] > 1: raise ValueError(f"use_vllm = True works in one process, this run has {process()[1]}")
-    try: import vllm
-    except ImportError as error: raise ImportError(f'use_vllm = True needs vLLM: pip install "grpo_nb[vllm]" ({error})') from error
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+    )  # the cores are the trainer's, too
+    if process()[1] > 1:
+        raise ValueError(
+            f"use_vllm = True works in one process, this run has {process()[1]}"
+        )
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            f'use_vllm = True needs vLLM: pip install "grpo_nb[vllm]" ({error})'
+        ) from error
     return vllm
 
 # %% ../nbs/20_vllm.ipynb #27505c4b
@@ -42,12 +51,27 @@ def start_engine(
     "A vLLM engine for models like this one, in this process, still without their weights. `ValueError`: the policy has adapters."
     vllm = import_vllm()
     if any(".base_layer." in name for name, _ in policy.named_parameters()):
-        raise ValueError("use_vllm = True sends whole weights to the engine, and this policy has adapters: merge them, or leave vLLM out")
-    place = ({"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32} if policy.device.type == "cpu"
-             else {"gpu_memory_utilization": 0.3})
-    ours = {"dtype": config.dtype, "seed": config.seed, "load_format": "dummy", "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs", "max_model_len": -1, "disable_log_stats": True}  # -1: what fits into memory
-    with tempfile.TemporaryDirectory() as directory, torch.autocast(policy.device.type, enabled=False):
+        raise ValueError(
+            "use_vllm = True sends whole weights to the engine, and this policy has adapters: merge them, or leave vLLM out"
+        )
+    place = (
+        {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32}
+        if policy.device.type == "cpu"
+        else {"gpu_memory_utilization": 0.3}
+    )
+    ours = {
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "load_format": "dummy",
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "max_model_len": -1,
+        "disable_log_stats": True,
+    }  # -1: what fits into memory
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        torch.autocast(policy.device.type, enabled=False),
+    ):
         policy.config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return vllm.LLM(model=directory, **ours | place | options)
@@ -58,59 +82,134 @@ def send_weights(
     model: PreTrainedModel,
 ):
     "Give the engine the weights of this model, and forget the keys and values that others have made. `RuntimeError`: some are in use."
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
-    if not llm.reset_prefix_cache(): raise RuntimeError("vLLM could not forget the keys and values of the old weights: they are in use")
+    llm.collective_rpc(
+        "reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())}
+    )
+    if not llm.reset_prefix_cache():
+        raise RuntimeError(
+            "vLLM could not forget the keys and values of the old weights: they are in use"
+        )
 
 # %% ../nbs/20_vllm.ipynb #504a8544
-def _requests(how: dict, prompt_ids: Tensor, prompt_mask: Tensor, seeds: list[int]) -> tuple[list[dict], list]:
+def _requests(
+    how: dict, prompt_ids: Tensor, prompt_mask: Tensor, seeds: list[int]
+) -> tuple[list[dict], list]:
     "What `LLM.generate` takes: prompts as token ids, and for each how to sample."
-    params, same = import_vllm().SamplingParams, {"logprobs": 0, "detokenize": False, "ignore_eos": True}  # 0: of the drawn token
-    return ([{"prompt_token_ids": row[real].tolist()} for row, real in zip(prompt_ids, prompt_mask)],
-            [params(seed=seed, **same, **how) for seed in seeds])
+    params, same = (
+        import_vllm().SamplingParams,
+        {"logprobs": 0, "detokenize": False, "ignore_eos": True},
+    )  # 0: of the drawn token
+    return (
+        [
+            {"prompt_token_ids": row[real].tolist()}
+            for row, real in zip(prompt_ids, prompt_mask)
+        ],
+        [params(seed=seed, **same, **how) for seed in seeds],
+    )
+
 
 def _rows(outputs: list, device: torch.device) -> tuple[Tensor, Tensor]:
     "What it returns: token ids, -1 behind the end, and their log-probs as the engine reports them, both [N, T]."
     drawn = [completion for output in outputs for completion in output.outputs]
     ids = [torch.tensor(each.token_ids) for each in drawn]
-    logprobs = [torch.tensor([at[i].logprob for at, i in zip(each.logprobs, each.token_ids)]) for each in drawn]
-    return tuple(pad_sequence(x, batch_first=True, padding_value=fill).to(device) for x, fill in ((ids, -1), (logprobs, 0.0)))
+    logprobs = [
+        torch.tensor([at[i].logprob for at, i in zip(each.logprobs, each.token_ids)])
+        for each in drawn
+    ]
+    return tuple(
+        pad_sequence(x, batch_first=True, padding_value=fill).to(device)
+        for x, fill in ((ids, -1), (logprobs, 0.0))
+    )
 
 # %% ../nbs/20_vllm.ipynb #f8414266
 class VLLMSampler:
     """vLLM in the place of `sample`: an engine in this process, which gets the model's weights before it draws.
 
     One at a time: a new one ends the one before. `options` are of `vllm.LLM`, in place of those of `start_engine`."""
-    _running = weakref.WeakSet()  # vLLM keeps in globals what all engines of a process share
 
-    def __init__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, **options):
-        for other in list(self._running): other.close()
+    _running = (
+        weakref.WeakSet()
+    )  # vLLM keeps in globals what all engines of a process share
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        **options,
+    ):
+        for other in list(self._running):
+            other.close()
         self.llm = start_engine(policy, tokenizer, config, **options)
-        self.room = self.llm.llm_engine.vllm_config.model_config.max_model_len  # tokens of prompt and completion
+        self.room = (
+            self.llm.llm_engine.vllm_config.model_config.max_model_len
+        )  # tokens of prompt and completion
         self._running.add(self)
 
     @torch.no_grad()
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: list[Query],
-                 num_generations: int, max_completion_length: int, temperature: float = 1.0, top_p: float = 1.0,
-                 top_k: int = 0, generator: torch.Generator | None = None) -> Rollout:
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        queries: list[Query],
+        num_generations: int,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Rollout:
         "Draw as `sample` does; `sampling_logprobs` are of the distribution drawn from. `ValueError`: what does not fit; `RuntimeError`: the engine has ended."
-        if self.llm is None: raise RuntimeError("the engine of this sampler has ended: a new one ends the one before")
-        (prompt_ids, prompt_mask), eos = encode_prompts(tokenizer, queries), eos_token_ids(model, tokenizer)
+        if self.llm is None:
+            raise RuntimeError(
+                "the engine of this sampler has ended: a new one ends the one before"
+            )
+        (prompt_ids, prompt_mask), eos = (
+            encode_prompts(tokenizer, queries),
+            eos_token_ids(model, tokenizer),
+        )
         check_context(model, queries, prompt_mask.sum(1), max_completion_length)
         longest = int(prompt_mask.sum(1).max()) + max_completion_length
-        if longest > self.room: raise ValueError(f"prompt and completion may take {longest} tokens, the engine has memory for {self.room}")
-        seeds = torch.randint(2**48, (len(queries),), generator=generator, device=model.device).tolist()
-        how = {"n": num_generations, "max_tokens": max_completion_length, "temperature": temperature, "top_p": top_p,
-               "top_k": top_k, "stop_token_ids": eos}  # and it ends at no others
-        with torch.autocast(model.device.type, enabled=False):  # the engine has its own dtype
+        if longest > self.room:
+            raise ValueError(
+                f"prompt and completion may take {longest} tokens, the engine has memory for {self.room}"
+            )
+        seeds = torch.randint(
+            2**48, (len(queries),), generator=generator, device=model.device
+        ).tolist()
+        how = {
+            "n": num_generations,
+            "max_tokens": max_completion_length,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "stop_token_ids": eos,
+        }  # and it ends at no others
+        with torch.autocast(
+            model.device.type, enabled=False
+        ):  # the engine has its own dtype
             send_weights(self.llm, model)
-            outputs = self.llm.generate(*_requests(how, prompt_ids, prompt_mask, seeds), use_tqdm=False)
+            outputs = self.llm.generate(
+                *_requests(how, prompt_ids, prompt_mask, seeds), use_tqdm=False
+            )
         ids, logprobs = _rows(outputs, model.device)
-        texts = tokenizer.batch_decode([row[row >= 0] for row in ids.cpu()], skip_special_tokens=True)
-        return Rollout(queries, prompt_ids.to(model.device), prompt_mask.to(model.device),
-                       ids.masked_fill(ids < 0, padding_id(tokenizer)), ids >= 0, texts, num_generations=num_generations,
-                       truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1), sampling_logprobs=logprobs)
+        texts = tokenizer.batch_decode(
+            [row[row >= 0] for row in ids.cpu()], skip_special_tokens=True
+        )
+        return Rollout(
+            queries,
+            prompt_ids.to(model.device),
+            prompt_mask.to(model.device),
+            ids.masked_fill(ids < 0, padding_id(tokenizer)),
+            ids >= 0,
+            texts,
+            num_generations=num_generations,
+            truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1),
+            sampling_logprobs=logprobs,
+        )
 
     def close(self):
         "End the engine and free its memory; the sampler is of no use any more."
-        if self.llm is not None: self.llm.llm_engine.engine_core.shutdown()
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
         self.llm = None

@@ -1,7 +1,14 @@
 "What every test shares. One thread, no network, no progress bars: the same numbers on every machine."
+
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 import pytest
 import torch
@@ -13,7 +20,9 @@ from helpers import character_tokenizer, random_model, random_rollout
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-settings.register_profile("quick", derandomize=True, deadline=None, max_examples=40, database=None)
+settings.register_profile(
+    "quick", derandomize=True, deadline=None, max_examples=40, database=None
+)
 settings.load_profile("quick")
 
 
@@ -22,9 +31,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available(): return
+    if torch.cuda.is_available():
+        return
     for item in items:
-        if "gpu" in item.keywords: item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 "Small models and rollouts to check the library against: random weights, float64, nothing loaded from disk."
+
 import json
 import os
 import subprocess
@@ -9,7 +10,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from grpo_nb.algorithm import make_config
 from grpo_nb.policy import encode_prompts, token_logprobs
@@ -25,43 +32,91 @@ PAD, EOS = 0, 1
 
 def character_tokenizer(pad="<pad>", eos="<eos>"):
     "One token a character; `pad` may be None, or the same as `eos`."
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token=eos, unk_token="<unk>")
+    core = Tokenizer(
+        models.WordLevel(
+            {token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"
+        )
+    )
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.Split(Regex("."), "isolated"),
+        decoders.Fuse(),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, eos_token=eos, unk_token="<unk>"
+    )
 
 
 def ids_of(text):
     return [VOCABULARY.index(character) for character in text]
 
 
-def random_model(kind="llama", dropout=0.1, dtype=torch.float64, vocabulary=len(VOCABULARY), seed=0, context=64):
+def random_model(
+    kind="llama",
+    dropout=0.1,
+    dtype=torch.float64,
+    vocabulary=len(VOCABULARY),
+    seed=0,
+    context=64,
+):
     "A Llama or a GPT-2 with random weights, large enough that its distributions are far from uniform."
     if kind == "llama":
-        config = LlamaConfig(vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             max_position_embeddings=context, attention_dropout=dropout, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=context,
+            attention_dropout=dropout,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=None,
+        )
         model = LlamaForCausalLM(config)
     else:
-        config = GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=context, resid_pdrop=dropout,
-                            embd_pdrop=dropout, attn_pdrop=dropout, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
+        config = GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=context,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=None,
+        )
         model = GPT2LMHeadModel(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1: parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+            if parameter.dim() > 1:
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
     return model.to(dtype)
 
 
 def with_logits(model, table):
     "The model, made to answer with `table[last token]` ([V, V]) at every position: a Markov chain."
+
     def replaced(module, arguments, keywords, output):
         ids = arguments[0] if arguments else keywords["input_ids"]
-        output.logits = table.to(output.logits)[ids][:, -output.logits.shape[1]:]
+        output.logits = table.to(output.logits)[ids][:, -output.logits.shape[1] :]
         return output
+
     model.register_forward_hook(replaced, with_kwargs=True)
     return model
 
 
-def random_rollout(model, tokenizer, num_generations=3, T=6, prompts=("1+2=", "34+5=", "678+9="), seed=0, off_policy=0.3):
+def random_rollout(
+    model,
+    tokenizer,
+    num_generations=3,
+    T=6,
+    prompts=("1+2=", "34+5=", "678+9="),
+    seed=0,
+    off_policy=0.3,
+):
     """Every field filled, groups and rows of different lengths.
 
     `logprobs` are those of `model`, moved by up to `off_policy`, so that rho is not 1 and the bounds are reached."""
@@ -72,65 +127,149 @@ def random_rollout(model, tokenizer, num_generations=3, T=6, prompts=("1+2=", "3
     lengths = torch.randint(1, T + 1, (N,), generator=generator)
     lengths[0] = T
     mask = torch.arange(T) < lengths[:, None]
-    ids = torch.randint(3, len(VOCABULARY), (N, T), generator=generator).masked_fill(~mask, PAD)
-    rollout = Rollout(queries, prompt_ids, prompt_mask, ids, mask, ["?"] * N, torch.zeros(N, dtype=torch.bool), num_generations)
-    def noise(scale): return scale * (2 * torch.rand(N, T, generator=generator).to(dtype) - 1) * mask
-    with torch.no_grad(): logprobs = token_logprobs(model, rollout)
-    return replace(rollout, logprobs=logprobs + noise(off_policy), ref_logprobs=logprobs + noise(1.0), rewards=torch.rand(N, generator=generator).to(dtype),
-                   scored=torch.ones(N, dtype=torch.bool), values=noise(1.0), advantages=torch.randn(N, generator=generator).to(dtype), returns=noise(1.0))
+    ids = torch.randint(3, len(VOCABULARY), (N, T), generator=generator).masked_fill(
+        ~mask, PAD
+    )
+    rollout = Rollout(
+        queries,
+        prompt_ids,
+        prompt_mask,
+        ids,
+        mask,
+        ["?"] * N,
+        torch.zeros(N, dtype=torch.bool),
+        num_generations,
+    )
+
+    def noise(scale):
+        return scale * (2 * torch.rand(N, T, generator=generator).to(dtype) - 1) * mask
+
+    with torch.no_grad():
+        logprobs = token_logprobs(model, rollout)
+    return replace(
+        rollout,
+        logprobs=logprobs + noise(off_policy),
+        ref_logprobs=logprobs + noise(1.0),
+        rewards=torch.rand(N, generator=generator).to(dtype),
+        scored=torch.ones(N, dtype=torch.bool),
+        values=noise(1.0),
+        advantages=torch.randn(N, generator=generator).to(dtype),
+        returns=noise(1.0),
+    )
 
 
 def padded(rollout, left=3, right=4, junk=7.0):
     "The same rollout with more padding: columns of junk on the left of the prompts and on the right of the completions."
+
     def wider(x, n, side):
-        fill = torch.zeros(len(x), n, dtype=x.dtype) if x.dtype == torch.bool else torch.full((len(x), n), junk).to(x.dtype)
+        fill = (
+            torch.zeros(len(x), n, dtype=x.dtype)
+            if x.dtype == torch.bool
+            else torch.full((len(x), n), junk).to(x.dtype)
+        )
         return torch.cat([fill, x] if side == "left" else [x, fill], 1)
-    changed = {name: wider(getattr(rollout, name), left, "left") for name in ("prompt_ids", "prompt_mask")}
-    for name in ("completion_ids", "completion_mask", "logprobs", "ref_logprobs", "values", "advantages", "returns"):
+
+    changed = {
+        name: wider(getattr(rollout, name), left, "left")
+        for name in ("prompt_ids", "prompt_mask")
+    }
+    for name in (
+        "completion_ids",
+        "completion_mask",
+        "logprobs",
+        "ref_logprobs",
+        "values",
+        "advantages",
+        "returns",
+    ):
         x = getattr(rollout, name)
-        if x is not None and x.dim() == 2: changed[name] = wider(x, right, "right")
+        if x is not None and x.dim() == 2:
+            changed[name] = wider(x, right, "right")
     return replace(rollout, **changed)
 
 
 def gradient(model):
     "All gradients of a model as one vector."
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+            for p in model.parameters()
+        ]
+    )
 
 
 def short_config(**options):
     "A run of seconds on the embedded model."
-    small = {"num_prompts": 4, "max_steps": 1, "eval_size": 5, "max_completion_length": 8, "device": "cpu"}
-    if options.get("algorithm", "grpo") == "grpo" and "recipe" not in options: small["num_generations"] = 4
+    small = {
+        "num_prompts": 4,
+        "max_steps": 1,
+        "eval_size": 5,
+        "max_completion_length": 8,
+        "device": "cpu",
+    }
+    if options.get("algorithm", "grpo") == "grpo" and "recipe" not in options:
+        small["num_generations"] = 4
     return make_config(**small | options)
 
 
 def read_metrics(directory):
     "The lines of metrics.jsonl; a NaN or an infinity is not JSON, and refused."
-    def refuse(constant): raise ValueError(f"{constant} is not JSON")
-    return [json.loads(line, parse_constant=refuse) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def reproducible(metrics):
     "What must not differ between two runs with the same seed."
-    return {name: x for name, x in metrics.items() if not any(word in name for word in ("time", "seconds", "memory"))}
+    return {
+        name: x
+        for name, x in metrics.items()
+        if not any(word in name for word in ("time", "seconds", "memory"))
+    }
 
 
 def run(directory, functions=None, **options):
     "Train in this directory: see short_config."
-    return train(short_config(output_dir=str(directory), **options), reward_funcs=functions, progress=False)
+    return train(
+        short_config(output_dir=str(directory), **options),
+        reward_funcs=functions,
+        progress=False,
+    )
 
 
 def same_run(a, b):
     "Bit for bit: metrics (no line twice, none missing), completions, model, and the last checkpoint (optimisers, sampler, schedule, beta)."
-    assert [reproducible(line) for line in read_metrics(a)] == [reproducible(line) for line in read_metrics(b)]
-    assert pd.read_parquet(a / "completions.parquet").equals(pd.read_parquet(b / "completions.parquet"))
+    assert [reproducible(line) for line in read_metrics(a)] == [
+        reproducible(line) for line in read_metrics(b)
+    ]
+    assert pd.read_parquet(a / "completions.parquet").equals(
+        pd.read_parquet(b / "completions.parquet")
+    )
     last = checkpoints(b)[-1][1].name
-    for name in ("model/model.safetensors", f"{last}/state.safetensors", f"{last}/trainer.json"):
+    for name in (
+        "model/model.safetensors",
+        f"{last}/state.safetensors",
+        f"{last}/trainer.json",
+    ):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def python(*arguments, cwd, stdin="", path=None, timeout=120):
     "Run this Python in another process; standard output and error are captured as text."
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if path is not None: environment["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, input=stdin, env=environment, timeout=timeout, capture_output=True, text=True)
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        input=stdin,
+        env=environment,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )

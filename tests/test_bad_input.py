@@ -1,4 +1,5 @@
 """Bad input gives a clear error, which names the argument, the value and what is allowed, before any work is lost."""
+
 import math
 import re
 from dataclasses import replace
@@ -27,137 +28,346 @@ ONE = torch.ones(4)
 TABLE = torch.ones(4, 3)
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"temperature": 0}, ["temperature", "0", "greater than 0"]), ({"temperature": -1.5}, ["temperature", "-1.5", "greater than 0"]),
-    ({"temperature": math.nan}, ["temperature", "nan"]), ({"num_generations": 1}, ["num_generations", "1", "greater than or equal to 2"]),
-    ({"algorithm": "dpo"}, ["algorithm", "'dpo'", "grpo, ppo"]), ({"task": "chess"}, ["task", "'chess'", "add, sums, target"]),
-    ({"dtype": "float16"}, ["dtype", "'float16'", "'float32' or 'bfloat16'"]), ({"device": "cuda:99"}, ["device", "'cuda:99'", '"auto"']),
-    ({"device": "abacus"}, ["device", "'abacus'", '"auto"']), ({"recipe": "x"}, ["recipe", "'x'", "deepseekmath"]),
-    ({"top_p": 0.0}, ["top_p", "0.0", "greater than 0"]), ({"top_p": 1.1}, ["top_p", "1.1", "less than or equal to 1"]), ({"top_k": -1}, ["top_k", "-1", "greater than or equal to 0"]),
-    ({"num_prompts": 0}, ["num_prompts", "0", "greater than 0"]), ({"num_prompts": 2.5}, ["num_prompts", "2.5", "integer"]),
-    ({"max_steps": "many"}, ["max_steps", "'many'", "integer"]), ({"digits": 4}, ["digits", "4", "1, 2 or 3"]), ({"beta": -0.1}, ["beta", "-0.1", "greater than or equal to 0"]),
-    ({"learning_rate": 0.0}, ["learning_rate", "0.0", "greater than 0"]), ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
-    ({"scale_rewards": "std"}, ["scale_rewards", "'std'", "'group', 'batch' or 'none'"]), ({"objective": "ppo"}, ["objective", "'ppo'", "'clip' or 'cispo'"]),
-    ({"loss_type": "sum"}, ["loss_type", "'sum'", "'dr_grpo'"]), ({"importance_sampling_level": "word"}, ["importance_sampling_level", "'word'", "'token' or 'sequence'"]),
-    ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]), ({"reward_funcs": []}, ["reward_funcs", "[]", "at least 1"]),
-    ({"reward_weights": [1.0, 2.0]}, ["reward_weights", "2", "1"]), ({"nonsense": 3}, ["nonsense", "3", "allowed", "num_prompts"]),
-    ({"algorithm": "grpo", "lam": 0.5}, ["lam", "0.5", "only ppo"]), ({"algorithm": "ppo", "num_generations": 8}, ["num_generations", "8", "only grpo"]),
-    ({"learning_rate": math.inf}, ["learning_rate", "inf", "finite"]),
-    ({"reward_weights": [math.nan]}, ["reward_weights", "nan", "finite"]), ({"temperature": 0, "top_k": -1}, ["temperature", "top_k"])], ids=str)
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": 0}, ["temperature", "0", "greater than 0"]),
+        ({"temperature": -1.5}, ["temperature", "-1.5", "greater than 0"]),
+        ({"temperature": math.nan}, ["temperature", "nan"]),
+        (
+            {"num_generations": 1},
+            ["num_generations", "1", "greater than or equal to 2"],
+        ),
+        ({"algorithm": "dpo"}, ["algorithm", "'dpo'", "grpo, ppo"]),
+        ({"task": "chess"}, ["task", "'chess'", "add, sums, target"]),
+        ({"dtype": "float16"}, ["dtype", "'float16'", "'float32' or 'bfloat16'"]),
+        ({"device": "cuda:99"}, ["device", "'cuda:99'", '"auto"']),
+        ({"device": "abacus"}, ["device", "'abacus'", '"auto"']),
+        ({"recipe": "x"}, ["recipe", "'x'", "deepseekmath"]),
+        ({"top_p": 0.0}, ["top_p", "0.0", "greater than 0"]),
+        ({"top_p": 1.1}, ["top_p", "1.1", "less than or equal to 1"]),
+        ({"top_k": -1}, ["top_k", "-1", "greater than or equal to 0"]),
+        ({"num_prompts": 0}, ["num_prompts", "0", "greater than 0"]),
+        ({"num_prompts": 2.5}, ["num_prompts", "2.5", "integer"]),
+        ({"max_steps": "many"}, ["max_steps", "'many'", "integer"]),
+        ({"digits": 4}, ["digits", "4", "1, 2 or 3"]),
+        ({"beta": -0.1}, ["beta", "-0.1", "greater than or equal to 0"]),
+        ({"learning_rate": 0.0}, ["learning_rate", "0.0", "greater than 0"]),
+        ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
+        (
+            {"scale_rewards": "std"},
+            ["scale_rewards", "'std'", "'group', 'batch' or 'none'"],
+        ),
+        ({"objective": "ppo"}, ["objective", "'ppo'", "'clip' or 'cispo'"]),
+        ({"loss_type": "sum"}, ["loss_type", "'sum'", "'dr_grpo'"]),
+        (
+            {"importance_sampling_level": "word"},
+            ["importance_sampling_level", "'word'", "'token' or 'sequence'"],
+        ),
+        ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]),
+        ({"reward_funcs": []}, ["reward_funcs", "[]", "at least 1"]),
+        ({"reward_weights": [1.0, 2.0]}, ["reward_weights", "2", "1"]),
+        ({"nonsense": 3}, ["nonsense", "3", "allowed", "num_prompts"]),
+        ({"algorithm": "grpo", "lam": 0.5}, ["lam", "0.5", "only ppo"]),
+        (
+            {"algorithm": "ppo", "num_generations": 8},
+            ["num_generations", "8", "only grpo"],
+        ),
+        ({"learning_rate": math.inf}, ["learning_rate", "inf", "finite"]),
+        ({"reward_weights": [math.nan]}, ["reward_weights", "nan", "finite"]),
+        ({"temperature": 0, "top_k": -1}, ["temperature", "top_k"]),
+    ],
+    ids=str,
+)
 def test_config(options, words):
     "Every wrong option is refused when the config is made, before there is a model or a directory; several at once are all named."
-    with pytest.raises(ValueError) as error: make_config(**options)
-    for word in words: assert word in str(error.value)
+    with pytest.raises(ValueError) as error:
+        make_config(**options)
+    for word in words:
+        assert word in str(error.value)
     assert "pydantic" not in str(error.value)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: group_advantages(ONE, 1), ["num_generations", "1", "at least 2"]),
-    (lambda: group_advantages(ONE, 3), ["rewards", "4", "multiple of num_generations = 3"]),
-    (lambda: group_advantages(TABLE, 2), ["rewards", "(4, 3)", "[N]"]),
-    (lambda: group_advantages(ONE, 2, "std"), ["scale_rewards", "'std'", '"group", "batch" or "none"']),
-    (lambda: group_advantages(ONE, 2, baseline="best"), ["baseline", "'best'", '"leave_one_out"']),
-    (lambda: process_advantages([[1.0]], [[0]], 1, [1]), ["num_generations", "1", "at least 2"]),
-    (lambda: process_advantages([[1.0], [1.0]], [[0], [5]], 2, [1, 3]), ["step_ends", "[5]", "0..2"]),
-    (lambda: process_advantages([[1.0], [1.0, 2.0]], [[0], [0]], 2, [1, 3]), ["step_rewards", "2 steps", "1"]),
-    (lambda: process_advantages([[1.0]] * 3, [[0]] * 3, 2, [1] * 3), ["3", "multiple of num_generations = 2"]),
-    (lambda: policy_loss(TABLE, TABLE, torch.ones(3), TABLE > 0), ["advantages", "(3, 1)", "4, 3"]),
-    (lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, objective="x"), ["objective", "'x'", '"clip" or "cispo"']),
-    (lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, importance_sampling_level="x"), ["importance_sampling_level", "'x'", '"token" or "sequence"']),
-    (lambda: aggregate(TABLE, TABLE > 0, "x"), ["loss_type", "'x'", '"dr_grpo"']),
-    (lambda: aggregate(TABLE, TABLE > 0, "dr_grpo"), ["max_completion_length", "None"]),
-    (lambda: kl(TABLE, TABLE, "k4"), ["estimator", "'k4'", '"k1", "k2" or "k3"']),
-    (lambda: kl(TABLE, ONE), ["ref_logprobs", "(4, 3)", "(4,)"]),
-    (lambda: gae(TABLE, TABLE[:, :2], TABLE > 0), ["rewards, values and mask", "4, 2"]),
-    (lambda: gae(TABLE.long(), TABLE, TABLE > 0), ["rewards", "torch.int64"]),
-    (lambda: whiten(TABLE.long(), TABLE > 0), ["x and mask", "torch.int64"]),
-    (lambda: group_advantages(ONE.long(), 2), ["rewards", "floating point", "torch.int64"]),
-    (lambda: policy_loss(TABLE, TABLE, ONE, TABLE), ["mask be bool", "torch.float32"]),
-    (lambda: combine(TABLE, [1.0]), ["reward_weights", "1", "3"]),
-    (lambda: load_task("chess"), ["task", "'chess'", "add, sums, target"]),
-    (lambda: load_task("add", digits=9), ["digits", "9", "1, 2 or 3"]),
-    (lambda: load_task("add").queries("test", 3), ["split", "'test'", '"train" or "heldout"']),
-    (lambda: load_task("add").queries("train", 0), ["n must be at least 1", "0"]),
-    (lambda: load_policy("/nowhere/at/all"), ["model", "'/nowhere/at/all'", "'tiny'"]),
-    (lambda: load_policy("no-such/model"), ["model", "'no-such/model'", "hub id"]),
-    (lambda: load_policy("tiny", "cuda:99"), ["device", "'cuda:99'", '"cpu"']),
-    (lambda: load_policy("tiny", "cpu", "int3"), ["dtype", "'int3'", "float32, bfloat16"]),
-    (lambda: load_rewards(["beauty"], load_task("add")), ["reward_funcs", "'beauty'", "accuracy, brevity"]),
-    (lambda: load_rewards([], load_task("add")), ["reward_funcs", "at least one"]),
-    (lambda: encode_prompts(character_tokenizer(), []), ["queries", "at least one", "none"]),
-    (lambda: encode_prompts(character_tokenizer(), [Query("1"), Query("")]), ["query 1", "empty", "''"]),
-    (lambda: encode_prompts(character_tokenizer(), [Query([{"role": "user", "content": "1"}])]), ["query 0", "no chat template"]),
-    (lambda: as_rollout(character_tokenizer(), [Query("1"), Query("2")], ["1", "2", "3"]), ["completions", "multiple of the 2 queries", "3"])])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: group_advantages(ONE, 1), ["num_generations", "1", "at least 2"]),
+        (
+            lambda: group_advantages(ONE, 3),
+            ["rewards", "4", "multiple of num_generations = 3"],
+        ),
+        (lambda: group_advantages(TABLE, 2), ["rewards", "(4, 3)", "[N]"]),
+        (
+            lambda: group_advantages(ONE, 2, "std"),
+            ["scale_rewards", "'std'", '"group", "batch" or "none"'],
+        ),
+        (
+            lambda: group_advantages(ONE, 2, baseline="best"),
+            ["baseline", "'best'", '"leave_one_out"'],
+        ),
+        (
+            lambda: process_advantages([[1.0]], [[0]], 1, [1]),
+            ["num_generations", "1", "at least 2"],
+        ),
+        (
+            lambda: process_advantages([[1.0], [1.0]], [[0], [5]], 2, [1, 3]),
+            ["step_ends", "[5]", "0..2"],
+        ),
+        (
+            lambda: process_advantages([[1.0], [1.0, 2.0]], [[0], [0]], 2, [1, 3]),
+            ["step_rewards", "2 steps", "1"],
+        ),
+        (
+            lambda: process_advantages([[1.0]] * 3, [[0]] * 3, 2, [1] * 3),
+            ["3", "multiple of num_generations = 2"],
+        ),
+        (
+            lambda: policy_loss(TABLE, TABLE, torch.ones(3), TABLE > 0),
+            ["advantages", "(3, 1)", "4, 3"],
+        ),
+        (
+            lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, objective="x"),
+            ["objective", "'x'", '"clip" or "cispo"'],
+        ),
+        (
+            lambda: policy_loss(
+                TABLE, TABLE, ONE, TABLE > 0, importance_sampling_level="x"
+            ),
+            ["importance_sampling_level", "'x'", '"token" or "sequence"'],
+        ),
+        (lambda: aggregate(TABLE, TABLE > 0, "x"), ["loss_type", "'x'", '"dr_grpo"']),
+        (
+            lambda: aggregate(TABLE, TABLE > 0, "dr_grpo"),
+            ["max_completion_length", "None"],
+        ),
+        (lambda: kl(TABLE, TABLE, "k4"), ["estimator", "'k4'", '"k1", "k2" or "k3"']),
+        (lambda: kl(TABLE, ONE), ["ref_logprobs", "(4, 3)", "(4,)"]),
+        (
+            lambda: gae(TABLE, TABLE[:, :2], TABLE > 0),
+            ["rewards, values and mask", "4, 2"],
+        ),
+        (lambda: gae(TABLE.long(), TABLE, TABLE > 0), ["rewards", "torch.int64"]),
+        (lambda: whiten(TABLE.long(), TABLE > 0), ["x and mask", "torch.int64"]),
+        (
+            lambda: group_advantages(ONE.long(), 2),
+            ["rewards", "floating point", "torch.int64"],
+        ),
+        (
+            lambda: policy_loss(TABLE, TABLE, ONE, TABLE),
+            ["mask be bool", "torch.float32"],
+        ),
+        (lambda: combine(TABLE, [1.0]), ["reward_weights", "1", "3"]),
+        (lambda: load_task("chess"), ["task", "'chess'", "add, sums, target"]),
+        (lambda: load_task("add", digits=9), ["digits", "9", "1, 2 or 3"]),
+        (
+            lambda: load_task("add").queries("test", 3),
+            ["split", "'test'", '"train" or "heldout"'],
+        ),
+        (lambda: load_task("add").queries("train", 0), ["n must be at least 1", "0"]),
+        (
+            lambda: load_policy("/nowhere/at/all"),
+            ["model", "'/nowhere/at/all'", "'tiny'"],
+        ),
+        (lambda: load_policy("no-such/model"), ["model", "'no-such/model'", "hub id"]),
+        (lambda: load_policy("tiny", "cuda:99"), ["device", "'cuda:99'", '"cpu"']),
+        (
+            lambda: load_policy("tiny", "cpu", "int3"),
+            ["dtype", "'int3'", "float32, bfloat16"],
+        ),
+        (
+            lambda: load_rewards(["beauty"], load_task("add")),
+            ["reward_funcs", "'beauty'", "accuracy, brevity"],
+        ),
+        (lambda: load_rewards([], load_task("add")), ["reward_funcs", "at least one"]),
+        (
+            lambda: encode_prompts(character_tokenizer(), []),
+            ["queries", "at least one", "none"],
+        ),
+        (
+            lambda: encode_prompts(character_tokenizer(), [Query("1"), Query("")]),
+            ["query 1", "empty", "''"],
+        ),
+        (
+            lambda: encode_prompts(
+                character_tokenizer(), [Query([{"role": "user", "content": "1"}])]
+            ),
+            ["query 0", "no chat template"],
+        ),
+        (
+            lambda: as_rollout(
+                character_tokenizer(), [Query("1"), Query("2")], ["1", "2", "3"]
+            ),
+            ["completions", "multiple of the 2 queries", "3"],
+        ),
+    ],
+)
 def test_functions(call, words):
     "The leaves of the library check their arguments, too: shapes, choices, ranges."
-    with pytest.raises(ValueError) as error: call()
-    for word in words: assert word in str(error.value)
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"queries": []}, ["queries", "none", "at least one"]), ({"queries": [Query("")]}, ["query 0", "empty"]),
-    ({"queries": [Query("1"), Query("1" * 61)]}, ["query 1", "61 prompt tokens", "max_completion_length 4", "context of 64"]),
-    ({"max_completion_length": 64}, ["max_completion_length", "64"]), ({"num_generations": 0}, ["num_generations", "0", ">= 1"]),
-    ({"max_completion_length": 0}, ["max_completion_length", "0", ">= 1"]), ({"temperature": 0.0}, ["temperature", "0.0", "> 0"]),
-    ({"temperature": -1}, ["temperature", "-1", "> 0"]), ({"top_p": 0}, ["top_p", "0", "<= 1"]), ({"top_k": -1}, ["top_k", "-1", ">= 0"])], ids=str)
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"queries": []}, ["queries", "none", "at least one"]),
+        ({"queries": [Query("")]}, ["query 0", "empty"]),
+        (
+            {"queries": [Query("1"), Query("1" * 61)]},
+            ["query 1", "61 prompt tokens", "max_completion_length 4", "context of 64"],
+        ),
+        ({"max_completion_length": 64}, ["max_completion_length", "64"]),
+        ({"num_generations": 0}, ["num_generations", "0", ">= 1"]),
+        ({"max_completion_length": 0}, ["max_completion_length", "0", ">= 1"]),
+        ({"temperature": 0.0}, ["temperature", "0.0", "> 0"]),
+        ({"temperature": -1}, ["temperature", "-1", "> 0"]),
+        ({"top_p": 0}, ["top_p", "0", "<= 1"]),
+        ({"top_k": -1}, ["top_k", "-1", ">= 0"]),
+    ],
+    ids=str,
+)
 def test_sample(llama, tokenizer, options, words):
-    arguments = {"queries": [Query("1+2=")], "num_generations": 2, "max_completion_length": 4} | options
-    with pytest.raises(ValueError) as error: sample(llama, tokenizer, **arguments)
-    for word in words: assert word in str(error.value)
+    arguments = {
+        "queries": [Query("1+2=")],
+        "num_generations": 2,
+        "max_completion_length": 4,
+    } | options
+    with pytest.raises(ValueError) as error:
+        sample(llama, tokenizer, **arguments)
+    for word in words:
+        assert word in str(error.value)
 
 
 def test_the_context_may_be_filled_to_the_last_token(llama, tokenizer):
-    assert sample(llama, tokenizer, [Query("1" * 60)], 1, 4).completion_ids.shape[1] <= 4
+    assert (
+        sample(llama, tokenizer, [Query("1" * 60)], 1, 4).completion_ids.shape[1] <= 4
+    )
 
 
 def test_a_rollout_checks_its_shapes(rollout):
     "A batch that the group size does not divide, and masks of another shape."
-    with pytest.raises(ValueError, match="completion_ids must have 3 queries x 2 generations = 6 rows, got 9"): replace(rollout, num_generations=2)
-    with pytest.raises(ValueError, match=r"completion_mask must be Bool\[Tensor, 'N T'\] with N = 9; got \(torch.bool, 9, 5\)"): replace(rollout, completion_mask=rollout.completion_mask[:, 1:])
-    with pytest.raises(ValueError, match="num_generations be at least 1, got 3 and 0"): replace(rollout, num_generations=0)
-    with pytest.raises(ValueError, match="groups must name at least one group"): rollout.select([])
-    with pytest.raises(ValueError, match="max_tokens_per_micro_batch must be at least 1, got 0"): micro_batches(rollout, 0)
+    with pytest.raises(
+        ValueError,
+        match="completion_ids must have 3 queries x 2 generations = 6 rows, got 9",
+    ):
+        replace(rollout, num_generations=2)
+    with pytest.raises(
+        ValueError,
+        match=r"completion_mask must be Bool\[Tensor, 'N T'\] with N = 9; got \(torch.bool, 9, 5\)",
+    ):
+        replace(rollout, completion_mask=rollout.completion_mask[:, 1:])
+    with pytest.raises(ValueError, match="num_generations be at least 1, got 3 and 0"):
+        replace(rollout, num_generations=0)
+    with pytest.raises(ValueError, match="groups must name at least one group"):
+        rollout.select([])
+    with pytest.raises(
+        ValueError, match="max_tokens_per_micro_batch must be at least 1, got 0"
+    ):
+        micro_batches(rollout, 0)
 
 
 def test_an_update_needs_advantages(llama, rollout):
-    with pytest.raises(ValueError, match="rollout.advantages is None"): update(llama, None, replace(rollout, advantages=None), short_config())
+    with pytest.raises(ValueError, match="rollout.advantages is None"):
+        update(llama, None, replace(rollout, advantages=None), short_config())
 
 
 def test_an_update_with_a_beta_needs_the_reference(llama, rollout):
     "Else the KL would be left out of the loss without a word."
     bare = replace(rollout, advantages=torch.zeros(len(rollout)), ref_logprobs=None)
-    with pytest.raises(ValueError, match="rollout.ref_logprobs is None.*beta=0"): update(llama, None, bare, short_config(), beta=0.1)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"): token_logprobs(llama, rollout, 0)
+    with pytest.raises(ValueError, match="rollout.ref_logprobs is None.*beta=0"):
+        update(llama, None, bare, short_config(), beta=0.1)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        token_logprobs(llama, rollout, 0)
 
 
 # Reward functions --------------------------------------------------------------------------------------------------------
 
-def raises(**_): raise KeyError("answer")
+
+def raises(**_):
+    raise KeyError("answer")
 
 
-@pytest.mark.parametrize("function, error, words", [
-    (raises, RuntimeError, ["'raises'", "KeyError", "answer"]),
-    (lambda completions, **_: [1.0] * (len(completions) - 1), ValueError, ["'<lambda>'", "return 3 scores", "2"]),
-    (lambda **_: 1.0, TypeError, ["'<lambda>'", "list of 3 numbers", "float"]),
-    (lambda **_: None, TypeError, ["'<lambda>'", "list of 3 numbers", "NoneType"]),
-    (lambda **_: torch.tensor(1.0), ValueError, ["'<lambda>'", "return 3 scores", "1"]),
-    (lambda **_: [1.0, math.nan, 0.0], ValueError, ["'<lambda>'", "nan", "completion 1", "finite number or None"]),
-    (lambda **_: [1.0, math.inf, 0.0], ValueError, ["'<lambda>'", "inf", "completion 1"]),
-    (lambda **_: torch.tensor([1.0, torch.nan, 0.0]), ValueError, ["nan", "completion 1"]),
-    (lambda **_: [1.0, "good", 0.0], TypeError, ["'<lambda>'", "'good'", "completion 1", "a number or None"]),
-    (lambda **_: [1.0, [1.0], 0.0], TypeError, ["[1.0]", "completion 1"]),
-    (lambda **_: "abc", TypeError, ["'a'", "completion 0"]),
-    (lambda **_: {"a": 1, "b": 2, "c": 3}, TypeError, ["list of 3 numbers", "dict"])],
-    ids=["raises", "too few", "a number", "None", "0-d tensor", "NaN", "inf", "NaN in a tensor", "text", "nested", "string", "dict"])
+@pytest.mark.parametrize(
+    "function, error, words",
+    [
+        (raises, RuntimeError, ["'raises'", "KeyError", "answer"]),
+        (
+            lambda completions, **_: [1.0] * (len(completions) - 1),
+            ValueError,
+            ["'<lambda>'", "return 3 scores", "2"],
+        ),
+        (lambda **_: 1.0, TypeError, ["'<lambda>'", "list of 3 numbers", "float"]),
+        (lambda **_: None, TypeError, ["'<lambda>'", "list of 3 numbers", "NoneType"]),
+        (
+            lambda **_: torch.tensor(1.0),
+            ValueError,
+            ["'<lambda>'", "return 3 scores", "1"],
+        ),
+        (
+            lambda **_: [1.0, math.nan, 0.0],
+            ValueError,
+            ["'<lambda>'", "nan", "completion 1", "finite number or None"],
+        ),
+        (
+            lambda **_: [1.0, math.inf, 0.0],
+            ValueError,
+            ["'<lambda>'", "inf", "completion 1"],
+        ),
+        (
+            lambda **_: torch.tensor([1.0, torch.nan, 0.0]),
+            ValueError,
+            ["nan", "completion 1"],
+        ),
+        (
+            lambda **_: [1.0, "good", 0.0],
+            TypeError,
+            ["'<lambda>'", "'good'", "completion 1", "a number or None"],
+        ),
+        (lambda **_: [1.0, [1.0], 0.0], TypeError, ["[1.0]", "completion 1"]),
+        (lambda **_: "abc", TypeError, ["'a'", "completion 0"]),
+        (
+            lambda **_: {"a": 1, "b": 2, "c": 3},
+            TypeError,
+            ["list of 3 numbers", "dict"],
+        ),
+    ],
+    ids=[
+        "raises",
+        "too few",
+        "a number",
+        "None",
+        "0-d tensor",
+        "NaN",
+        "inf",
+        "NaN in a tensor",
+        "text",
+        "nested",
+        "string",
+        "dict",
+    ],
+)
 def test_reward_function(tokenizer, function, error, words):
     "The function is named, with what it returned."
     rollout = as_rollout(tokenizer, [Query("1+2=")], ["3", "4", "5"])
-    with pytest.raises(error) as caught: score(rollout, [function])
-    for word in words: assert word in str(caught.value)
+    with pytest.raises(error) as caught:
+        score(rollout, [function])
+    for word in words:
+        assert word in str(caught.value)
     assert rollout.rewards is None
 
 
-@pytest.mark.parametrize("scores", [[1, 0.5, None], (1.0, 0.0, 0.5), torch.tensor([1, 0, 1]), [torch.tensor(1.0), 0, True]], ids=["list", "tuple", "tensor", "mixed"])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1, 0.5, None],
+        (1.0, 0.0, 0.5),
+        torch.tensor([1, 0, 1]),
+        [torch.tensor(1.0), 0, True],
+    ],
+    ids=["list", "tuple", "tensor", "mixed"],
+)
 def test_reward_functions_may_return(tokenizer, scores):
     rollout = as_rollout(tokenizer, [Query("1+2=")], ["3", "4", "5"])
     score(rollout, [lambda **_: scores])
@@ -168,35 +378,69 @@ def test_reward_functions_may_return(tokenizer, scores):
 def test_a_reward_function_that_fails_late_loses_nothing(tmp_path):
     "What was sampled and measured before it raised is in the directory."
     calls = []
+
     def fails_late(completions, **_):
         calls.append(1)
-        if len(calls) == 3: raise OSError("judge is down")
+        if len(calls) == 3:
+            raise OSError("judge is down")
         return [float(len(text)) for text in completions]
-    with pytest.raises(RuntimeError, match="'fails_late' raised OSError: judge is down"):
-        train(short_config(max_steps=5, output_dir=str(tmp_path)), reward_funcs=[fails_late], progress=False)
+
+    with pytest.raises(
+        RuntimeError, match="'fails_late' raised OSError: judge is down"
+    ):
+        train(
+            short_config(max_steps=5, output_dir=str(tmp_path)),
+            reward_funcs=[fails_late],
+            progress=False,
+        )
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
     assert set(pd.read_parquet(tmp_path / "completions.parquet")["step"]) == {1, 2}
 
 
 def test_a_reward_model_has_one_output(tokenizer):
-    with pytest.raises(ValueError, match="num_labels=1, got 3"): RewardModel(SimpleNamespace(config=SimpleNamespace(num_labels=3)), tokenizer)
+    with pytest.raises(ValueError, match="num_labels=1, got 3"):
+        RewardModel(SimpleNamespace(config=SimpleNamespace(num_labels=3)), tokenizer)
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_model_without_a_pad_token_is_no_obstacle(kind):
     "Masks say where padding is: a tokenizer without a pad token samples and trains exactly as one with it."
     outcomes = []
     for pad in ("<pad>", None, "<eos>"):
-        model, tokenizer = random_model(kind, dtype=torch.float32), character_tokenizer(pad=pad)
-        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-        rollout = sample(model, tokenizer, [Query("1+2="), Query("34+567=")], 3, 6, generator=torch.Generator().manual_seed(0))
+        model, tokenizer = (
+            random_model(kind, dtype=torch.float32),
+            character_tokenizer(pad=pad),
+        )
+        model.config.pad_token_id = model.generation_config.pad_token_id = (
+            tokenizer.pad_token_id
+        )
+        rollout = sample(
+            model,
+            tokenizer,
+            [Query("1+2="), Query("34+567=")],
+            3,
+            6,
+            generator=torch.Generator().manual_seed(0),
+        )
         rollout.advantages = torch.arange(6.0) - 2.5
-        metrics = update(model, torch.optim.SGD(model.parameters(), lr=0.1), rollout, short_config())
-        outcomes.append((rollout.completion_ids[rollout.completion_mask].tolist(), rollout.completion_mask.tolist(), metrics, [p.detach().clone() for p in model.parameters()]))
+        metrics = update(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), rollout, short_config()
+        )
+        outcomes.append(
+            (
+                rollout.completion_ids[rollout.completion_mask].tolist(),
+                rollout.completion_mask.tolist(),
+                metrics,
+                [p.detach().clone() for p in model.parameters()],
+            )
+        )
     for other in outcomes[1:]:
-        assert other[:3] == outcomes[0][:3] and all(p.equal(q) for p, q in zip(other[3], outcomes[0][3]))
+        assert other[:3] == outcomes[0][:3] and all(
+            p.equal(q) for p, q in zip(other[3], outcomes[0][3])
+        )
 
 
 def test_a_model_without_an_end_is_cut_at_the_limit():
@@ -204,57 +448,107 @@ def test_a_model_without_an_end_is_cut_at_the_limit():
     model, tokenizer = random_model(), character_tokenizer(eos=None)
     model.generation_config.eos_token_id = None
     rollout = sample(model, tokenizer, [Query("1+2=")], 3, 5)
-    assert rollout.completion_mask.all() and rollout.truncated.all() and rollout.completion_ids.shape == (3, 5)
+    assert (
+        rollout.completion_mask.all()
+        and rollout.truncated.all()
+        and rollout.completion_ids.shape == (3, 5)
+    )
 
 
 def test_an_unknown_model_leaves_no_run_behind(tmp_path):
     "After the error the same directory can be used."
     for options in ({"model": "/nowhere"}, {"reward_funcs": ["/nowhere"]}):
-        with pytest.raises(ValueError, match="'/nowhere'"): train(short_config(output_dir=str(tmp_path / "run"), **options), progress=False)
+        with pytest.raises(ValueError, match="'/nowhere'"):
+            train(
+                short_config(output_dir=str(tmp_path / "run"), **options),
+                progress=False,
+            )
     train(short_config(output_dir=str(tmp_path / "run")), progress=False)
 
 
-@pytest.mark.parametrize("options, message", [({"max_completion_length": 300}, "max_completion_length 300.*context of 256"), ({"task": "add_chat"}, "no chat template")], ids=["too long", "chat"])
-def test_a_task_that_the_model_cannot_do_leaves_no_run_behind(tmp_path, options, message):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_completion_length": 300}, "max_completion_length 300.*context of 256"),
+        ({"task": "add_chat"}, "no chat template"),
+    ],
+    ids=["too long", "chat"],
+)
+def test_a_task_that_the_model_cannot_do_leaves_no_run_behind(
+    tmp_path, options, message
+):
     "More tokens than the embedded model's context of 256, or a chat without a chat template: refused before anything is written."
-    with pytest.raises(ValueError, match=message): train(short_config(output_dir=str(tmp_path / "run"), **options), progress=False)
+    with pytest.raises(ValueError, match=message):
+        train(short_config(output_dir=str(tmp_path / "run"), **options), progress=False)
     train(short_config(output_dir=str(tmp_path / "run")), progress=False)
 
 
 # Directories -------------------------------------------------------------------------------------------------------------
 
+
 def test_an_old_run_is_not_touched(tmp_path):
     config = short_config(output_dir=str(tmp_path / "run"))
     train(config, progress=False)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError) as error: train(config, progress=False)
-    for word in ("output_dir", str(tmp_path / "run"), "already holds a run", "resume"): assert word in str(error.value)
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file()
+    }
+    with pytest.raises(ValueError) as error:
+        train(config, progress=False)
+    for word in ("output_dir", str(tmp_path / "run"), "already holds a run", "resume"):
+        assert word in str(error.value)
+    assert {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file()
+    } == before
 
 
 def test_a_file_is_not_a_directory(tmp_path):
     (tmp_path / "run").write_text("notes")
-    with pytest.raises(ValueError, match="output_dir .* is a file"): train(short_config(output_dir=str(tmp_path / "run")), progress=False)
+    with pytest.raises(ValueError, match="output_dir .* is a file"):
+        train(short_config(output_dir=str(tmp_path / "run")), progress=False)
     assert (tmp_path / "run").read_text() == "notes"
 
 
 def test_runs_without_a_name_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="resume = True needs output_dir"): train(short_config(resume=True), progress=False)
-    for _ in range(2): train(short_config(), progress=False)
+    with pytest.raises(ValueError, match="resume = True needs output_dir"):
+        train(short_config(resume=True), progress=False)
+    for _ in range(2):
+        train(short_config(), progress=False)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["0001", "0002"]
 
 
 # Papermill ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("parameters, words", [
-    ({"nonsense": 3}, ["nonsense = 3", "not a parameter of grpo", "num_prompts"]), ({"temperature": 0}, ["temperature = 0", "greater than 0"]),
-    ({"algorithm": "ppo", "num_generations": 8}, ["num_generations = 8", "only grpo has it"])], ids=str)
+
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ({"nonsense": 3}, ["nonsense = 3", "not a parameter of grpo", "num_prompts"]),
+        ({"temperature": 0}, ["temperature = 0", "greater than 0"]),
+        (
+            {"algorithm": "ppo", "num_generations": 8},
+            ["num_generations = 8", "only grpo has it"],
+        ),
+    ],
+    ids=str,
+)
 def test_papermill_parameters(tmp_path, monkeypatch, parameters, words):
     "A parameter that no config has, or that is out of range, stops the notebook before a model is loaded."
     monkeypatch.chdir(tmp_path)
     with pytest.raises(papermill.PapermillExecutionError) as error:
-        papermill.execute_notebook(ROOT / "nbs/experiments/train.ipynb", tmp_path / "out.ipynb", parameters, progress_bar=False, kernel_name="python3", log_output=False)
+        papermill.execute_notebook(
+            ROOT / "nbs/experiments/train.ipynb",
+            tmp_path / "out.ipynb",
+            parameters,
+            progress_bar=False,
+            kernel_name="python3",
+            log_output=False,
+        )
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error.value))
-    for word in words: assert word in said, said
+    for word in words:
+        assert word in said, said
     assert not list(tmp_path.rglob("config.json"))

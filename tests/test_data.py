@@ -2,6 +2,7 @@
 
 The files are written here. Independent truths: pandas and datasets for reading, math-verify's own reader for numbers,
 a search through reasoning-gym's source for what its checkers execute."""
+
 import ast
 import builtins
 import inspect
@@ -30,21 +31,59 @@ from grpo_nb.algorithm import make_config
 from grpo_nb.plots import plot_run
 from grpo_nb.reward import accuracy_reward, process_reward
 from grpo_nb.sampling import sample
-from grpo_nb.task import GYM_UNFIT, TASKS, check_task, extract_answer, gsm8k, gym, load_task, same_number, task_from_rows
+from grpo_nb.task import (
+    GYM_UNFIT,
+    TASKS,
+    check_task,
+    extract_answer,
+    gsm8k,
+    gym,
+    load_task,
+    same_number,
+    task_from_rows,
+)
 from grpo_nb.training import chat, evaluate, main, open_run, train
 from helpers import ROOT, python, read_metrics, reproducible, short_config
 
-SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "level": "easy" if a + b < 10 else "hard"} for a in range(10) for b in range(10)]
-CHATS = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in SUMS]
-PROBLEMS = [{"question": f"Ann has {a} apples and buys {b} more. How many has she now?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"} for a in range(2, 8) for b in range(2, 8)]
+SUMS = [
+    {
+        "prompt": f"{a}+{b}=",
+        "answer": str(a + b),
+        "level": "easy" if a + b < 10 else "hard",
+    }
+    for a in range(10)
+    for b in range(10)
+]
+CHATS = [
+    {
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": row["prompt"]},
+        ],
+        "answer": row["answer"],
+    }
+    for row in SUMS
+]
+PROBLEMS = [
+    {
+        "question": f"Ann has {a} apples and buys {b} more. How many has she now?",
+        "answer": f"{a} + {b} = {a + b}\n#### {a + b}",
+    }
+    for a in range(2, 8)
+    for b in range(2, 8)
+]
 
 
 def write(path, rows):
     "Rows as a file of the kind that its name says."
-    if path.suffix == ".jsonl": path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if path.suffix == ".csv": pd.DataFrame(rows).to_csv(path, index=False)
-    if path.suffix == ".parquet": pd.DataFrame(rows).to_parquet(path, index=False)
-    if not path.suffix: datasets.Dataset.from_list(rows).save_to_disk(path)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if path.suffix == ".csv":
+        pd.DataFrame(rows).to_csv(path, index=False)
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path, index=False)
+    if not path.suffix:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
     return str(path)
 
 
@@ -52,33 +91,74 @@ def write(path, rows):
 def reader(tmp_path_factory):
     "A random model that reads any text: its tokens are bytes. It has a chat template."
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({"<eos>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    core = Tokenizer(
+        models.BPE({"<eos>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}, [])
+    )
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                         max_position_embeddings=2048, eos_token_id=0, pad_token_id=0, bos_token_id=None))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=2048,
+            eos_token_id=0,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
+    )
     path = tmp_path_factory.mktemp("reader")
-    model.save_pretrained(path); tokenizer.save_pretrained(path)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return str(path)
 
 
 def two_steps(directory, model="tiny", functions=None, **options):
-    return train(short_config(model=model, output_dir=str(directory), **{"max_steps": 2, "eval_size": 3} | options), reward_funcs=functions, progress=False)
+    return train(
+        short_config(
+            model=model,
+            output_dir=str(directory),
+            **{"max_steps": 2, "eval_size": 3} | options,
+        ),
+        reward_funcs=functions,
+        progress=False,
+    )
 
 
 # Files and data sets -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rows, kinds", [(SUMS, [".jsonl", ".csv", ".parquet", ""]), (CHATS, [".jsonl", ".parquet", ""])], ids=["plain", "chat"])
+
+@pytest.mark.parametrize(
+    "rows, kinds",
+    [(SUMS, [".jsonl", ".csv", ".parquet", ""]), (CHATS, [".jsonl", ".parquet", ""])],
+    ids=["plain", "chat"],
+)
 def test_all_formats_give_the_same_queries(tmp_path, rows, kinds):
     tasks = [load_task(write(tmp_path / f"rows{kind}", rows)) for kind in kinds]
     for split in ("train", "heldout"):
         for seed in (0, "again"):
             drawn = [task.queries(split, 15, seed) for task in tasks]
             assert all(queries == drawn[0] for queries in drawn[1:])
-    assert [query.prompt for query in map(tasks[0].query, range(len(rows)))] == [row["prompt"] for row in rows]
-    assert all(task.is_right(f" {row['answer']}\n", task.query(i)) and not task.is_right(row["answer"] + ".", task.query(i)) for task in tasks for i, row in enumerate(rows))
+    assert [query.prompt for query in map(tasks[0].query, range(len(rows)))] == [
+        row["prompt"] for row in rows
+    ]
+    assert all(
+        task.is_right(f" {row['answer']}\n", task.query(i))
+        and not task.is_right(row["answer"] + ".", task.query(i))
+        for task in tasks
+        for i, row in enumerate(rows)
+    )
 
 
 def test_the_split_is_that_of_the_checksum(tmp_path):
@@ -86,20 +166,47 @@ def test_the_split_is_that_of_the_checksum(tmp_path):
     out = {row["prompt"] for row in SUMS if zlib.crc32(row["prompt"].encode()) % 5 == 0}
     assert {query.prompt for query in task.queries("heldout", 50)} == out
     drawn = [query.prompt for query in task.queries("train", 100 - len(out))]
-    assert len(set(drawn)) == len(drawn) and set(drawn) == {row["prompt"] for row in SUMS} - out  # each once before any twice
+    assert (
+        len(set(drawn)) == len(drawn)
+        and set(drawn) == {row["prompt"] for row in SUMS} - out
+    )  # each once before any twice
     assert len(task.queries("train", 500)) == 500
 
 
-@pytest.mark.parametrize("names, held", [(("train", "test"), "test"), (("train", "validation"), "validation"), (("train", "validation", "test"), "test"), (("train",), None), (("only",), None)])
+@pytest.mark.parametrize(
+    "names, held",
+    [
+        (("train", "test"), "test"),
+        (("train", "validation"), "validation"),
+        (("train", "validation", "test"), "test"),
+        (("train",), None),
+        (("only",), None),
+    ],
+)
 def test_splits_of_the_source(tmp_path, names, held):
     "Where there is a split test or validation, that is held out; of a prompt on both sides nothing is trained on."
-    parts = {name: datasets.Dataset.from_list(SUMS[20 * i:20 * i + 22]) for i, name in enumerate(names)}  # two rows overlap
+    parts = {
+        name: datasets.Dataset.from_list(SUMS[20 * i : 20 * i + 22])
+        for i, name in enumerate(names)
+    }  # two rows overlap
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     task = load_task(str(tmp_path / "saved"))
-    trained, tested = ({query.prompt for query in task.queries(split, 60)} for split in ("train", "heldout"))
+    trained, tested = (
+        {query.prompt for query in task.queries(split, 60)}
+        for split in ("train", "heldout")
+    )
     assert not trained & tested
-    if held is None: assert tested == {row["prompt"] for row in SUMS[:22] if zlib.crc32(row["prompt"].encode()) % 5 == 0}
-    else: assert tested == set(parts[held]["prompt"]) and trained == {row["prompt"] for row in SUMS[:22]} - tested
+    if held is None:
+        assert tested == {
+            row["prompt"]
+            for row in SUMS[:22]
+            if zlib.crc32(row["prompt"].encode()) % 5 == 0
+        }
+    else:
+        assert (
+            tested == set(parts[held]["prompt"])
+            and trained == {row["prompt"] for row in SUMS[:22]} - tested
+        )
 
 
 def test_a_small_test_split_is_found_among_many_rows():
@@ -110,89 +217,205 @@ def test_a_small_test_split_is_found_among_many_rows():
 def test_what_csv_holds_is_text(tmp_path):
     "Nothing is guessed: numbers, missing values and JSON stay what was written."
     path = tmp_path / "rows.csv"
-    path.write_text('prompt,answer,note\n"[{""role"": ""user"", ""content"": ""hi""}]",007,NA\n"two\nlines",1.50,\n')
+    path.write_text(
+        'prompt,answer,note\n"[{""role"": ""user"", ""content"": ""hi""}]",007,NA\n"two\nlines",1.50,\n'
+    )
     first, second = map(load_task(str(path)).query, range(2))
-    assert first.prompt == '[{"role": "user", "content": "hi"}]' and first.columns == {"answer": "007", "note": "NA"}
-    assert second.prompt == "two\nlines" and second.columns == {"answer": "1.50", "note": ""}
+    assert first.prompt == '[{"role": "user", "content": "hi"}]' and first.columns == {
+        "answer": "007",
+        "note": "NA",
+    }
+    assert second.prompt == "two\nlines" and second.columns == {
+        "answer": "1.50",
+        "note": "",
+    }
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes("\ufeff".encode() + b'{"prompt": "1+1=", "answer": 2}\n\n{"prompt": "2+2=", "answer": 4}\n')
+    (tmp_path / "rows.jsonl").write_bytes(
+        "\ufeff".encode()
+        + b'{"prompt": "1+1=", "answer": 2}\n\n{"prompt": "2+2=", "answer": 4}\n'
+    )
     task = load_task(str(tmp_path / "rows.jsonl"))
-    assert task.size == 2 and task.is_right("2", task.query(0))  # a number is compared as it is written
+    assert task.size == 2 and task.is_right(
+        "2", task.query(0)
+    )  # a number is compared as it is written
 
 
 def test_a_name_on_the_hub(monkeypatch, tmp_path):
     "Only where nothing of that name is there locally; owner/name:config names a configuration."
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or datasets.Dataset.from_list(SUMS))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *names: asked.append(names) or datasets.Dataset.from_list(SUMS),
+    )
     monkeypatch.chdir(tmp_path)
     assert load_task("owner/name").size == load_task("owner/name:main").size == 100
     write(tmp_path / "owner" / "name", SUMS[:30])
     assert load_task("owner/name").size == 30
     assert asked == [("owner/name", None), ("owner/name", "main")]
-    def offline(*names): raise ConnectionError("no network")
+
+    def offline(*names):
+        raise ConnectionError("no network")
+
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match="other/name.*no network"): load_task("other/name")
+    with pytest.raises(ValueError, match="other/name.*no network"):
+        load_task("other/name")
 
 
 def test_columns_reach_the_reward_functions(tmp_path):
     "Each by its name, one entry a completion; and nothing of the file leaks into the prompt."
     seen = []
+
     def recorder(prompts, completions, level, answer, **columns):
         seen.extend(zip(prompts, level, answer))
         return [float(len(completion)) for completion in completions]
-    two_steps(tmp_path / "run", task=write(tmp_path / "rows.parquet", SUMS), functions=[recorder])
-    assert len(seen) == 2 * 16 and set(seen) <= {(row["prompt"], row["level"], row["answer"]) for row in SUMS}
+
+    two_steps(
+        tmp_path / "run",
+        task=write(tmp_path / "rows.parquet", SUMS),
+        functions=[recorder],
+    )
+    assert len(seen) == 2 * 16 and set(seen) <= {
+        (row["prompt"], row["level"], row["answer"]) for row in SUMS
+    }
 
 
-@pytest.mark.parametrize("name, lines, says", [
-    ("a.jsonl", "", ["a.jsonl", "must have a row"]), ("a.csv", "", ["a.csv", "must have a row"]), ("a.csv", "prompt,answer\n", ["must have a row"]),
-    ("a.jsonl", '{"prompt": "1+1="}\n{"prompt": \n', ["a.jsonl", "line 2", "JSON"]), ("a.jsonl", '"1+1="\n', ["line 1", "object", "str"]), ("a.jsonl", "[" * 100_000, ["line 1"]),
-    ("a.jsonl", '{"question": "1+1="}\n', ["row 1", "no column prompt", "question"]), ("a.jsonl", '{"prompt": "1"}\n{"prompt": ""}\n', ["row 2", "text", "''"]),
-    ("a.jsonl", '{"prompt": null}\n', ["row 1", "None"]), ("a.jsonl", '{"prompt": 7}\n', ["row 1", "7"]), ("a.jsonl", '{"prompt": []}\n', ["row 1", "role, content"]),
-    ("a.jsonl", '{"prompt": [{"role": "user", "content": 7}]}\n', ["row 1", "role, content"]), ("a.jsonl", '{"prompt": "1", "completions": 1}\n', ["row 1", "completions"]),
-    ("a.jsonl", '{"prompt": "1", "answer": 1}\n{"prompt": "2"}\n', ["row 2", "no answer", "all or none"]), ("a.jsonl", '{"prompt": "\\ud800"}\n', ["row 1", "surrogates"]),
-    ("a.csv", "prompt,answer\n1+1=,2,3\n", ["row 1", "2 fields"]), ("a.csv", "prompt,answer\n1+1=,2\n1+2=\n", ["row 2", "2 fields"]), ("a.csv", 'prompt\n"1+1=\n', ["a.csv", "end of data"]),
-    ("a.csv", b"prompt\n\xff\n", ["a.csv", "utf-8"]), ("a.parquet", "prompt\n", ["a.parquet"]), ("a.txt", "1+1=\n", ["a.txt", ".jsonl, .csv, .parquet"]),
-])
+@pytest.mark.parametrize(
+    "name, lines, says",
+    [
+        ("a.jsonl", "", ["a.jsonl", "must have a row"]),
+        ("a.csv", "", ["a.csv", "must have a row"]),
+        ("a.csv", "prompt,answer\n", ["must have a row"]),
+        ("a.jsonl", '{"prompt": "1+1="}\n{"prompt": \n', ["a.jsonl", "line 2", "JSON"]),
+        ("a.jsonl", '"1+1="\n', ["line 1", "object", "str"]),
+        ("a.jsonl", "[" * 100_000, ["line 1"]),
+        (
+            "a.jsonl",
+            '{"question": "1+1="}\n',
+            ["row 1", "no column prompt", "question"],
+        ),
+        ("a.jsonl", '{"prompt": "1"}\n{"prompt": ""}\n', ["row 2", "text", "''"]),
+        ("a.jsonl", '{"prompt": null}\n', ["row 1", "None"]),
+        ("a.jsonl", '{"prompt": 7}\n', ["row 1", "7"]),
+        ("a.jsonl", '{"prompt": []}\n', ["row 1", "role, content"]),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user", "content": 7}]}\n',
+            ["row 1", "role, content"],
+        ),
+        ("a.jsonl", '{"prompt": "1", "completions": 1}\n', ["row 1", "completions"]),
+        (
+            "a.jsonl",
+            '{"prompt": "1", "answer": 1}\n{"prompt": "2"}\n',
+            ["row 2", "no answer", "all or none"],
+        ),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', ["row 1", "surrogates"]),
+        ("a.csv", "prompt,answer\n1+1=,2,3\n", ["row 1", "2 fields"]),
+        ("a.csv", "prompt,answer\n1+1=,2\n1+2=\n", ["row 2", "2 fields"]),
+        ("a.csv", 'prompt\n"1+1=\n', ["a.csv", "end of data"]),
+        ("a.csv", b"prompt\n\xff\n", ["a.csv", "utf-8"]),
+        ("a.parquet", "prompt\n", ["a.parquet"]),
+        ("a.txt", "1+1=\n", ["a.txt", ".jsonl, .csv, .parquet"]),
+    ],
+)
 def test_bad_files(tmp_path, name, lines, says):
     "What is wrong is said with the path, the row or line, and what is allowed."
     (tmp_path / name).write_bytes(lines if isinstance(lines, bytes) else lines.encode())
-    with pytest.raises(ValueError) as error: load_task(str(tmp_path / name))
-    for words in says: assert words in str(error.value), str(error.value)
+    with pytest.raises(ValueError) as error:
+        load_task(str(tmp_path / name))
+    for words in says:
+        assert words in str(error.value), str(error.value)
 
 
 def test_a_directory_that_is_no_data_set(tmp_path):
-    with pytest.raises(ValueError, match="could not be read"): load_task(str(tmp_path))
-    datasets.DatasetDict({name: datasets.Dataset.from_list(SUMS[:5]) for name in ("a", "b")}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="split train.*a, b"): load_task(str(tmp_path / "saved"))
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(SUMS[:5]), "test": datasets.Dataset.from_dict({"prompt": []})}).save_to_disk(tmp_path / "empty")
-    with pytest.raises(ValueError, match="empty"): load_task(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="could not be read"):
+        load_task(str(tmp_path))
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(SUMS[:5]) for name in ("a", "b")}
+    ).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="split train.*a, b"):
+        load_task(str(tmp_path / "saved"))
+    datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list(SUMS[:5]),
+            "test": datasets.Dataset.from_dict({"prompt": []}),
+        }
+    ).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty"):
+        load_task(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("name", ["", "chess", "nothing.jsonl", "a/b/c", "gsm8k:", "gym:", "gsm8k:chess", "gsm8k:gym:gcd", "http://x/y.jsonl", "add:", "\0", "x" * 5000, "../../x y/z"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "chess",
+        "nothing.jsonl",
+        "a/b/c",
+        "gsm8k:",
+        "gym:",
+        "gsm8k:chess",
+        "gsm8k:gym:gcd",
+        "http://x/y.jsonl",
+        "add:",
+        "\0",
+        "x" * 5000,
+        "../../x y/z",
+    ],
+)
 def test_a_wrong_name_is_refused_by_the_config(name):
     "Before anything is loaded, and with what is allowed."
-    for refused in (lambda: make_config(task=name), lambda: check_task(name), lambda: load_task(name)):
-        with pytest.raises(ValueError, match="no such file|add, sums, target, add_chat; a file that ends in .jsonl"): refused()
+    for refused in (
+        lambda: make_config(task=name),
+        lambda: check_task(name),
+        lambda: load_task(name),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="no such file|add, sums, target, add_chat; a file that ends in .jsonl",
+        ):
+            refused()
 
 
 def test_the_config_reads_no_file(tmp_path, monkeypatch):
     path = write(tmp_path / "rows.jsonl", SUMS)
     monkeypatch.setattr(builtins, "open", lambda *a, **k: pytest.fail("was read"))
-    for name in (path, f"gsm8k:{path}", f"gsm8k_chat:{path}", "gym:anything", "gym_chat:gcd", "owner/name", "owner/name:main", str(tmp_path), *TASKS): assert make_config(task=name).task == name
+    for name in (
+        path,
+        f"gsm8k:{path}",
+        f"gsm8k_chat:{path}",
+        "gym:anything",
+        "gym_chat:gcd",
+        "owner/name",
+        "owner/name:main",
+        str(tmp_path),
+        *TASKS,
+    ):
+        assert make_config(task=name).task == name
 
 
-@pytest.mark.parametrize("name, package, extra", [("owner/name", "datasets", "data"), ("gsm8k:{}", "math_verify", "math"), ("gym:gcd", "reasoning_gym", "gym")])
-def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, name, package, extra):
+@pytest.mark.parametrize(
+    "name, package, extra",
+    [
+        ("owner/name", "datasets", "data"),
+        ("gsm8k:{}", "math_verify", "math"),
+        ("gym:gcd", "reasoning_gym", "gym"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path, monkeypatch, name, package, extra
+):
     path = write(tmp_path / "rows.jsonl", PROBLEMS)
     same_number.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"pip install \"grpo_nb\[{extra}\]\""): load_task(name.format(path))
+    with pytest.raises(ImportError, match=rf"pip install \"grpo_nb\[{extra}\]\""):
+        load_task(name.format(path))
 
 
 # Training ----------------------------------------------------------------------------------------------------------------
+
 
 def test_a_run_on_a_file_resumes_bit_for_bit(tmp_path):
     "Two steps at once, or one, and another one resumed: the same weights, metrics and completions."
@@ -202,27 +425,59 @@ def test_a_run_on_a_file_resumes_bit_for_bit(tmp_path):
     (tmp_path / "b/model").rename(tmp_path / "gone")
     again = two_steps(tmp_path / "b", task=path, save_steps=1, resume=True)
     lines = [list(map(reproducible, read_metrics(tmp_path / name))) for name in "ab"]
-    assert lines[0][1] == lines[1][1] and {name: x for name, x in lines[1][0].items() if name != "eval/accuracy"} == lines[0][0]
-    assert whole.completions.equals(again.completions) and (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
-    prompts = {query.prompt: query.columns["answer"] for query in whole.task.queries("train", 200)}
-    assert all(row.reward == (row.completion.strip() == prompts[row.query]) for row in whole.completions.itertuples())
+    assert (
+        lines[0][1] == lines[1][1]
+        and {name: x for name, x in lines[1][0].items() if name != "eval/accuracy"}
+        == lines[0][0]
+    )
+    assert (
+        whole.completions.equals(again.completions)
+        and (tmp_path / "a/model/model.safetensors").read_bytes()
+        == (tmp_path / "b/model/model.safetensors").read_bytes()
+    )
+    prompts = {
+        query.prompt: query.columns["answer"]
+        for query in whole.task.queries("train", 200)
+    }
+    assert all(
+        row.reward == (row.completion.strip() == prompts[row.query])
+        for row in whole.completions.itertuples()
+    )
     opened = open_run(tmp_path / "b")
-    assert opened.config.task == path and opened.task.size == 100 and opened.answers("1+1=", 4)["reward"].notna().all()
+    assert (
+        opened.config.task == path
+        and opened.task.size == 100
+        and opened.answers("1+1=", 4)["reward"].notna().all()
+    )
     assert opened.summary()["task"] == path
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     write(tmp_path / "rows.jsonl", SUMS)
     flags = "--max_steps 1 --num_prompts 4 --num_generations 4 --eval_size 5 --device cpu --output_dir out".split()
-    done = python("-m", "grpo_nb.training", "--task", "rows.jsonl", *flags, cwd=tmp_path, path=ROOT)
-    assert done.returncode == 0 and "held-out accuracy after" in done.stdout, done.stderr
+    done = python(
+        "-m",
+        "grpo_nb.training",
+        "--task",
+        "rows.jsonl",
+        *flags,
+        cwd=tmp_path,
+        path=ROOT,
+    )
+    assert done.returncode == 0 and "held-out accuracy after" in done.stdout, (
+        done.stderr
+    )
     assert re.search(r"^task +rows.jsonl$", done.stdout, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     chat(open_run("out"), ["1+1="], 4)
     assert "reward" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: task 'row.jsonl': there is no such file"): main(["--task", "row.jsonl"])
+    with pytest.raises(
+        SystemExit, match="error: task 'row.jsonl': there is no such file"
+    ):
+        main(["--task", "row.jsonl"])
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(SystemExit, match=r"error: .*grpo_nb\[gym\]"): main(["--task", "gym:gcd", "--output_dir", "other"])
+    with pytest.raises(SystemExit, match=r"error: .*grpo_nb\[gym\]"):
+        main(["--task", "gym:gcd", "--output_dir", "other"])
     assert not (tmp_path / "other").exists()
 
 
@@ -230,62 +485,191 @@ def test_a_file_without_answers(tmp_path, reader):
     "There is no accuracy; what is reported is the mean reward of the greedy answers, here computed again."
     path = write(tmp_path / "rows.jsonl", [{"prompt": row["prompt"]} for row in SUMS])
     for asked in ("accuracy", "process", "learned"):
-        with pytest.raises(ValueError, match=f"reward_funcs {asked}: .*no column answer.*brevity"): two_steps(tmp_path / "run", task=path, reward_funcs=["brevity", asked], model="not loaded")
+        with pytest.raises(
+            ValueError, match=f"reward_funcs {asked}: .*no column answer.*brevity"
+        ):
+            two_steps(
+                tmp_path / "run",
+                task=path,
+                reward_funcs=["brevity", asked],
+                model="not loaded",
+            )
     assert not (tmp_path / "run").exists()
-    run = two_steps(tmp_path / "run", task=path, reward_funcs=["brevity"], eval_size=7, eval_steps=2)
+    run = two_steps(
+        tmp_path / "run", task=path, reward_funcs=["brevity"], eval_size=7, eval_steps=2
+    )
     metrics = read_metrics(run.directory)
-    assert [{name for name in line if name.startswith("eval/")} for line in metrics] == [{"eval/initial_reward"}, {"eval/reward"}]
+    assert [
+        {name for name in line if name.startswith("eval/")} for line in metrics
+    ] == [{"eval/initial_reward"}, {"eval/reward"}]
     queries = {query.text: query for query in run.task.queries("heldout", 7)}.values()
     greedy = sample(run.policy, run.tokenizer, list(queries), 1, 8, top_k=1).completions
-    assert abs(metrics[1]["eval/reward"] - sum(max(0, 1 - len(text) / 16) for text in greedy) / len(greedy)) < 1e-6
-    assert all(map(math.isnan, run.accuracy)) and run.summary()["held-out reward after"] == f"{metrics[1]['eval/reward']:.3f}"
+    assert (
+        abs(
+            metrics[1]["eval/reward"]
+            - sum(max(0, 1 - len(text) / 16) for text in greedy) / len(greedy)
+        )
+        < 1e-6
+    )
+    assert (
+        all(map(math.isnan, run.accuracy))
+        and run.summary()["held-out reward after"] == f"{metrics[1]['eval/reward']:.3f}"
+    )
     assert open_run(run.directory).summary().equals(run.summary()) and plot_run(run)
-    with pytest.raises(ValueError, match="no rule"): evaluate(run.policy, run.tokenizer, run.task, 3, 8)
+    with pytest.raises(ValueError, match="no rule"):
+        evaluate(run.policy, run.tokenizer, run.task, 3, 8)
 
 
 def test_a_file_without_answers_of_which_nothing_is_scored(tmp_path):
-    def silent(completions, **columns): return [None] * len(completions)
-    run = two_steps(tmp_path / "run", task=write(tmp_path / "rows.jsonl", [{"prompt": row["prompt"]} for row in SUMS]), functions=[silent])
-    assert run.summary()["held-out reward after"] == "nan" and read_metrics(run.directory)[1]["eval/reward"] is None
+    def silent(completions, **columns):
+        return [None] * len(completions)
+
+    run = two_steps(
+        tmp_path / "run",
+        task=write(
+            tmp_path / "rows.jsonl", [{"prompt": row["prompt"]} for row in SUMS]
+        ),
+        functions=[silent],
+    )
+    assert (
+        run.summary()["held-out reward after"] == "nan"
+        and read_metrics(run.directory)[1]["eval/reward"] is None
+    )
 
 
 def test_a_model_that_cannot_read_the_prompts_is_refused(tmp_path):
     "The embedded model knows digits and signs, and its context is short; the whole table is looked at, also a row that no early step draws."
-    for prompt, says in (("What is 1+1=", "cannot read 'What is"), ("1+" * 1000, "too long")):
-        path = write(tmp_path / "rows.jsonl", [*SUMS * 20, {"prompt": prompt, "answer": "1"}])
-        with pytest.raises(ValueError, match=says): two_steps(tmp_path / "run", task=path)
+    for prompt, says in (
+        ("What is 1+1=", "cannot read 'What is"),
+        ("1+" * 1000, "too long"),
+    ):
+        path = write(
+            tmp_path / "rows.jsonl", [*SUMS * 20, {"prompt": prompt, "answer": "1"}]
+        )
+        with pytest.raises(ValueError, match=says):
+            two_steps(tmp_path / "run", task=path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["chat", "gsm8k", "gsm8k_chat", "gym:gcd", "gym_chat:leg_counting"])
+@pytest.mark.parametrize(
+    "kind", ["chat", "gsm8k", "gsm8k_chat", "gym:gcd", "gym_chat:leg_counting"]
+)
 def test_two_steps_on_texts(tmp_path, reader, kind):
     path = write(tmp_path / "rows.jsonl", CHATS if kind == "chat" else PROBLEMS)
-    name = kind if kind.startswith("gym") else path if kind == "chat" else f"{kind}:{path}"
-    run = two_steps(tmp_path / "run", reader, task=name, eval_steps=2, reward_funcs=["accuracy", "format"])
-    assert run.metrics["eval/accuracy"].iloc[-1] == 0 and len(run.completions) == 32 and json.loads((run.directory / "config.json").read_text())["task"] == name
+    name = (
+        kind if kind.startswith("gym") else path if kind == "chat" else f"{kind}:{path}"
+    )
+    run = two_steps(
+        tmp_path / "run",
+        reader,
+        task=name,
+        eval_steps=2,
+        reward_funcs=["accuracy", "format"],
+    )
+    assert (
+        run.metrics["eval/accuracy"].iloc[-1] == 0
+        and len(run.completions) == 32
+        and json.loads((run.directory / "config.json").read_text())["task"] == name
+    )
 
 
 # GSM8K -------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, right", [
-    ("#### 18", True), ("40 - 22\n#### 18", True), ("#### 18.00", True), ("####18", True), ("#### $18", True), ("#### 18 seats of 40", True), ("\\boxed{18}", True), ("\\boxed{\\frac{36}{2}}", True),
-    ("\\boxed{17} no, \\boxed{18}", True), ("It is 18.", True), ("**18**", True), ("18", True), ("She has\n18 left, so 18%", True), ("#### 17\n#### 18", True),
-    ("#### 17", False), ("#### -18", False), ("18 of 40", False), ("#### 1.8", False), ("#### 18\n#### 17", False), ("####\n18", False), ("\\boxed{} 18", False), ("\\boxed{\\text{about }18\\text{ seats}}", True), ("\\boxed{\\text{18 seats}}", True), ("\\boxed{17} = 18", False), ("#### eighteen", False),
-    ("", False), ("#### 018000", False), ("#### 1,8", False), ("18 1", False), ("#### 18e3", True), ("١٨", False)])
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("#### 18", True),
+        ("40 - 22\n#### 18", True),
+        ("#### 18.00", True),
+        ("####18", True),
+        ("#### $18", True),
+        ("#### 18 seats of 40", True),
+        ("\\boxed{18}", True),
+        ("\\boxed{\\frac{36}{2}}", True),
+        ("\\boxed{17} no, \\boxed{18}", True),
+        ("It is 18.", True),
+        ("**18**", True),
+        ("18", True),
+        ("She has\n18 left, so 18%", True),
+        ("#### 17\n#### 18", True),
+        ("#### 17", False),
+        ("#### -18", False),
+        ("18 of 40", False),
+        ("#### 1.8", False),
+        ("#### 18\n#### 17", False),
+        ("####\n18", False),
+        ("\\boxed{} 18", False),
+        ("\\boxed{\\text{about }18\\text{ seats}}", True),
+        ("\\boxed{\\text{18 seats}}", True),
+        ("\\boxed{17} = 18", False),
+        ("#### eighteen", False),
+        ("", False),
+        ("#### 018000", False),
+        ("#### 1,8", False),
+        ("18 1", False),
+        ("#### 18e3", True),
+        ("١٨", False),
+    ],
+)
 def test_right_and_wrong_solutions(text, right):
-    assert (extract_answer(text) is not None and same_number("18", extract_answer(text))) == right
+    assert (
+        extract_answer(text) is not None and same_number("18", extract_answer(text))
+    ) == right
 
 
 @pytest.mark.parametrize("right", ["18", "-3", "1234567", "0.75"])
-@pytest.mark.parametrize("text", ["18", "18.0", "-3", "1,234,567", "1234567", "\\frac{3}{4}", "0.75", ".75", "3/4", "0.7500001", "0.7500000001", "17", "3", "6/2", "36/2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "18",
+        "18.0",
+        "-3",
+        "1,234,567",
+        "1234567",
+        "\\frac{3}{4}",
+        "0.75",
+        ".75",
+        "3/4",
+        "0.7500001",
+        "0.7500000001",
+        "17",
+        "3",
+        "6/2",
+        "36/2",
+    ],
+)
 def test_math_verify_itself_agrees(right, text):
     "On plain numbers its own reader, which we do not use, comes to the same verdict."
-    theirs = math_verify.verify(math_verify.parse(f"${right}$"), math_verify.parse(f"${text}$"))
+    theirs = math_verify.verify(
+        math_verify.parse(f"${right}$"), math_verify.parse(f"${text}$")
+    )
     assert same_number(right, extract_answer(f"The answer is {text}")) == theirs
 
 
-HOSTILE = ["9**9**9**9", "#### 9^9^9^9", "\\boxed{9^{9^{9^9}}}", "#### 1e999999999", "#### " + "9" * 100_000, "9" * 200_000, "1," * 50_000, "#### 9!!!!!!", "\\frac{" * 100_000, "((" * 100_000,
-           "\\boxed{" * 100_000, "####" * 100_000, "-" * 100_000, "1." * 50_000, "1/" * 50_000, "0/0", "#### 1/0", "__import__('os').system('true')", "\\boxed{factorial(10**9)}", "\x00", "\ud800"]
+HOSTILE = [
+    "9**9**9**9",
+    "#### 9^9^9^9",
+    "\\boxed{9^{9^{9^9}}}",
+    "#### 1e999999999",
+    "#### " + "9" * 100_000,
+    "9" * 200_000,
+    "1," * 50_000,
+    "#### 9!!!!!!",
+    "\\frac{" * 100_000,
+    "((" * 100_000,
+    "\\boxed{" * 100_000,
+    "####" * 100_000,
+    "-" * 100_000,
+    "1." * 50_000,
+    "1/" * 50_000,
+    "0/0",
+    "#### 1/0",
+    "__import__('os').system('true')",
+    "\\boxed{factorial(10**9)}",
+    "\x00",
+    "\ud800",
+]
 
 
 def test_hostile_solutions_are_wrong_in_no_time():
@@ -293,25 +677,48 @@ def test_hostile_solutions_are_wrong_in_no_time():
     task = task_of_problems()
     compiled = []
     watching = [False]
-    sys.addaudithook(lambda event, arguments: watching[0] and event == "compile" and compiled.append(arguments))
+    sys.addaudithook(
+        lambda event, arguments: (
+            watching[0] and event == "compile" and compiled.append(arguments)
+        )
+    )
     verdicts = []
+
     def judge():
         for text in HOSTILE:
             began = time.perf_counter()
-            verdicts.append((task.is_right(text, task.query(0)), time.perf_counter() - began))
-    task.is_right("#### 5", task.query(0)); task.is_right("#### 5.5", task.query(0))
+            verdicts.append(
+                (task.is_right(text, task.query(0)), time.perf_counter() - began)
+            )
+
+    task.is_right("#### 5", task.query(0))
+    task.is_right("#### 5.5", task.query(0))
     watching[0] = True
     judge()
-    thread = threading.Thread(target=judge); thread.start(); thread.join()
+    thread = threading.Thread(target=judge)
+    thread.start()
+    thread.join()
     watching[0] = False
-    assert len(verdicts) == 2 * len(HOSTILE) and not any(right for right, _ in verdicts) and max(seconds for _, seconds in verdicts) < 2
+    assert (
+        len(verdicts) == 2 * len(HOSTILE)
+        and not any(right for right, _ in verdicts)
+        and max(seconds for _, seconds in verdicts) < 2
+    )
     assert compiled == []
 
 
 def task_of_problems():
     "The problems as a task, without a file."
-    task = task_from_rows("problems", [row | {"prompt": row["question"]} for row in PROBLEMS])
-    return types.SimpleNamespace(query=task.query, is_right=lambda text, query: (n := extract_answer(text)) is not None and same_number(extract_answer(query.columns["answer"]), n))
+    task = task_from_rows(
+        "problems", [row | {"prompt": row["question"]} for row in PROBLEMS]
+    )
+    return types.SimpleNamespace(
+        query=task.query,
+        is_right=lambda text, query: (
+            (n := extract_answer(text)) is not None
+            and same_number(extract_answer(query.columns["answer"]), n)
+        ),
+    )
 
 
 def test_gsm8k_reads_its_columns(tmp_path):
@@ -319,23 +726,62 @@ def test_gsm8k_reads_its_columns(tmp_path):
     plain, chat = load_task(f"gsm8k:{path}"), load_task(f"gsm8k_chat:{path}")
     for i, row in enumerate(PROBLEMS):
         query = plain.query(i)
-        assert query.columns == row | {"source": "us"} and row["question"] in query.prompt and row["question"] in chat.query(i).prompt[0]["content"]
-        assert plain.is_right(row["answer"], query) and not plain.is_right(row["answer"] + "1", query) and chat.is_right(plain.solve(query, None), chat.query(i))
-    held = {row["question"] for row in PROBLEMS if zlib.crc32(row["question"].encode()) % 5 == 0}
-    for task in (plain, chat): assert {query.columns["question"] for query in task.queries("heldout", 50)} == held
-    scores = accuracy_reward(plain)(prompts=["?"] * 2, completions=["#### 4", "#### 5"], completion_ids=[[1]] * 2, answer=[PROBLEMS[0]["answer"]] * 2)
+        assert (
+            query.columns == row | {"source": "us"}
+            and row["question"] in query.prompt
+            and row["question"] in chat.query(i).prompt[0]["content"]
+        )
+        assert (
+            plain.is_right(row["answer"], query)
+            and not plain.is_right(row["answer"] + "1", query)
+            and chat.is_right(plain.solve(query, None), chat.query(i))
+        )
+    held = {
+        row["question"]
+        for row in PROBLEMS
+        if zlib.crc32(row["question"].encode()) % 5 == 0
+    }
+    for task in (plain, chat):
+        assert {
+            query.columns["question"] for query in task.queries("heldout", 50)
+        } == held
+    scores = accuracy_reward(plain)(
+        prompts=["?"] * 2,
+        completions=["#### 4", "#### 5"],
+        completion_ids=[[1]] * 2,
+        answer=[PROBLEMS[0]["answer"]] * 2,
+    )
     assert scores == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("row, says", [({"prompt": "1", "answer": "#### 1"}, "question"), ({"question": "1", "answer": "1"}, "####"), ({"question": "1"}, "####"), ({"question": " ", "answer": "#### 1"}, "question"),
-                                       ({"question": "1", "answer": "#### one"}, "####"), ({"question": 1, "answer": "#### 1"}, "question")])
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"prompt": "1", "answer": "#### 1"}, "question"),
+        ({"question": "1", "answer": "1"}, "####"),
+        ({"question": "1"}, "####"),
+        ({"question": " ", "answer": "#### 1"}, "question"),
+        ({"question": "1", "answer": "#### one"}, "####"),
+        ({"question": 1, "answer": "#### 1"}, "question"),
+    ],
+)
 def test_rows_that_are_not_gsm8k(tmp_path, row, says):
-    with pytest.raises(ValueError, match=f"row 2 .*{says}"): gsm8k(write(tmp_path / "rows.jsonl", [PROBLEMS[0], row]))
+    with pytest.raises(ValueError, match=f"row 2 .*{says}"):
+        gsm8k(write(tmp_path / "rows.jsonl", [PROBLEMS[0], row]))
 
 
 # reasoning-gym -----------------------------------------------------------------------------------------------------------
 
-GYM = ["leg_counting", "gcd", "chain_sum", "spell_backward", "basic_arithmetic", "letter_counting", "maze", "sudoku"]
+GYM = [
+    "leg_counting",
+    "gcd",
+    "chain_sum",
+    "spell_backward",
+    "basic_arithmetic",
+    "letter_counting",
+    "maze",
+    "sudoku",
+]
 
 
 @pytest.mark.parametrize("name", GYM)
@@ -343,15 +789,32 @@ def test_gym(name):
     "Right answers get 1, others less; both sides of the split are there, and apart."
     task, chat = load_task(f"gym:{name}"), load_task(f"gym_chat:{name}")
     train, heldout = task.queries("train", 10, seed=1), task.queries("heldout", 4)
-    assert task.queries("train", 10, seed=1) == train and not {query.text for query in train} & {query.text for query in heldout}
+    assert task.queries("train", 10, seed=1) == train and not {
+        query.text for query in train
+    } & {query.text for query in heldout}
     wrong = ["", "no idea", "-1", "9**9**9**9"]
     for query in train + heldout:
         right = task.solve(query, None)
-        assert task.is_right(right, query) and task.steps(right, query) == [(len(right), 1.0)] and not any(task.is_right(text, query) for text in wrong)
-        assert chat.is_right(f"I think <answer>{right}</answer>", query) and not chat.is_right(right, query)
-        assert accuracy_reward(task)([query.prompt], [right], **{column: [x] for column, x in query.columns.items()}) == [1.0]
+        assert (
+            task.is_right(right, query)
+            and task.steps(right, query) == [(len(right), 1.0)]
+            and not any(task.is_right(text, query) for text in wrong)
+        )
+        assert chat.is_right(
+            f"I think <answer>{right}</answer>", query
+        ) and not chat.is_right(right, query)
+        assert accuracy_reward(task)(
+            [query.prompt],
+            [right],
+            **{column: [x] for column, x in query.columns.items()},
+        ) == [1.0]
     reward = process_reward(task, None)
-    assert reward([train[0].prompt], [task.solve(train[0], None)], [[5, 6]], **{column: [x] for column, x in train[0].columns.items()}) == [[(1, 1.0)]]
+    assert reward(
+        [train[0].prompt],
+        [task.solve(train[0], None)],
+        [[5, 6]],
+        **{column: [x] for column, x in train[0].columns.items()},
+    ) == [[(1, 1.0)]]
 
 
 def executed(cls):
@@ -359,17 +822,43 @@ def executed(cls):
     todo, seen, names = [cls.score_answer], set(), set()
     while todo:
         function = todo.pop()
-        if function in seen: continue
+        if function in seen:
+            continue
         seen.add(function)
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        for call in (node.func for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            name = call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "")
+        for call in (
+            node.func for node in ast.walk(tree) if isinstance(node, ast.Call)
+        ):
+            name = (
+                call.attr
+                if isinstance(call, ast.Attribute)
+                else getattr(call, "id", "")
+            )
             names.add(name)
             reached = getattr(cls, name, None) or function.__globals__.get(name)
             reached = getattr(reached, "__func__", reached)
-            if isinstance(reached, types.FunctionType) and reached.__module__.startswith("reasoning_gym"): todo.append(reached)
-            if isinstance(reached, type) and reached.__module__.startswith("reasoning_gym"): todo += [f for f in vars(reached).values() if isinstance(f, types.FunctionType)]
-    return names & {"eval", "exec", "compile", "__import__", "parse_expr", "sympify", "lambdify", "loads_pickle"}
+            if isinstance(
+                reached, types.FunctionType
+            ) and reached.__module__.startswith("reasoning_gym"):
+                todo.append(reached)
+            if isinstance(reached, type) and reached.__module__.startswith(
+                "reasoning_gym"
+            ):
+                todo += [
+                    f
+                    for f in vars(reached).values()
+                    if isinstance(f, types.FunctionType)
+                ]
+    return names & {
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "parse_expr",
+        "sympify",
+        "lambdify",
+        "loads_pickle",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -377,22 +866,50 @@ def accepted():
     "The tasks of reasoning-gym that `gym` lets through."
     tasks = {}
     for name in reasoning_gym.factory.DATASETS:
-        try: tasks[name] = gym(name)
-        except ValueError as error: assert "gym:" in str(error)
+        try:
+            tasks[name] = gym(name)
+        except ValueError as error:
+            assert "gym:" in str(error)
     return tasks
 
 
 def test_no_checker_of_reasoning_gym_executes_what_a_model_writes(accepted):
     "A search through the source. One checker evaluates, and that is the question's own expression."
-    assert len(accepted) > 80 and not accepted.keys() & {*GYM_UNFIT, "countdown", "n_queens", "string_insertion", "spiral_matrix", "codeio", "composite"}
-    found = {name: words for name in accepted if (words := executed(reasoning_gym.factory.DATASETS[name][0]))}
+    assert len(accepted) > 80 and not accepted.keys() & {
+        *GYM_UNFIT,
+        "countdown",
+        "n_queens",
+        "string_insertion",
+        "spiral_matrix",
+        "codeio",
+        "composite",
+    }
+    found = {
+        name: words
+        for name in accepted
+        if (words := executed(reasoning_gym.factory.DATASETS[name][0]))
+    }
     assert found == {"bitwise_arithmetic": {"eval"}}
 
 
 def test_hostile_answers_are_wrong_in_no_time(accepted):
     for name, task in accepted.items():
         query, began = task.query(0), time.perf_counter()
-        for text in ("", "the answer", "1e999999999", "9" * 5000, "[" * 20_000, "9**9**9**9", "nan", "inf", "[null]", '{"a": 1}', "\x00", "0x" + "f" * 4000): assert not task.is_right(text, query), (name, text[:20])
+        for text in (
+            "",
+            "the answer",
+            "1e999999999",
+            "9" * 5000,
+            "[" * 20_000,
+            "9**9**9**9",
+            "nan",
+            "inf",
+            "[null]",
+            '{"a": 1}',
+            "\x00",
+            "0x" + "f" * 4000,
+        ):
+            assert not task.is_right(text, query), (name, text[:20])
         assert time.perf_counter() - began < 2, name
 
 
@@ -405,7 +922,18 @@ print("\\n" + json.dumps({name: [gym(name).query(i).text for i in (0, 1, 7)] for
 
 def test_questions_are_the_same_in_every_process(accepted):
     "Whatever Python's salt of `hash`: else a resumed run would ask others."
-    names = [name for name in accepted if name not in ("acre", "knight_swap")]  # seconds each
-    done = subprocess.run([sys.executable, "-c", SHOW, json.dumps(names)], env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    names = [
+        name for name in accepted if name not in ("acre", "knight_swap")
+    ]  # seconds each
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW, json.dumps(names)],
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert [name for name, texts in json.loads(done.stdout.splitlines()[-1]).items() if texts != [accepted[name].query(i).text for i in (0, 1, 7)]] == []
+    assert [
+        name
+        for name, texts in json.loads(done.stdout.splitlines()[-1]).items()
+        if texts != [accepted[name].query(i).text for i in (0, 1, 7)]
+    ] == []

@@ -1,4 +1,5 @@
 "Evidence: the statistics against enumeration, the probe against counting, and results that are kept and not made twice."
+
 import json
 from itertools import combinations, product
 from pathlib import Path
@@ -11,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_nb import evidence
-from grpo_nb.evidence import Claim, difference, interval, iqm, pass_at_k, plot_summary, probe, read_metrics, summarise, verdicts
+from grpo_nb.evidence import (
+    Claim,
+    difference,
+    interval,
+    iqm,
+    pass_at_k,
+    plot_summary,
+    probe,
+    read_metrics,
+    summarise,
+    verdicts,
+)
 from grpo_nb.task import load_task
 
 numbers = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12)
@@ -20,8 +32,10 @@ numbers = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12)
 @given(numbers)
 def test_the_interquartile_mean_is_the_mean_of_the_middle(x):
     cut = len(x) // 4
-    assert np.isclose(iqm(x), np.mean(sorted(x)[cut:len(x) - cut]), atol=1e-9)
-    assert np.allclose(iqm(np.stack([x, x])), iqm(x)) and np.allclose(iqm(np.stack([x, x], 1), axis=0), iqm(x))
+    assert np.isclose(iqm(x), np.mean(sorted(x)[cut : len(x) - cut]), atol=1e-9)
+    assert np.allclose(iqm(np.stack([x, x])), iqm(x)) and np.allclose(
+        iqm(np.stack([x, x], 1), axis=0), iqm(x)
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -30,7 +44,10 @@ def test_an_interval_is_that_of_all_resamples(x):
     "Four numbers have 256 resamples with replacement: the quantiles of all of them, no draw at random."
     every = np.sort([iqm(resample) for resample in product(x, repeat=4)])
     low, high = interval(x)
-    assert every[2] - 1e-9 <= low <= every[11] + 1e-9 and every[-12] - 1e-9 <= high <= every[-3] + 1e-9  # 2.5 % of 256 is the 6th or 7th
+    assert (
+        every[2] - 1e-9 <= low <= every[11] + 1e-9
+        and every[-12] - 1e-9 <= high <= every[-3] + 1e-9
+    )  # 2.5 % of 256 is the 6th or 7th
     assert (low, high) == interval(x)
 
 
@@ -42,10 +59,16 @@ def test_an_interval_redraws_each_sample_on_its_own():
 
 
 def test_one_run_has_no_interval():
-    assert all(map(np.isnan, interval([0.5]))) and np.isnan(difference([1.0], [0.0, 0.0])[1])
+    assert all(map(np.isnan, interval([0.5]))) and np.isnan(
+        difference([1.0], [0.0, 0.0])[1]
+    )
 
 
-@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@given(
+    st.integers(1, 9).flatmap(
+        lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))
+    )
+)
 def test_pass_at_k_is_that_of_all_draws(sizes):
     n, c, k = sizes
     draws = list(combinations([True] * c + [False] * (n - c), k))
@@ -54,22 +77,46 @@ def test_pass_at_k_is_that_of_all_draws(sizes):
 
 @pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
 def test_pass_at_k_refuses_what_cannot_be(n, c, k):
-    with pytest.raises(ValueError, match=f"n={n}, c={c}, k={k}"): pass_at_k(n, c, k)
+    with pytest.raises(ValueError, match=f"n={n}, c={c}, k={k}"):
+        pass_at_k(n, c, k)
 
 
 def test_summarise_groups_by_one_column_or_several():
-    table = pd.DataFrame({"a": ["x", "x", "y", "y"], "b": [1, 1, 2, 2], "value": [0.0, 1.0, 5.0, 5.0]})
+    table = pd.DataFrame(
+        {"a": ["x", "x", "y", "y"], "b": [1, 1, 2, 2], "value": [0.0, 1.0, 5.0, 5.0]}
+    )
     found = summarise(table, ["a", "b"], "value")
-    assert found.loc[("y", 2)].tolist() == [2, 5.0, 5.0, 5.0] and found.loc[("x", 1), ["low", "iqm", "high"]].tolist() == [0.0, 0.5, 1.0]
+    assert found.loc[("y", 2)].tolist() == [2, 5.0, 5.0, 5.0] and found.loc[
+        ("x", 1), ["low", "iqm", "high"]
+    ].tolist() == [0.0, 0.5, 1.0]
 
 
 def test_a_picture_shows_every_configuration():
     import matplotlib.pyplot as plt
-    table = pd.DataFrame({"step": [0, 10] * 4, "name": ["p", "p", "p", "p", "g", "g", "g", "g"], "value": [0.0, 1, 0.2, 0.9, 0.1, 0.5, 0.1, 0.7]})
+
+    table = pd.DataFrame(
+        {
+            "step": [0, 10] * 4,
+            "name": ["p", "p", "p", "p", "g", "g", "g", "g"],
+            "value": [0.0, 1, 0.2, 0.9, 0.1, 0.5, 0.1, 0.7],
+        }
+    )
     lines, points = plt.subplots(1, 2)[1]
-    plot_summary(lines, table, "step", "value", by="name"); plot_summary(points, table, "name", "value")
-    assert [line.get_ydata().round(2).tolist() for line in lines.lines] == [[0.1, 0.95], [0.1, 0.6]]
-    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines.lines}) == 2
+    plot_summary(lines, table, "step", "value", by="name")
+    plot_summary(points, table, "name", "value")
+    assert [line.get_ydata().round(2).tolist() for line in lines.lines] == [
+        [0.1, 0.95],
+        [0.1, 0.6],
+    ]
+    assert (
+        len(
+            {
+                (line.get_color(), line.get_marker(), line.get_linestyle())
+                for line in lines.lines
+            }
+        )
+        == 2
+    )
     assert [label.get_text() for label in points.get_xticklabels()] == ["p", "g"]
     plt.close("all")
 
@@ -79,37 +126,102 @@ def test_the_probe_counts(monkeypatch):
     task = load_task("target")
     queries = task.queries("heldout", 2)
     a, b = (int(query.columns["answer"]) for query in queries)
-    answers = [f"{a - 1}+1", f"{a - 2}+2", f"{a - 1}+1", "1+", f"{b}", "1+", "1+", "1+"]  # three right ones, two of them alike; none
-    monkeypatch.setattr(evidence, "sample", lambda *_, **__: SimpleNamespace(completions=answers))
+    answers = [
+        f"{a - 1}+1",
+        f"{a - 2}+2",
+        f"{a - 1}+1",
+        "1+",
+        f"{b}",
+        "1+",
+        "1+",
+        "1+",
+    ]  # three right ones, two of them alike; none
+    monkeypatch.setattr(
+        evidence, "sample", lambda *_, **__: SimpleNamespace(completions=answers)
+    )
     policy = SimpleNamespace(device="cpu")
-    assert probe(policy, None, task, n=2, k=4) == {"accuracy": 3 / 8, "pass_at_4": 0.5, "pass_at_k": 0.5, "distinct_right": 1.0, "distinct": 2.5}
+    assert probe(policy, None, task, n=2, k=4) == {
+        "accuracy": 3 / 8,
+        "pass_at_4": 0.5,
+        "pass_at_k": 0.5,
+        "distinct_right": 1.0,
+        "distinct": 2.5,
+    }
 
 
 def test_the_metrics_of_a_sweep(tmp_path):
     "Step 0 from the accuracy before training, each second step and the last; a failed run is left out."
-    lines = [{"step": s, "num_completions": 8 * s, "eval/accuracy": s / 10 if s == 3 else None} | ({"eval/initial_accuracy": 0.05} if s == 1 else {}) for s in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    runs = pd.DataFrame([{"beta": 0.1, "seed": 7, "directory": str(tmp_path), "seconds": 2.5, "error": None},
-                         {"beta": 0.2, "seed": 7, "directory": str(tmp_path), "seconds": 1.0, "error": "it burnt"}])
+    lines = [
+        {
+            "step": s,
+            "num_completions": 8 * s,
+            "eval/accuracy": s / 10 if s == 3 else None,
+        }
+        | ({"eval/initial_accuracy": 0.05} if s == 1 else {})
+        for s in (1, 2, 3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
+    runs = pd.DataFrame(
+        [
+            {
+                "beta": 0.1,
+                "seed": 7,
+                "directory": str(tmp_path),
+                "seconds": 2.5,
+                "error": None,
+            },
+            {
+                "beta": 0.2,
+                "seed": 7,
+                "directory": str(tmp_path),
+                "seconds": 1.0,
+                "error": "it burnt",
+            },
+        ]
+    )
     table = read_metrics(runs, ["num_completions", "eval/accuracy"], every=2)
-    assert table.columns.tolist() == ["run", "beta", "seed", "seconds", "step", "num_completions", "eval/accuracy"]
-    assert table["step"].tolist() == [0, 2, 3] and table["num_completions"].tolist() == [0, 16, 24] and set(table["beta"]) == {0.1}
-    assert np.allclose(table["eval/accuracy"][::2], [0.05, 0.3]) and np.isnan(table["eval/accuracy"][1])
+    assert table.columns.tolist() == [
+        "run",
+        "beta",
+        "seed",
+        "seconds",
+        "step",
+        "num_completions",
+        "eval/accuracy",
+    ]
+    assert (
+        table["step"].tolist() == [0, 2, 3]
+        and table["num_completions"].tolist() == [0, 16, 24]
+        and set(table["beta"]) == {0.1}
+    )
+    assert np.allclose(table["eval/accuracy"][::2], [0.05, 0.3]) and np.isnan(
+        table["eval/accuracy"][1]
+    )
     assert str(tmp_path) not in table.to_csv()
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     "A folder that looks like a checkout."
-    (tmp_path / "settings.ini").touch(); (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path / "nbs")
     return tmp_path
 
 
 def test_a_table_is_made_once_and_read_as_it_was_kept(checkout):
     made = []
-    def make(): made.append(1); return pd.DataFrame({"run": [0, 1], "seconds": [1.0, 2.0], "x": [1 / 3, None]})
-    with pytest.raises(ValueError, match=r"benchmarks/claims/01_x_runs\.csv is not there yet.*rerun"): Claim("01_x", "x").table("runs", make)
+
+    def make():
+        made.append(1)
+        return pd.DataFrame({"run": [0, 1], "seconds": [1.0, 2.0], "x": [1 / 3, None]})
+
+    with pytest.raises(
+        ValueError, match=r"benchmarks/claims/01_x_runs\.csv is not there yet.*rerun"
+    ):
+        Claim("01_x", "x").table("runs", make)
     first = Claim("01_x", "x", rerun=True).table("runs", make)
     assert Claim("01_x", "x").table("runs", make).equals(first) and len(made) == 1
     assert first["x"].tolist()[0] == 0.333333
@@ -120,23 +232,51 @@ def test_a_table_is_made_once_and_read_as_it_was_kept(checkout):
 def test_a_table_of_many_runs_goes_on_where_it_was(checkout):
     "A run whose rows are kept is not made again, in a later table either; what fails leaves nothing behind."
     claim, made = Claim("00_x", "x", rerun=True), []
+
     def rows(seed):
         made.append(seed)
-        if made == [0, 1]: raise KeyboardInterrupt
+        if made == [0, 1]:
+            raise KeyboardInterrupt
         return pd.DataFrame({"step": [1, 2], "right": [seed, 0.1 + 0.2]})
-    def runs(): return pd.concat([claim.kept(f"seed={seed}", lambda: rows(seed)).assign(run=seed) for seed in (0, 1, 2)])
-    with pytest.raises(KeyboardInterrupt): claim.table("runs", runs)
+
+    def runs():
+        return pd.concat(
+            [
+                claim.kept(f"seed={seed}", lambda: rows(seed)).assign(run=seed)
+                for seed in (0, 1, 2)
+            ]
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        claim.table("runs", runs)
     table = claim.table("runs", runs)
-    assert made == [0, 1, 1, 2] and table["right"].tolist() == [0, 0.3, 1, 0.3, 2, 0.3] and {"run", "seconds"} <= set(table)
-    assert sorted(path.name for path in claim.directory.iterdir()) == ["seed=0.csv", "seed=1.csv", "seed=2.csv"]
+    assert (
+        made == [0, 1, 1, 2]
+        and table["right"].tolist() == [0, 0.3, 1, 0.3, 2, 0.3]
+        and {"run", "seconds"} <= set(table)
+    )
+    assert sorted(path.name for path in claim.directory.iterdir()) == [
+        "seed=0.csv",
+        "seed=1.csv",
+        "seed=2.csv",
+    ]
 
 
 def test_a_smoke_run_keeps_nothing(checkout):
     Claim("01_x", "x", rerun=True).conclude("holds", "because", "do")
-    before = {path: path.read_bytes() for path in (checkout / "benchmarks").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in (checkout / "benchmarks").rglob("*")
+        if path.is_file()
+    }
     small = Claim("01_x", "x", smoke=True)
-    small.table("runs", lambda: pd.DataFrame({"x": [1]})); small.conclude("does not hold", "since", "leave")
-    assert {path: path.read_bytes() for path in (checkout / "benchmarks").rglob("*") if path.is_file()} == before
+    small.table("runs", lambda: pd.DataFrame({"x": [1]}))
+    small.conclude("does not hold", "since", "leave")
+    assert {
+        path: path.read_bytes()
+        for path in (checkout / "benchmarks").rglob("*")
+        if path.is_file()
+    } == before
 
 
 def test_an_unchanged_verdict_does_not_touch_its_file(checkout, capsys):
@@ -145,17 +285,33 @@ def test_an_unchanged_verdict_does_not_touch_its_file(checkout, capsys):
     path = checkout / "benchmarks/claims/01_x.json"
     stamp = path.stat().st_mtime_ns
     Claim("01_x", "x").conclude("holds when y", "because", "do")
-    assert path.stat().st_mtime_ns == stamp and capsys.readouterr().out.startswith("Verdict: holds when y\n")
-    with pytest.raises(ValueError, match="holds.*does not hold.*'perhaps'"): claim.conclude("perhaps", "", "")
+    assert path.stat().st_mtime_ns == stamp and capsys.readouterr().out.startswith(
+        "Verdict: holds when y\n"
+    )
+    with pytest.raises(ValueError, match="holds.*does not hold.*'perhaps'"):
+        claim.conclude("perhaps", "", "")
 
 
 def test_a_failed_cell_is_fatal_in_a_smoke_run_only(checkout, monkeypatch):
-    monkeypatch.setattr(evidence, "sweep", lambda *_: pd.DataFrame({"directory": ["a", "b"], "seconds": [1, 1], "error": [None, "ValueError: no"]}))
+    monkeypatch.setattr(
+        evidence,
+        "sweep",
+        lambda *_: pd.DataFrame(
+            {
+                "directory": ["a", "b"],
+                "seconds": [1, 1],
+                "error": [None, "ValueError: no"],
+            }
+        ),
+    )
     assert len(Claim("01_x", "x", rerun=True).sweep([{}])) == 2
-    with pytest.raises(RuntimeError, match="01_x: ValueError: no"): Claim("01_x", "x", smoke=True).sweep([{}])
+    with pytest.raises(RuntimeError, match="01_x: ValueError: no"):
+        Claim("01_x", "x", smoke=True).sweep([{}])
 
 
 def test_outside_a_checkout_there_is_nowhere_to_keep_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if any((folder / "settings.ini").exists() for folder in tmp_path.parents): pytest.skip("the temporary folder lies in a checkout")
-    with pytest.raises(ValueError, match="settings.ini"): Claim("01_x", "x")
+    if any((folder / "settings.ini").exists() for folder in tmp_path.parents):
+        pytest.skip("the temporary folder lies in a checkout")
+    with pytest.raises(ValueError, match="settings.ini"):
+        Claim("01_x", "x")

@@ -1,4 +1,5 @@
 "What goes wrong while training: killed processes, damaged checkpoints, full disks, failing rewards, gradients that are no numbers, signals, memory."
+
 import errno
 import json
 import math
@@ -21,8 +22,19 @@ from grpo_nb.training import checkpoints, is_whole
 from helpers import read_metrics, same_run, short_config
 from helpers import run as run_with
 
-OPTIONS = {"num_prompts": 4, "num_generations": 4, "max_steps": 6, "eval_steps": 3, "eval_size": 4, "save_steps": 1, "max_completion_length": 6,
-           "lr_scheduler_type": "cosine", "warmup_steps": 2, "num_iterations": 2, "learning_rate": 1e-3}
+OPTIONS = {
+    "num_prompts": 4,
+    "num_generations": 4,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "eval_size": 4,
+    "save_steps": 1,
+    "max_completion_length": 6,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "num_iterations": 2,
+    "learning_rate": 1e-3,
+}
 KILLS = int(os.environ.get("GRPO_NB_KILLS", 3))
 
 
@@ -33,10 +45,12 @@ def run(directory, functions=None, **options):
 def judged(at=None, do=None):
     "The accuracy of `add`; the call number `at` (from 1) does something else first, or returns what `do` returns."
     judge, calls = accuracy_reward(load_task("add")), []
+
     def accuracy(prompts, completions, **columns):
         calls.append(1)
         found = do(prompts, completions) if len(calls) == at else None
         return judge(prompts, completions, **columns) if found is None else found
+
     return accuracy
 
 
@@ -49,20 +63,38 @@ def straight(tmp_path_factory):
 @pytest.fixture
 def stopped(tmp_path):
     "A run that was interrupted after step 4, by Ctrl-C in step 5 and again."
-    def twice(*_): os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(1)
-    with pytest.raises(KeyboardInterrupt): run(tmp_path / "run", [judged(5, twice)])
+
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", [judged(5, twice)])
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [3, 4]
     return tmp_path / "run"
 
 
 # Killed ------------------------------------------------------------------------------------------------------------------
 
+
 def child(directory, tmp_path, before=""):
     "The same run in a process of its own; `before` is done there first."
-    config = asdict(short_config(**OPTIONS, output_dir=str(directory))) | {"resume": (directory / "config.json").exists()}
+    config = asdict(short_config(**OPTIONS, output_dir=str(directory))) | {
+        "resume": (directory / "config.json").exists()
+    }
     code = f"import json, os, signal, sys\nfrom grpo_nb import training\nfrom grpo_nb.algorithm import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as here; with two, the last bits are others
-    return subprocess.Popen([sys.executable, "-c", code, json.dumps(config)], cwd=tmp_path, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    threads = {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }  # as here; with two, the last bits are others
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(config)],
+        cwd=tmp_path,
+        env=os.environ | threads,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
@@ -72,10 +104,23 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
         directory, runs = tmp_path / f"run-{runs}", runs + 1
         while kills < KILLS and not (directory / "model").exists():
             process = child(directory, tmp_path)
-            while process.poll() is None and not (directory / "config.json").exists(): time.sleep(0.01)
-            before = (directory / "metrics.jsonl").stat().st_mtime_ns if (directory / "metrics.jsonl").exists() else 0
+            while process.poll() is None and not (directory / "config.json").exists():
+                time.sleep(0.01)
+            before = (
+                (directory / "metrics.jsonl").stat().st_mtime_ns
+                if (directory / "metrics.jsonl").exists()
+                else 0
+            )
             deadline = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline and (not (directory / "metrics.jsonl").exists() or (directory / "metrics.jsonl").stat().st_mtime_ns == before): time.sleep(0.005)
+            while (
+                process.poll() is None
+                and time.monotonic() < deadline
+                and (
+                    not (directory / "metrics.jsonl").exists()
+                    or (directory / "metrics.jsonl").stat().st_mtime_ns == before
+                )
+            ):
+                time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.4))
             process.kill()
             said = process.communicate()[1].decode()
@@ -90,23 +135,29 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
 @pytest.mark.parametrize("where", ["in the tensors", "before the rename"])
 def test_killed_in_the_middle_of_a_checkpoint(tmp_path, straight, where):
     "Half of a checkpoint's tensors are on the disk, or all of it and not its name: the one before is used."
-    before = {"in the tensors": """
+    before = {
+        "in the tensors": """
         def half(tensors, path):
             save(tensors, path)
             if "checkpoint-3" in str(path): os.truncate(path, os.path.getsize(path) // 2); os.kill(os.getpid(), signal.SIGKILL)
-        save, training.save_file = training.save_file, half""", "before the rename": """
+        save, training.save_file = training.save_file, half""",
+        "before the rename": """
         def replace(scratch, target):
             if "checkpoint-3" in str(target): os.kill(os.getpid(), signal.SIGKILL)
             rename(scratch, target)
-        rename, training._replace_directory = training._replace_directory, replace"""}[where]
+        rename, training._replace_directory = training._replace_directory, replace""",
+    }[where]
     process = child(tmp_path / "run", tmp_path, before)
     assert process.communicate(timeout=120) and process.returncode == -signal.SIGKILL
-    assert [step for step, _ in checkpoints(tmp_path / "run")] == [1, 2] and list((tmp_path / "run").glob(".checkpoint-3.tmp"))
+    assert [step for step, _ in checkpoints(tmp_path / "run")] == [1, 2] and list(
+        (tmp_path / "run").glob(".checkpoint-3.tmp")
+    )
     run(tmp_path / "run", resume=True)
     same_run(tmp_path / "run", straight)
 
 
 # Damaged -----------------------------------------------------------------------------------------------------------------
+
 
 def flip(path):
     "Another bit in the middle of a file."
@@ -115,19 +166,36 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [lambda c: flip(c / "state.safetensors"), lambda c: os.truncate(c / "state.safetensors", 1000),
-                                    lambda c: (c / "state.safetensors").unlink(), lambda c: (c / "trainer.json").write_text("{"),
-                                    lambda c: (c / "trainer.json").write_text("[]")], ids=["a bit", "truncated", "missing", "not JSON", "other JSON"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(stopped, straight, damage):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: flip(c / "state.safetensors"),
+        lambda c: os.truncate(c / "state.safetensors", 1000),
+        lambda c: (c / "state.safetensors").unlink(),
+        lambda c: (c / "trainer.json").write_text("{"),
+        lambda c: (c / "trainer.json").write_text("[]"),
+    ],
+    ids=["a bit", "truncated", "missing", "not JSON", "other JSON"],
+)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
+    stopped, straight, damage
+):
     damage(stopped / "checkpoint-4")
     assert not is_whole(stopped / "checkpoint-4") and is_whole(stopped / "checkpoint-3")
-    with pytest.warns(UserWarning, match="checkpoint-4 is damaged; the run goes on from checkpoint-3"): run(stopped, resume=True)
+    with pytest.warns(
+        UserWarning, match="checkpoint-4 is damaged; the run goes on from checkpoint-3"
+    ):
+        run(stopped, resume=True)
     same_run(stopped, straight)
 
 
 def test_without_a_whole_checkpoint_the_run_starts_over(stopped, straight):
-    for step in (3, 4): flip(stopped / f"checkpoint-{step}" / "state.safetensors")
-    with pytest.warns(UserWarning, match="checkpoint-3 is damaged; the run goes on from the start"): run(stopped, resume=True)
+    for step in (3, 4):
+        flip(stopped / f"checkpoint-{step}" / "state.safetensors")
+    with pytest.warns(
+        UserWarning, match="checkpoint-3 is damaged; the run goes on from the start"
+    ):
+        run(stopped, resume=True)
     same_run(stopped, straight)
 
 
@@ -136,55 +204,107 @@ def test_only_what_is_its_own_is_removed(tmp_path, straight):
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / ".notes.tmp").write_text("mine")
-    def breaks(*_): raise OSError("no judge")
-    with pytest.raises(RuntimeError, match="no judge"): run(directory, [judged(3, breaks)])
+
+    def breaks(*_):
+        raise OSError("no judge")
+
+    with pytest.raises(RuntimeError, match="no judge"):
+        run(directory, [judged(3, breaks)])
     (directory / ".config.json.tmp").write_text("half a li")
     run(directory, [judged()], resume=True)
     same_run(directory, straight)
-    assert [path.name for path in directory.glob(".*.tmp")] == [".notes.tmp"] and (directory / ".notes.tmp").read_text() == "mine"
+    assert [path.name for path in directory.glob(".*.tmp")] == [".notes.tmp"] and (
+        directory / ".notes.tmp"
+    ).read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch):
     save = training.save_file
+
     def full(tensors, path):
         save(tensors, path)
-        if "checkpoint-3" in str(path): os.truncate(path, 100); raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="checkpoint-3 could not be written.*No space left.*that are whole: checkpoint-1, checkpoint-2"):
+        if "checkpoint-3" in str(path):
+            os.truncate(path, 100)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(
+            OSError,
+            match="checkpoint-3 could not be written.*No space left.*that are whole: checkpoint-1, checkpoint-2",
+        ),
+    ):
         patched.setattr(training, "save_file", full)
         run(tmp_path / "run")
-    assert not list((tmp_path / "run").glob(".*.tmp")) and all(is_whole(path) for _, path in checkpoints(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob(".*.tmp")) and all(
+        is_whole(path) for _, path in checkpoints(tmp_path / "run")
+    )
     run(tmp_path / "run", resume=True)
     same_run(tmp_path / "run", straight)
 
 
 # Rewards -----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fault, says", [(lambda *_: 1 / 0, "'accuracy' raised ZeroDivisionError"), (lambda prompts, _: [math.nan] * len(prompts), "'accuracy' returned nan")], ids=["raises", "NaN"])
+
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (lambda *_: 1 / 0, "'accuracy' raised ZeroDivisionError"),
+        (lambda prompts, _: [math.nan] * len(prompts), "'accuracy' returned nan"),
+    ],
+    ids=["raises", "NaN"],
+)
 def test_a_failing_reward_stops_with_a_checkpoint(tmp_path, straight, fault, says):
     "The default: stopped in step 4 with the state of step 3, although no checkpoint was due."
-    with pytest.raises((RuntimeError, ValueError), match=says): run(tmp_path / "run", [judged(4, fault)], save_steps=0)
-    assert [step for step, _ in checkpoints(tmp_path / "run")] == [3] and len(read_metrics(tmp_path / "run")) == 3
+    with pytest.raises((RuntimeError, ValueError), match=says):
+        run(tmp_path / "run", [judged(4, fault)], save_steps=0)
+    assert [step for step, _ in checkpoints(tmp_path / "run")] == [3] and len(
+        read_metrics(tmp_path / "run")
+    ) == 3
     run(tmp_path / "run", [judged()], resume=True)
     same_run(tmp_path / "run", straight)
 
 
 def test_a_failing_reward_may_drop_its_group(tmp_path):
     "One group of the second step: not scored, without an advantage, counted; the other groups are those of a run without the fault."
-    def nan(prompts, _): return [math.nan] * len(prompts)
-    dropped = run(tmp_path / "dropped", [judged(6, nan)], max_steps=2, on_reward_error="drop")  # four groups a step: the sixth call is the second group of step 2
+
+    def nan(prompts, _):
+        return [math.nan] * len(prompts)
+
+    dropped = run(
+        tmp_path / "dropped", [judged(6, nan)], max_steps=2, on_reward_error="drop"
+    )  # four groups a step: the sixth call is the second group of step 2
     whole = run(tmp_path / "whole", [judged()], max_steps=2)
-    assert dropped.metrics["unscored_groups"].tolist()[1] == 1 and math.isnan(dropped.metrics["unscored_groups"].tolist()[0])
+    assert dropped.metrics["unscored_groups"].tolist()[1] == 1 and math.isnan(
+        dropped.metrics["unscored_groups"].tolist()[0]
+    )
     a, b = (r.completions.query("step == 2").reset_index() for r in (dropped, whole))
-    assert a.loc[4:7, "reward"].isna().all() and (a.loc[4:7, "advantage"] == 0).all() and b["reward"].notna().all()
+    assert (
+        a.loc[4:7, "reward"].isna().all()
+        and (a.loc[4:7, "advantage"] == 0).all()
+        and b["reward"].notna().all()
+    )
     others = [0, 1, 2, 3, *range(8, 16)]
-    assert a.loc[others, ["completion", "reward", "advantage"]].equals(b.loc[others, ["completion", "reward", "advantage"]])
+    assert a.loc[others, ["completion", "reward", "advantage"]].equals(
+        b.loc[others, ["completion", "reward", "advantage"]]
+    )
 
 
 def test_dropping_is_by_group_and_for_every_function(tmp_path):
     "A second function that judges everything does not bring a dropped group back."
-    def always(prompts, completions, **columns): return [0.5] * len(completions)
-    def raises(*_): raise TimeoutError("the sandbox does not answer")
-    found = run(tmp_path / "run", [judged(1, raises), always], max_steps=1, on_reward_error="drop")
+
+    def always(prompts, completions, **columns):
+        return [0.5] * len(completions)
+
+    def raises(*_):
+        raise TimeoutError("the sandbox does not answer")
+
+    found = run(
+        tmp_path / "run",
+        [judged(1, raises), always],
+        max_steps=1,
+        on_reward_error="drop",
+    )
     rewards = found.completions["reward"]
     assert rewards[:4].isna().all() and rewards[4:].notna().all()
     assert found.metrics["rewards/always/mean"].iloc[0] == 0.5
@@ -192,13 +312,16 @@ def test_dropping_is_by_group_and_for_every_function(tmp_path):
 
 # Numbers -----------------------------------------------------------------------------------------------------------------
 
+
 def broken(monkeypatch, calls):
     "The loss of these calls is multiplied with infinity: its gradient is no number."
     piece_loss, count = update.piece_loss, []
+
     def inner(*arguments):
         loss, sums = piece_loss(*arguments)
         count.append(1)
         return loss * (math.inf if len(count) in calls else 1.0), sums
+
     monkeypatch.setattr(update, "piece_loss", inner)
 
 
@@ -208,39 +331,96 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     found = run(tmp_path / "run", max_steps=3)
     assert found.metrics["skipped_updates"].tolist() == [0, 1, 0]
     assert all(p.isfinite().all() for p in found.policy.parameters())
-    moments = torch.cat([x.flatten() for x in training.load_file(found.directory / "checkpoint-3/state.safetensors").values() if x.is_floating_point()])
+    moments = torch.cat(
+        [
+            x.flatten()
+            for x in training.load_file(
+                found.directory / "checkpoint-3/state.safetensors"
+            ).values()
+            if x.is_floating_point()
+        ]
+    )
     assert moments.isfinite().all()
 
 
-def test_one_bad_gradient_after_the_other_stops_with_a_checkpoint(tmp_path, monkeypatch):
+def test_one_bad_gradient_after_the_other_stops_with_a_checkpoint(
+    tmp_path, monkeypatch
+):
     broken(monkeypatch, set(range(5, 100)))  # two updates a step: from step 3 on
-    with pytest.raises(FloatingPointError, match="not finite in 2 steps in a row.*max_skipped_steps.*up to step 4"): run(tmp_path / "run", save_steps=0, max_skipped_steps=2)
-    assert [line["skipped_updates"] for line in read_metrics(tmp_path / "run")] == [0, 0, 2, 2]
+    with pytest.raises(
+        FloatingPointError,
+        match="not finite in 2 steps in a row.*max_skipped_steps.*up to step 4",
+    ):
+        run(tmp_path / "run", save_steps=0, max_skipped_steps=2)
+    assert [line["skipped_updates"] for line in read_metrics(tmp_path / "run")] == [
+        0,
+        0,
+        2,
+        2,
+    ]
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [4]
 
 
 # Signals and memory --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_ends_the_run_after_the_step(tmp_path, straight, capsys, number, raised):
+
+@pytest.mark.parametrize(
+    "number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_ends_the_run_after_the_step(
+    tmp_path, straight, capsys, number, raised
+):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(raised) as error: run(tmp_path / "run", [judged(3, lambda *_: os.kill(os.getpid(), number))], save_steps=0)
-    if raised is SystemExit: assert error.value.code == 143
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert [step for step, _ in checkpoints(tmp_path / "run")] == [3] and len(read_metrics(tmp_path / "run")) == 3
-    assert f"{number.name}: stopping after this step" in (said := capsys.readouterr().err) and "stopped after step 3" in said and "can be resumed" in said
+    with pytest.raises(raised) as error:
+        run(
+            tmp_path / "run",
+            [judged(3, lambda *_: os.kill(os.getpid(), number))],
+            save_steps=0,
+        )
+    if raised is SystemExit:
+        assert error.value.code == 143
+    assert (
+        signal.getsignal(signal.SIGINT),
+        signal.getsignal(signal.SIGTERM),
+    ) == handlers
+    assert [step for step, _ in checkpoints(tmp_path / "run")] == [3] and len(
+        read_metrics(tmp_path / "run")
+    ) == 3
+    assert (
+        f"{number.name}: stopping after this step" in (said := capsys.readouterr().err)
+        and "stopped after step 3" in said
+        and "can be resumed" in said
+    )
     run(tmp_path / "run", [judged()], resume=True)
     same_run(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")], ids=["GPU", "CPU"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+    ids=["GPU", "CPU"],
+)
 def test_a_lack_of_memory_says_what_to_change(tmp_path, straight, monkeypatch, error):
     step, calls = training.STEPS["grpo"], []
+
     def full(*arguments):
         calls.append(1)
-        if len(calls) == 3: raise error
+        if len(calls) == 3:
+            raise error
         return step(*arguments)
-    with monkeypatch.context() as patched, pytest.raises(MemoryError, match=r"out of memory in step 3 with max_tokens_per_micro_batch = 8192: try 4096.*can be resumed"):
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(
+            MemoryError,
+            match=r"out of memory in step 3 with max_tokens_per_micro_batch = 8192: try 4096.*can be resumed",
+        ),
+    ):
         patched.setattr(training, "STEPS", {"grpo": full})
         run(tmp_path / "run", save_steps=0)
     run(tmp_path / "run", resume=True)

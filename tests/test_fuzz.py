@@ -7,6 +7,7 @@ a number, Python's own `TypeError` is as good. What takes a tensor, a rollout, a
 one here, of whatever shape, dtype and content: a list in the place of a tensor is Python's `AttributeError`.
 
 The same cases every time; `GRPO_NB_FUZZ=1000` draws a thousand new ones for each test."""
+
 import ast
 import contextlib
 import copy
@@ -37,39 +38,147 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_nb
-from grpo_nb import gae as gae_stage, group as group_stage, ledger, plots, processes, sweep as sweeping, training, vllm_sampler
+from grpo_nb import (
+    gae as gae_stage,
+    group as group_stage,
+    ledger,
+    plots,
+    processes,
+    sweep as sweeping,
+    training,
+    vllm_sampler,
+)
 from grpo_nb.gae import gae, whiten
-from grpo_nb.group import dynamic_sampling, group_advantages, has_variance, informative, process_advantages
+from grpo_nb.group import (
+    dynamic_sampling,
+    group_advantages,
+    has_variance,
+    informative,
+    process_advantages,
+)
 from grpo_nb.algorithm import CONFIGS, Config, GRPOConfig, PPOConfig, make_config
-from grpo_nb.cost import Size, cost_table, flops, forward_flops, measure_flops, parameters, training_bytes
+from grpo_nb.cost import (
+    Size,
+    cost_table,
+    flops,
+    forward_flops,
+    measure_flops,
+    parameters,
+    training_bytes,
+)
 from grpo_nb.evidence import Claim, difference, interval, iqm, pass_at_k, verdicts
 from grpo_nb.figure import boxes, draw_figure
 from grpo_nb.objective import aggregate, policy_loss, ratio
-from grpo_nb.policy import (as_rollout, completions_per_row, encode_prompts, eos_token_ids, first_of_equal, in_order, in_pieces, load_policy, micro_batches, model_inputs, padding_id,
-                            resolve_device, resolve_dtype, shared_rows, shares_prompt, sharing_width, token_logprobs)
-from grpo_nb.reference import adapt_beta, kl, kl_in_reward, next_beta, reference_logprobs, token_rewards
-from grpo_nb.reward import (accuracy_reward, bradley_terry_loss, brevity_reward, combine, combine_steps, format_reward, judge, name_of, overlong_reward, process_reward,
-                            score, text_of)
+from grpo_nb.policy import (
+    as_rollout,
+    completions_per_row,
+    encode_prompts,
+    eos_token_ids,
+    first_of_equal,
+    in_order,
+    in_pieces,
+    load_policy,
+    micro_batches,
+    model_inputs,
+    padding_id,
+    resolve_device,
+    resolve_dtype,
+    shared_rows,
+    shares_prompt,
+    sharing_width,
+    token_logprobs,
+)
+from grpo_nb.reference import (
+    adapt_beta,
+    kl,
+    kl_in_reward,
+    next_beta,
+    reference_logprobs,
+    token_rewards,
+)
+from grpo_nb.reward import (
+    accuracy_reward,
+    bradley_terry_loss,
+    brevity_reward,
+    combine,
+    combine_steps,
+    format_reward,
+    judge,
+    name_of,
+    overlong_reward,
+    process_reward,
+    score,
+    text_of,
+)
 from grpo_nb.rollout import Rollout, join, loss_mask, select
 from grpo_nb.sampling import check_context, generate, sample
 from grpo_nb.sweep import cell_name, grid, sweep
-from grpo_nb.task import MAX_EXPRESSION, TASKS, Query, Task, add, add_chat, evaluate_expression, is_heldout, load_task, sums, target
-from grpo_nb.training import (Run, build_models, build_schedulers, checkpoints, fetch_smollm2, is_whole, load_checkpoint, load_rewards, main, open_run, parse_arguments,
-                              preference_pairs, prepare_directory, read_json, rollout_metrics, save_checkpoint, table, train)
+from grpo_nb.task import (
+    MAX_EXPRESSION,
+    TASKS,
+    Query,
+    Task,
+    add,
+    add_chat,
+    evaluate_expression,
+    is_heldout,
+    load_task,
+    sums,
+    target,
+)
+from grpo_nb.training import (
+    Run,
+    build_models,
+    build_schedulers,
+    checkpoints,
+    fetch_smollm2,
+    is_whole,
+    load_checkpoint,
+    load_rewards,
+    main,
+    open_run,
+    parse_arguments,
+    preference_pairs,
+    prepare_directory,
+    read_json,
+    rollout_metrics,
+    save_checkpoint,
+    table,
+    train,
+)
 from grpo_nb.update import piece_loss, update
 from grpo_nb.value import ValueModel, predict_values, value_loss
-from helpers import CHARACTERS, EOS, ROOT, VOCABULARY, character_tokenizer, random_model, short_config
+from helpers import (
+    CHARACTERS,
+    EOS,
+    ROOT,
+    VOCABULARY,
+    character_tokenizer,
+    random_model,
+    short_config,
+)
 
 EXAMPLES = int(os.environ.get("GRPO_NB_FUZZ", 40))
-settings.register_profile("fuzz", deadline=None, max_examples=EXAMPLES, database=None, derandomize="GRPO_NB_FUZZ" not in os.environ, report_multiple_bugs=False)
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=EXAMPLES,
+    database=None,
+    derandomize="GRPO_NB_FUZZ" not in os.environ,
+    report_multiple_bugs=False,
+)
 COVERED = set()
 
 
 def fuzz(*functions, times=5):
     "A test of these functions over what `given` draws; `times`: the quicker a test is, the more often."
+
     def decorate(test):
         COVERED.update(f"{f.__module__}.{f.__qualname__}" for f in functions)
-        return settings(settings.get_profile("fuzz"), max_examples=times * EXAMPLES)(test)
+        return settings(settings.get_profile("fuzz"), max_examples=times * EXAMPLES)(
+            test
+        )
+
     return decorate
 
 
@@ -78,53 +187,115 @@ class Outside(Exception):
 
 
 def need(condition):
-    if not condition: raise Outside
+    if not condition:
+        raise Outside
 
 
 # The mathematics: tensors ------------------------------------------------------------------------------------------------
 
-ODD = [-1, 0, 1, 0.5, 2.5, -0.1, 1e30, 10**15, math.nan, math.inf, -math.inf, None, "1", "", True]
-RESHAPED = {"[N, T-1]": lambda x: x[..., :-1], "[1, ...]": lambda x: x[None], "[..., 1]": lambda x: x[..., None], "first row": lambda x: x[:1], "no rows": lambda x: x[:0],
-            "no columns": lambda x: x[..., :0], "flat": lambda x: x.flatten(), "one column": lambda x: x[..., :1], "turned": lambda x: x.mT if x.dim() > 1 else x[:, None], "a number": lambda x: x.flatten().sum()}
+ODD = [
+    -1,
+    0,
+    1,
+    0.5,
+    2.5,
+    -0.1,
+    1e30,
+    10**15,
+    math.nan,
+    math.inf,
+    -math.inf,
+    None,
+    "1",
+    "",
+    True,
+]
+RESHAPED = {
+    "[N, T-1]": lambda x: x[..., :-1],
+    "[1, ...]": lambda x: x[None],
+    "[..., 1]": lambda x: x[..., None],
+    "first row": lambda x: x[:1],
+    "no rows": lambda x: x[:0],
+    "no columns": lambda x: x[..., :0],
+    "flat": lambda x: x.flatten(),
+    "one column": lambda x: x[..., :1],
+    "turned": lambda x: x.mT if x.dim() > 1 else x[:, None],
+    "a number": lambda x: x.flatten().sum(),
+}
 DTYPES = [torch.int64, torch.int32, torch.float16, torch.bfloat16, torch.float32]
 
 
 def numbers(*shape):
-    return st.integers(0, 2**31).map(lambda seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    return st.integers(0, 2**31).map(
+        lambda seed: torch.randn(
+            *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+    )
 
 
 @st.composite
 def batches(draw, *names, vectors=()):
     "[N, T] tensors and [N] vectors of one size, with a mask of rows up to a length, which may be 0; N and T may be 0, too. On padding stands anything."
     N, T = draw(st.integers(0, 4)), draw(st.integers(0, 4))
-    mask = torch.arange(T) < torch.tensor(draw(st.lists(st.integers(0, T), min_size=N, max_size=N)), dtype=torch.long)[:, None]
+    mask = (
+        torch.arange(T)
+        < torch.tensor(
+            draw(st.lists(st.integers(0, T), min_size=N, max_size=N)), dtype=torch.long
+        )[:, None]
+    )
     junk = draw(st.sampled_from([0.0, 99.0, math.nan, -math.inf]))
-    return {name: draw(numbers(N, T)).masked_fill(~mask, junk) for name in names} | {name: draw(numbers(N)) for name in vectors} | {"mask": mask}
+    return (
+        {name: draw(numbers(N, T)).masked_fill(~mask, junk) for name in names}
+        | {name: draw(numbers(N)) for name in vectors}
+        | {"mask": mask}
+    )
 
 
 @st.composite
 def spoilt(draw, arguments):
     "The arguments, and nearly always one of them, or two, as they should not be."
-    for name in draw(st.lists(st.sampled_from(sorted(arguments)), max_size=2, unique=True)):
+    for name in draw(
+        st.lists(st.sampled_from(sorted(arguments)), max_size=2, unique=True)
+    ):
         x = arguments[name]
         if isinstance(x, torch.Tensor):
             how = draw(st.sampled_from(["shape", "dtype", "numbers"]))
-            if how == "shape": x = RESHAPED[draw(st.sampled_from(sorted(RESHAPED)))](x)
-            elif how == "dtype": x = x.to(draw(st.sampled_from(DTYPES)))  # a mask of numbers, too
+            if how == "shape":
+                x = RESHAPED[draw(st.sampled_from(sorted(RESHAPED)))](x)
+            elif how == "dtype":
+                x = x.to(draw(st.sampled_from(DTYPES)))  # a mask of numbers, too
             elif x.is_floating_point() and x.numel():
-                x = x.flatten().index_fill(0, torch.tensor(draw(st.integers(0, x.numel() - 1))), draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))).view(x.shape)
-        else: x = draw(st.sampled_from([*ODD, "group", "sequence"]))
+                x = (
+                    x.flatten()
+                    .index_fill(
+                        0,
+                        torch.tensor(draw(st.integers(0, x.numel() - 1))),
+                        draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e30])),
+                    )
+                    .view(x.shape)
+                )
+        else:
+            x = draw(st.sampled_from([*ODD, "group", "sequence"]))
         arguments[name] = x
     return arguments
 
 
 def outcome(f, arguments, *names):
     "What the call returns; None if it is refused. Any other exception than a refusal that names an argument goes on."
-    try: return f(**arguments)
-    except TypeError as error: assert str(error)
+    try:
+        return f(**arguments)
+    except TypeError as error:
+        assert str(error)
     except ValueError as error:
-        inside = [field.name for x in arguments.values() if is_dataclass(x) for field in fields(x)]  # of a rollout or a config
-        assert any(name in str(error) for name in [*arguments, *inside, *names]), f"no argument is named: {error}"
+        inside = [
+            field.name
+            for x in arguments.values()
+            if is_dataclass(x)
+            for field in fields(x)
+        ]  # of a rollout or a config
+        assert any(name in str(error) for name in [*arguments, *inside, *names]), (
+            f"no argument is named: {error}"
+        )
 
 
 def refused(call, *names):
@@ -135,62 +306,116 @@ def refused(call, *names):
 def counted_nan(arguments):
     "Is there a NaN where the mask is true, or where there is no mask?"
     mask = arguments.get("mask")
-    return any(x[mask].isnan().any() if mask is not None and mask.dtype == torch.bool and x.shape == mask.shape else x.isnan().any() for x in arguments.values() if isinstance(x, torch.Tensor))
+    return any(
+        x[mask].isnan().any()
+        if mask is not None and mask.dtype == torch.bool and x.shape == mask.shape
+        else x.isnan().any()
+        for x in arguments.values()
+        if isinstance(x, torch.Tensor)
+    )
 
 
 def agrees(f, arguments, oracle):
     "The function refuses what the oracle refuses, and else returns the oracle's numbers (NaN where the oracle has one)."
-    try: expected = oracle(**arguments)
-    except (Outside, TypeError): expected = Outside
-    except OverflowError: expected = None  # too large for Python's floats: any number, but no crash
+    try:
+        expected = oracle(**arguments)
+    except (Outside, TypeError):
+        expected = Outside
+    except OverflowError:
+        expected = None  # too large for Python's floats: any number, but no crash
     found = outcome(f, arguments)
-    if expected is None: return
+    if expected is None:
+        return
     assert (found is None) == (expected is Outside), (found, expected)
-    if found is None: return
-    given = [x.dtype for x in arguments.values() if isinstance(x, torch.Tensor) and x.dtype != torch.bool]
-    for x, y in zip(*((found, expected) if isinstance(found, tuple) else ((found,), (expected,))), strict=True):
+    if found is None:
+        return
+    given = [
+        x.dtype
+        for x in arguments.values()
+        if isinstance(x, torch.Tensor) and x.dtype != torch.bool
+    ]
+    for x, y in zip(
+        *((found, expected) if isinstance(found, tuple) else ((found,), (expected,))),
+        strict=True,
+    ):
         y = torch.as_tensor(y, dtype=torch.float64)
         assert x.shape == y.shape and (x.is_floating_point() or x.dtype == torch.bool)
-        tolerance = max({torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float32: 1e-4, torch.float64: 1e-9}.get(dtype, 1e-4) for dtype in [x.dtype, *given])
+        tolerance = max(
+            {
+                torch.float16: 2e-2,
+                torch.bfloat16: 2e-1,
+                torch.float32: 1e-4,
+                torch.float64: 1e-9,
+            }.get(dtype, 1e-4)
+            for dtype in [x.dtype, *given]
+        )
         clear = y.abs() < 1e3  # not infinite or NaN either
-        if counted_nan(arguments): clear &= ~x.isnan()  # Python's min and max may drop a NaN, torch's do not
-        torch.testing.assert_close(x.double()[clear], y[clear], rtol=tolerance, atol=tolerance)
+        if counted_nan(arguments):
+            clear &= ~x.isnan()  # Python's min and max may drop a NaN, torch's do not
+        torch.testing.assert_close(
+            x.double()[clear], y[clear], rtol=tolerance, atol=tolerance
+        )
 
 
-def is_mask(x): return x.dtype == torch.bool and x.dim() == 2
-def floats(*tensors): return all(x.is_floating_point() for x in tensors)
+def is_mask(x):
+    return x.dtype == torch.bool and x.dim() == 2
+
+
+def floats(*tensors):
+    return all(x.is_floating_point() for x in tensors)
 
 
 def real(x, mask):
     "The rows of what counts, as lists."
-    return [[v for v, m in zip(row, keep) if m] for row, keep in zip(x.tolist(), mask.tolist())]
+    return [
+        [v for v, m in zip(row, keep) if m]
+        for row, keep in zip(x.tolist(), mask.tolist())
+    ]
 
 
 def filled(rows, mask):
     "Rows of what counts, as a table with 0 elsewhere."
     table = [[0.0] * mask.shape[1] for _ in range(mask.shape[0])]
     for row, values, keep in zip(table, rows, mask.tolist()):
-        for t, x in zip([t for t, m in enumerate(keep) if m], values): row[t] = x
+        for t, x in zip([t for t, m in enumerate(keep) if m], values):
+            row[t] = x
     return torch.tensor(table, dtype=torch.float64).view(mask.shape)
 
 
-def exp(x): return math.inf if x > 700 else math.exp(x)
+def exp(x):
+    return math.inf if x > 700 else math.exp(x)
 
 
 def slow_gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    need(is_mask(mask) and rewards.shape == values.shape == mask.shape and floats(rewards) and 0 <= gamma <= 1 and 0 <= lam <= 1)
+    need(
+        is_mask(mask)
+        and rewards.shape == values.shape == mask.shape
+        and floats(rewards)
+        and 0 <= gamma <= 1
+        and 0 <= lam <= 1
+    )
     advantages, returns = [], []
     for r, v in zip(real(rewards, mask), real(values, mask)):
-        deltas = [x + gamma * after - before for x, before, after in zip(r, v, [*v[1:], 0.0])]
-        A = [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(r))) for t in range(len(r))]
-        advantages.append(A); returns.append([a + b for a, b in zip(A, v)])
+        deltas = [
+            x + gamma * after - before for x, before, after in zip(r, v, [*v[1:], 0.0])
+        ]
+        A = [
+            sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(r)))
+            for t in range(len(r))
+        ]
+        advantages.append(A)
+        returns.append([a + b for a, b in zip(A, v)])
     return filled(advantages, mask), filled(returns, mask)
 
 
 @fuzz(gae)
 @given(st.data())
 def test_gae(data):
-    arguments = data.draw(batches("rewards", "values")) | data.draw(st.fixed_dictionaries({}, optional={"gamma": st.floats(0, 1), "lam": st.floats(0, 1)}))
+    arguments = data.draw(batches("rewards", "values")) | data.draw(
+        st.fixed_dictionaries(
+            {}, optional={"gamma": st.floats(0, 1), "lam": st.floats(0, 1)}
+        )
+    )
     agrees(gae, data.draw(spoilt(arguments)), slow_gae)
 
 
@@ -198,23 +423,49 @@ def slow_whiten(x, mask, shift_mean=True):
     need(is_mask(mask) and x.shape == mask.shape and floats(x))
     rows = real(x, mask)
     every = [v for row in rows for v in row]
-    if not every: return filled(rows, mask)
+    if not every:
+        return filled(rows, mask)
     mean = math.fsum(every) / len(every)
-    std = math.sqrt(math.fsum((v - mean) ** 2 for v in every) / (len(every) - 1)) + 1e-8 if len(set(every)) > 1 else math.inf
-    return filled([[(v - mean) / std + (not shift_mean) * mean for v in row] for row in rows], mask)
+    std = (
+        math.sqrt(math.fsum((v - mean) ** 2 for v in every) / (len(every) - 1)) + 1e-8
+        if len(set(every)) > 1
+        else math.inf
+    )
+    return filled(
+        [[(v - mean) / std + (not shift_mean) * mean for v in row] for row in rows],
+        mask,
+    )
 
 
 @fuzz(whiten)
 @given(st.data())
 def test_whiten(data):
-    agrees(whiten, data.draw(spoilt(data.draw(batches("x")))) | {"shift_mean": data.draw(st.booleans())}, slow_whiten)
+    agrees(
+        whiten,
+        data.draw(spoilt(data.draw(batches("x"))))
+        | {"shift_mean": data.draw(st.booleans())},
+        slow_whiten,
+    )
 
 
 def slow_ratio(logprobs, old_logprobs, mask, level="token"):
-    need(is_mask(mask) and logprobs.shape == old_logprobs.shape == mask.shape and level in ("token", "sequence"))
-    differences = [[x - y for x, y in zip(*rows)] for rows in zip(real(logprobs, mask), real(old_logprobs, mask))]
-    if level == "token": return torch.where(mask, filled([[exp(x) for x in row] for row in differences], mask), 1.0)
-    return torch.tensor([[exp(sum(row) / max(1, len(row)))] * mask.shape[1] for row in differences], dtype=torch.float64).view(mask.shape)
+    need(
+        is_mask(mask)
+        and logprobs.shape == old_logprobs.shape == mask.shape
+        and level in ("token", "sequence")
+    )
+    differences = [
+        [x - y for x, y in zip(*rows)]
+        for rows in zip(real(logprobs, mask), real(old_logprobs, mask))
+    ]
+    if level == "token":
+        return torch.where(
+            mask, filled([[exp(x) for x in row] for row in differences], mask), 1.0
+        )
+    return torch.tensor(
+        [[exp(sum(row) / max(1, len(row)))] * mask.shape[1] for row in differences],
+        dtype=torch.float64,
+    ).view(mask.shape)
 
 
 LEVELS = st.sampled_from(["token", "sequence"])
@@ -223,24 +474,52 @@ LEVELS = st.sampled_from(["token", "sequence"])
 @fuzz(ratio)
 @given(st.data())
 def test_ratio(data):
-    arguments = data.draw(spoilt(data.draw(batches("logprobs", "old_logprobs")) | {"level": data.draw(LEVELS)}))
+    arguments = data.draw(
+        spoilt(
+            data.draw(batches("logprobs", "old_logprobs"))
+            | {"level": data.draw(LEVELS)}
+        )
+    )
     agrees(ratio, arguments, slow_ratio)
 
 
-def slow_policy_loss(logprobs, old_logprobs, advantages, mask, epsilon=0.2, epsilon_high=None, delta=None, importance_sampling_level="token", objective="clip"):
+def slow_policy_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    epsilon=0.2,
+    epsilon_high=None,
+    delta=None,
+    importance_sampling_level="token",
+    objective="clip",
+):
     rho = slow_ratio(logprobs, old_logprobs, mask, importance_sampling_level)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    need(epsilon >= 0 and epsilon_high >= 0 and (delta is None or delta >= 1) and objective in ("clip", "cispo"))
+    need(
+        epsilon >= 0
+        and epsilon_high >= 0
+        and (delta is None or delta >= 1)
+        and objective in ("clip", "cispo")
+    )
     N, T = mask.shape
     need(advantages.shape in ((N,), (N, 1), (N, T)))
-    A = [[x] * T if advantages.dim() == 1 else x * (T if len(x) != T else 1) for x in advantages.tolist()]
+    A = [
+        [x] * T if advantages.dim() == 1 else x * (T if len(x) != T else 1)
+        for x in advantages.tolist()
+    ]
     loss = torch.zeros(N, T, dtype=torch.float64)
     for i in range(N):
         for t in range(T):
-            if not mask[i, t]: continue
+            if not mask[i, t]:
+                continue
             r, a, new = rho[i, t].item(), A[i][t], logprobs[i, t].item()
             clipped = min(max(r, 1 - epsilon), 1 + epsilon_high)
-            loss[i, t] = -min(min(r, delta or math.inf) * a, clipped * a) if objective == "clip" else -min(r, 1 + epsilon_high) * a * new
+            loss[i, t] = (
+                -min(min(r, delta or math.inf) * a, clipped * a)
+                if objective == "clip"
+                else -min(r, 1 + epsilon_high) * a * new
+            )
     return loss
 
 
@@ -249,29 +528,72 @@ def slow_policy_loss(logprobs, old_logprobs, advantages, mask, epsilon=0.2, epsi
 def test_policy_loss(data):
     "Also by its gradient: what is not real, be it NaN, moves nothing."
     vector = data.draw(st.booleans())
-    arguments = data.draw(batches("logprobs", "old_logprobs", *([] if vector else ["advantages"]), vectors=["advantages"] if vector else []))
-    arguments |= data.draw(st.fixed_dictionaries({}, optional={"epsilon": st.floats(0, 1), "epsilon_high": st.floats(0, 4) | st.none(), "delta": st.floats(1.01, 4) | st.none(),
-                                                               "importance_sampling_level": LEVELS, "objective": st.sampled_from(["clip", "cispo"])}))
+    arguments = data.draw(
+        batches(
+            "logprobs",
+            "old_logprobs",
+            *([] if vector else ["advantages"]),
+            vectors=["advantages"] if vector else [],
+        )
+    )
+    arguments |= data.draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "epsilon": st.floats(0, 1),
+                "epsilon_high": st.floats(0, 4) | st.none(),
+                "delta": st.floats(1.01, 4) | st.none(),
+                "importance_sampling_level": LEVELS,
+                "objective": st.sampled_from(["clip", "cispo"]),
+            },
+        )
+    )
     arguments = data.draw(spoilt(arguments))
     agrees(lambda **a: policy_loss(**a)[0], arguments, slow_policy_loss)
-    if outcome(policy_loss, arguments) is None or not floats(arguments["logprobs"]): return
+    if outcome(policy_loss, arguments) is None or not floats(arguments["logprobs"]):
+        return
     logprobs, mask = arguments["logprobs"].clone().requires_grad_(), arguments["mask"]
     loss = policy_loss(**arguments | {"logprobs": logprobs})[0]
-    if not loss.requires_grad or not loss[mask].isfinite().all(): return
+    if not loss.requires_grad or not loss[mask].isfinite().all():
+        return
     loss.sum().backward()
     assert (logprobs.grad[~mask] == 0).all()
     rows = (loss.detach().abs() < 1e3).all(1)
-    for x in (arguments["logprobs"], arguments["old_logprobs"], arguments["advantages"]): rows &= (torch.where(mask, x if x.dim() == 2 else x[:, None], 0.0).abs() < 100).all(1)
+    for x in (
+        arguments["logprobs"],
+        arguments["old_logprobs"],
+        arguments["advantages"],
+    ):
+        rows &= (
+            torch.where(mask, x if x.dim() == 2 else x[:, None], 0.0).abs() < 100
+        ).all(1)
     assert logprobs.grad[rows].isfinite().all()
 
 
-def slow_aggregate(loss, mask, loss_type="grpo", max_completion_length=None, num_sequences=None, num_tokens=None):
-    need(is_mask(mask) and loss.shape == mask.shape and loss_type in ("grpo", "bnpo", "dapo", "dr_grpo"))
+def slow_aggregate(
+    loss,
+    mask,
+    loss_type="grpo",
+    max_completion_length=None,
+    num_sequences=None,
+    num_tokens=None,
+):
+    need(
+        is_mask(mask)
+        and loss.shape == mask.shape
+        and loss_type in ("grpo", "bnpo", "dapo", "dr_grpo")
+    )
     rows = [row for row in real(loss, mask) if row]
-    given, counted = (num_tokens, sum(map(len, rows))) if loss_type in ("bnpo", "dapo") else (num_sequences, len(rows))
+    given, counted = (
+        (num_tokens, sum(map(len, rows)))
+        if loss_type in ("bnpo", "dapo")
+        else (num_sequences, len(rows))
+    )
     count = max(counted if given is None else given, 1)
-    if loss_type == "grpo": return sum(sum(row) / len(row) for row in rows) / count
-    if loss_type in ("bnpo", "dapo"): return sum(map(sum, rows)) / count
+    if loss_type == "grpo":
+        return sum(sum(row) / len(row) for row in rows) / count
+    if loss_type in ("bnpo", "dapo"):
+        return sum(map(sum, rows)) / count
     need(max_completion_length is not None and max_completion_length > 0)
     return sum(map(sum, rows)) / (count * max_completion_length)
 
@@ -279,13 +601,30 @@ def slow_aggregate(loss, mask, loss_type="grpo", max_completion_length=None, num
 @fuzz(aggregate)
 @given(st.data())
 def test_aggregate(data):
-    arguments = data.draw(batches("loss")) | {"loss_type": data.draw(st.sampled_from(["grpo", "bnpo", "dapo", "dr_grpo"])), "max_completion_length": data.draw(st.integers(1, 9))}
-    arguments |= data.draw(st.fixed_dictionaries({}, optional={"num_sequences": st.integers(0, 9), "num_tokens": st.integers(0, 99)}))
+    arguments = data.draw(batches("loss")) | {
+        "loss_type": data.draw(st.sampled_from(["grpo", "bnpo", "dapo", "dr_grpo"])),
+        "max_completion_length": data.draw(st.integers(1, 9)),
+    }
+    arguments |= data.draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "num_sequences": st.integers(0, 9),
+                "num_tokens": st.integers(0, 99),
+            },
+        )
+    )
     agrees(aggregate, data.draw(spoilt(arguments)), slow_aggregate)
 
 
-def slow_value_loss(values, old_values, returns, mask, cliprange_value=0.2, num_tokens=None):
-    need(is_mask(mask) and values.shape == old_values.shape == returns.shape == mask.shape and cliprange_value >= 0)
+def slow_value_loss(
+    values, old_values, returns, mask, cliprange_value=0.2, num_tokens=None
+):
+    need(
+        is_mask(mask)
+        and values.shape == old_values.shape == returns.shape == mask.shape
+        and cliprange_value >= 0
+    )
     total, count = 0.0, 0
     for row in zip(*(real(x, mask) for x in (values, old_values, returns))):
         for v, old, R in zip(*row):
@@ -298,10 +637,19 @@ def slow_value_loss(values, old_values, returns, mask, cliprange_value=0.2, num_
 @given(st.data())
 def test_value_loss(data):
     arguments = data.draw(batches("values", "old_values", "returns"))
-    arguments |= data.draw(st.fixed_dictionaries({}, optional={"cliprange_value": st.floats(0, 2), "num_tokens": st.integers(0, 99)}))
+    arguments |= data.draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "cliprange_value": st.floats(0, 2),
+                "num_tokens": st.integers(0, 99),
+            },
+        )
+    )
     arguments = data.draw(spoilt(arguments))
     agrees(value_loss, arguments, slow_value_loss)
-    if outcome(value_loss, arguments) is None or not floats(arguments["values"]): return
+    if outcome(value_loss, arguments) is None or not floats(arguments["values"]):
+        return
     values = arguments["values"].clone().requires_grad_()
     value_loss(**arguments | {"values": values}).backward()
     assert (values.grad[~arguments["mask"]] == 0).all()
@@ -309,85 +657,177 @@ def test_value_loss(data):
 
 def slow_kl(logprobs, ref_logprobs, estimator="k3"):
     need(logprobs.shape == ref_logprobs.shape and estimator in ("k1", "k2", "k3"))
-    d = [y - x for x, y in zip(logprobs.flatten().tolist(), ref_logprobs.flatten().tolist())]
-    return torch.tensor([{"k1": -x, "k2": x * x / 2, "k3": exp(x) - x - 1}[estimator] for x in d], dtype=torch.float64).view(logprobs.shape)
+    d = [
+        y - x
+        for x, y in zip(logprobs.flatten().tolist(), ref_logprobs.flatten().tolist())
+    ]
+    return torch.tensor(
+        [{"k1": -x, "k2": x * x / 2, "k3": exp(x) - x - 1}[estimator] for x in d],
+        dtype=torch.float64,
+    ).view(logprobs.shape)
 
 
 @fuzz(kl)
 @given(st.data())
 def test_kl(data):
     batch = data.draw(batches("logprobs", "ref_logprobs"))
-    agrees(kl, data.draw(spoilt({name: batch[name] for name in ("logprobs", "ref_logprobs")} | {"estimator": data.draw(st.sampled_from(["k1", "k2", "k3"]))})), slow_kl)
+    agrees(
+        kl,
+        data.draw(
+            spoilt(
+                {name: batch[name] for name in ("logprobs", "ref_logprobs")}
+                | {"estimator": data.draw(st.sampled_from(["k1", "k2", "k3"]))}
+            )
+        ),
+        slow_kl,
+    )
 
 
 def slow_kl_in_reward(scores, logprobs, ref_logprobs, mask, beta):
-    need(is_mask(mask) and logprobs.shape == ref_logprobs.shape == mask.shape and scores.shape == mask.shape[:1])
+    need(
+        is_mask(mask)
+        and logprobs.shape == ref_logprobs.shape == mask.shape
+        and scores.shape == mask.shape[:1]
+    )
     price = -beta
-    rows = [[price * (x - y) for x, y in zip(*pair)] for pair in zip(real(logprobs, mask), real(ref_logprobs, mask))]
-    return filled([[*row[:-1], row[-1] + s] if row else [] for row, s in zip(rows, scores.tolist())], mask)
+    rows = [
+        [price * (x - y) for x, y in zip(*pair)]
+        for pair in zip(real(logprobs, mask), real(ref_logprobs, mask))
+    ]
+    return filled(
+        [
+            [*row[:-1], row[-1] + s] if row else []
+            for row, s in zip(rows, scores.tolist())
+        ],
+        mask,
+    )
 
 
 @fuzz(kl_in_reward)
 @given(st.data())
 def test_kl_in_reward(data):
-    arguments = data.draw(batches("logprobs", "ref_logprobs", vectors=["scores"])) | {"beta": data.draw(st.floats(0, 2))}
+    arguments = data.draw(batches("logprobs", "ref_logprobs", vectors=["scores"])) | {
+        "beta": data.draw(st.floats(0, 2))
+    }
     agrees(kl_in_reward, data.draw(spoilt(arguments)), slow_kl_in_reward)
 
 
 # The mathematics: groups -------------------------------------------------------------------------------------------------
 
+
 def groups_of(rewards, G):
     need(rewards.dim() == 1 and floats(rewards) and G >= 1 and len(rewards) % G == 0)
-    return [rewards[i:i + G].tolist() for i in range(0, len(rewards), G)]
+    return [rewards[i : i + G].tolist() for i in range(0, len(rewards), G)]
 
 
 def slow_has_variance(rewards, num_generations):
-    return torch.tensor([len({r for r in group if not math.isnan(r)}) > 1 for group in groups_of(rewards, num_generations)], dtype=torch.bool)
+    return torch.tensor(
+        [
+            len({r for r in group if not math.isnan(r)}) > 1
+            for group in groups_of(rewards, num_generations)
+        ],
+        dtype=torch.bool,
+    )
 
 
 def spread(scores):
     mean = math.fsum(scores) / len(scores)
-    return math.sqrt(math.fsum((r - mean) ** 2 for r in scores) / (len(scores) - 1)) if len(scores) > 1 else 0.0
+    return (
+        math.sqrt(math.fsum((r - mean) ** 2 for r in scores) / (len(scores) - 1))
+        if len(scores) > 1
+        else 0.0
+    )
 
 
-def slow_group_advantages(rewards, num_generations, scale_rewards="group", baseline="mean", eps=1e-4):
-    need(num_generations >= 2 and eps >= 0 and scale_rewards in ("group", "batch", "none") and baseline in ("mean", "leave_one_out"))
+def slow_group_advantages(
+    rewards, num_generations, scale_rewards="group", baseline="mean", eps=1e-4
+):
+    need(
+        num_generations >= 2
+        and eps >= 0
+        and scale_rewards in ("group", "batch", "none")
+        and baseline in ("mean", "leave_one_out")
+    )
     groups = groups_of(rewards, num_generations)
     scored = [[r for r in group if not math.isnan(r)] for group in groups]
     everything, result = [r for group in scored for r in group], []
     for group, scores in zip(groups, scored):
-        by = {"group": lambda: spread(scores) + eps, "batch": lambda: spread(everything) + eps, "none": lambda: 1.0}[scale_rewards]
+        by = {
+            "group": lambda: spread(scores) + eps,
+            "batch": lambda: spread(everything) + eps,
+            "none": lambda: 1.0,
+        }[scale_rewards]
         for r in group:
-            if math.isnan(r) or len(set(scores)) < 2: result.append(0.0); continue
+            if math.isnan(r) or len(set(scores)) < 2:
+                result.append(0.0)
+                continue
             others = sum(scores) - r if baseline == "leave_one_out" else sum(scores)
-            result.append((r - others / (len(scores) - (baseline == "leave_one_out"))) / by())
+            result.append(
+                (r - others / (len(scores) - (baseline == "leave_one_out"))) / by()
+            )
     return result
 
 
-REWARDS = st.lists(st.sampled_from([0.0, 1.0, 0.5, -2.0, math.nan]), max_size=12).map(lambda x: torch.tensor(x, dtype=torch.float64))
+REWARDS = st.lists(st.sampled_from([0.0, 1.0, 0.5, -2.0, math.nan]), max_size=12).map(
+    lambda x: torch.tensor(x, dtype=torch.float64)
+)
 
 
 @fuzz(has_variance, group_advantages)
 @given(st.data())
 def test_group_advantages(data):
-    arguments = {"rewards": data.draw(REWARDS), "num_generations": data.draw(st.integers(1, 4))}
-    more = data.draw(st.fixed_dictionaries({}, optional={"scale_rewards": st.sampled_from(["group", "batch", "none"]), "baseline": st.sampled_from(["mean", "leave_one_out"]), "eps": st.floats(0, 1)}))
+    arguments = {
+        "rewards": data.draw(REWARDS),
+        "num_generations": data.draw(st.integers(1, 4)),
+    }
+    more = data.draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+                "baseline": st.sampled_from(["mean", "leave_one_out"]),
+                "eps": st.floats(0, 1),
+            },
+        )
+    )
     agrees(has_variance, data.draw(spoilt(dict(arguments))), slow_has_variance)
     agrees(group_advantages, data.draw(spoilt(arguments | more)), slow_group_advantages)
 
 
-def slow_process_advantages(step_rewards, step_ends, num_generations, n_tokens, scale_rewards="group", baseline="mean", eps=1e-4):
-    need(num_generations >= 2 and len(step_rewards) == len(step_ends) == len(n_tokens) and len(n_tokens) % num_generations == 0)
-    for rewards, ends, n in zip(step_rewards, step_ends, n_tokens): need(n >= 0 and len(rewards) == len(ends) and all(0 <= end < n for end in ends))
-    pools = [[r for rewards in step_rewards[i:i + num_generations] for r in rewards] for i in range(0, len(n_tokens), num_generations)]
+def slow_process_advantages(
+    step_rewards,
+    step_ends,
+    num_generations,
+    n_tokens,
+    scale_rewards="group",
+    baseline="mean",
+    eps=1e-4,
+):
+    need(
+        num_generations >= 2
+        and len(step_rewards) == len(step_ends) == len(n_tokens)
+        and len(n_tokens) % num_generations == 0
+    )
+    for rewards, ends, n in zip(step_rewards, step_ends, n_tokens):
+        need(n >= 0 and len(rewards) == len(ends) and all(0 <= end < n for end in ends))
+    pools = [
+        [r for rewards in step_rewards[i : i + num_generations] for r in rewards]
+        for i in range(0, len(n_tokens), num_generations)
+    ]
     width = max([2, *map(len, pools)])
-    flat = torch.tensor([r for pool in pools for r in pool + [math.nan] * (width - len(pool))], dtype=torch.float64)
+    flat = torch.tensor(
+        [r for pool in pools for r in pool + [math.nan] * (width - len(pool))],
+        dtype=torch.float64,
+    )
     steps = slow_group_advantages(flat, width, scale_rewards, baseline, eps)
     result = torch.zeros(len(n_tokens), max(n_tokens, default=0))
     for i, ends in enumerate(step_ends):
         group = i // num_generations
-        start = group * width + sum(len(rewards) for rewards in step_rewards[group * num_generations:i])
-        for t in range(n_tokens[i]): result[i, t] = sum(a for a, end in zip(steps[start:], ends) if end >= t)
+        start = group * width + sum(
+            len(rewards) for rewards in step_rewards[group * num_generations : i]
+        )
+        for t in range(n_tokens[i]):
+            result[i, t] = sum(a for a, end in zip(steps[start:], ends) if end >= t)
     return result
 
 
@@ -396,7 +836,12 @@ def stepwise(draw):
     G, lengths = draw(st.integers(2, 3)), draw(st.lists(st.integers(0, 4), max_size=7))
     ends = [sorted(draw(st.sets(st.integers(0, n - 1)))) if n else [] for n in lengths]
     rewards = [[draw(st.sampled_from([0.0, 1.0, 0.5])) for _ in row] for row in ends]
-    return {"step_rewards": rewards, "step_ends": ends, "num_generations": G, "n_tokens": lengths}
+    return {
+        "step_rewards": rewards,
+        "step_ends": ends,
+        "num_generations": G,
+        "n_tokens": lengths,
+    }
 
 
 @fuzz(process_advantages)
@@ -404,35 +849,89 @@ def stepwise(draw):
 def test_process_advantages(data):
     "Steps that are missing or too many, that end outside, lengths below 0, a number of completions that the group does not divide."
     arguments = data.draw(stepwise())
-    for name in data.draw(st.lists(st.sampled_from(["step_rewards", "step_ends", "n_tokens", "one step", "one end", "num_generations"]), max_size=2)):
-        if name == "num_generations": arguments[name] = data.draw(st.sampled_from(ODD))
-        elif name == "n_tokens": arguments[name] = [n - data.draw(st.integers(0, 5)) for n in arguments[name]]
-        elif name.startswith("step_"): arguments[name] = data.draw(st.sampled_from([[], arguments[name][:-1], [*arguments[name], []], [[]] * len(arguments[name])]))
-        elif filled := [row for row in arguments["step_rewards" if name == "one step" else "step_ends"] if row]:
-            filled[0][0] = data.draw(st.sampled_from([math.nan, -1.0] if name == "one step" else [-1, 4, 10**15]))
+    for name in data.draw(
+        st.lists(
+            st.sampled_from(
+                [
+                    "step_rewards",
+                    "step_ends",
+                    "n_tokens",
+                    "one step",
+                    "one end",
+                    "num_generations",
+                ]
+            ),
+            max_size=2,
+        )
+    ):
+        if name == "num_generations":
+            arguments[name] = data.draw(st.sampled_from(ODD))
+        elif name == "n_tokens":
+            arguments[name] = [
+                n - data.draw(st.integers(0, 5)) for n in arguments[name]
+            ]
+        elif name.startswith("step_"):
+            arguments[name] = data.draw(
+                st.sampled_from(
+                    [
+                        [],
+                        arguments[name][:-1],
+                        [*arguments[name], []],
+                        [[]] * len(arguments[name]),
+                    ]
+                )
+            )
+        elif filled := [
+            row
+            for row in arguments["step_rewards" if name == "one step" else "step_ends"]
+            if row
+        ]:
+            filled[0][0] = data.draw(
+                st.sampled_from(
+                    [math.nan, -1.0] if name == "one step" else [-1, 4, 10**15]
+                )
+            )
     agrees(process_advantages, arguments, slow_process_advantages)
 
 
 # Numbers -----------------------------------------------------------------------------------------------------------------
 
+
 def slow_adapt_beta(beta, observed_kl, kl_target, num_completions, horizon=10_000):
     need(kl_target > 0 and horizon > 0)
     error = observed_kl / kl_target - 1
-    return beta * (1 + (error if math.isnan(error) else max(-0.2, min(0.2, error))) * num_completions / horizon)
+    return beta * (
+        1
+        + (error if math.isnan(error) else max(-0.2, min(0.2, error)))
+        * num_completions
+        / horizon
+    )
 
 
 @fuzz(adapt_beta)
 @given(st.data())
 def test_adapt_beta(data):
-    arguments = {"beta": 0.1, "observed_kl": data.draw(st.floats(-1, 9)), "kl_target": data.draw(st.floats(0.1, 9)), "num_completions": data.draw(st.integers(1, 999))}
-    agrees(lambda **a: torch.tensor(adapt_beta(**a), dtype=torch.float64), data.draw(spoilt(arguments)), slow_adapt_beta)
+    arguments = {
+        "beta": 0.1,
+        "observed_kl": data.draw(st.floats(-1, 9)),
+        "kl_target": data.draw(st.floats(0.1, 9)),
+        "num_completions": data.draw(st.integers(1, 999)),
+    }
+    agrees(
+        lambda **a: torch.tensor(adapt_beta(**a), dtype=torch.float64),
+        data.draw(spoilt(arguments)),
+        slow_adapt_beta,
+    )
 
 
 def slow_combine(scores, weights=None):
     need(scores.dim() == 2 and floats(scores))
     weights = [1.0] * scores.shape[1] if weights is None else weights
     need(len(weights) == scores.shape[1] and all(math.isfinite(w) for w in weights))
-    judged = [[(w, x) for w, x in zip(weights, row) if not math.isnan(x)] for row in scores.tolist()]
+    judged = [
+        [(w, x) for w, x in zip(weights, row) if not math.isnan(x)]
+        for row in scores.tolist()
+    ]
     return [math.fsum(w * x for w, x in row) if row else math.nan for row in judged]
 
 
@@ -440,37 +939,102 @@ def slow_combine(scores, weights=None):
 @given(st.data())
 def test_combine(data):
     F = data.draw(st.integers(0, 3))
-    scores = torch.tensor(data.draw(st.lists(st.lists(st.sampled_from([0.0, 1.0, -0.5, math.nan]), min_size=F, max_size=F), max_size=4)), dtype=torch.float64).view(-1, max(F, 1))
-    weights = data.draw(st.none() | st.lists(st.sampled_from([1.0, 0.5, 0, -2, math.nan, math.inf]), max_size=3))
-    agrees(combine, data.draw(spoilt({"scores": scores})) | {"weights": weights}, slow_combine)
+    scores = torch.tensor(
+        data.draw(
+            st.lists(
+                st.lists(
+                    st.sampled_from([0.0, 1.0, -0.5, math.nan]), min_size=F, max_size=F
+                ),
+                max_size=4,
+            )
+        ),
+        dtype=torch.float64,
+    ).view(-1, max(F, 1))
+    weights = data.draw(
+        st.none()
+        | st.lists(st.sampled_from([1.0, 0.5, 0, -2, math.nan, math.inf]), max_size=3)
+    )
+    agrees(
+        combine,
+        data.draw(spoilt({"scores": scores})) | {"weights": weights},
+        slow_combine,
+    )
 
 
 def slow_bradley_terry(chosen, rejected):
     need(chosen.dim() == 1 and chosen.shape == rejected.shape and len(chosen) > 0)
-    return sum(math.log1p(exp(y - x)) for x, y in zip(chosen.tolist(), rejected.tolist())) / len(chosen)
+    return sum(
+        math.log1p(exp(y - x)) for x, y in zip(chosen.tolist(), rejected.tolist())
+    ) / len(chosen)
 
 
 @fuzz(bradley_terry_loss)
 @given(st.data())
 def test_bradley_terry_loss(data):
     K = data.draw(st.integers(0, 4))
-    agrees(lambda chosen, rejected: bradley_terry_loss(chosen * 1.0, rejected), data.draw(spoilt({"chosen": data.draw(numbers(K)), "rejected": data.draw(numbers(K))})), slow_bradley_terry)
+    agrees(
+        lambda chosen, rejected: bradley_terry_loss(chosen * 1.0, rejected),
+        data.draw(
+            spoilt({"chosen": data.draw(numbers(K)), "rejected": data.draw(numbers(K))})
+        ),
+        slow_bradley_terry,
+    )
 
 
 # Rollouts ----------------------------------------------------------------------------------------------------------------
 
+
 @st.composite
 def rollout_fields(draw, T_min=0):
     "Every field of a rollout, filled: queries and completions of all lengths, completions without a token among them."
-    B, G, P, T = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(T_min, 4))
+    B, G, P, T = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+        draw(st.integers(T_min, 4)),
+    )
     N, generator = B * G, torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    prompt = torch.arange(P) >= P - torch.tensor(draw(st.lists(st.integers(1, P), min_size=B, max_size=B)))[:, None]
-    mask = torch.arange(T) < torch.tensor(draw(st.lists(st.integers(0, T), min_size=N, max_size=N)))[:, None]
-    def ids(mask): return torch.randint(3, len(VOCABULARY), mask.shape, generator=generator)  # also where padding is
-    def noise(*shape): return torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return {"queries": [Query(f"{i}=", {"answer": str(i)}) for i in range(B)], "prompt_ids": ids(prompt), "prompt_mask": prompt, "completion_ids": ids(mask), "completion_mask": mask,
-            "completions": ["?"] * N, "truncated": torch.rand(N, generator=generator) < 0.3, "num_generations": G, "logprobs": -noise(N, T).abs(), "ref_logprobs": -noise(N, T).abs(),
-            "rewards": noise(N), "scored": torch.rand(N, generator=generator) < 0.8, "step_rewards": None, "step_ends": None, "values": noise(N, T), "advantages": noise(N), "returns": noise(N, T)}
+    prompt = (
+        torch.arange(P)
+        >= P
+        - torch.tensor(draw(st.lists(st.integers(1, P), min_size=B, max_size=B)))[
+            :, None
+        ]
+    )
+    mask = (
+        torch.arange(T)
+        < torch.tensor(draw(st.lists(st.integers(0, T), min_size=N, max_size=N)))[
+            :, None
+        ]
+    )
+
+    def ids(mask):
+        return torch.randint(
+            3, len(VOCABULARY), mask.shape, generator=generator
+        )  # also where padding is
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "queries": [Query(f"{i}=", {"answer": str(i)}) for i in range(B)],
+        "prompt_ids": ids(prompt),
+        "prompt_mask": prompt,
+        "completion_ids": ids(mask),
+        "completion_mask": mask,
+        "completions": ["?"] * N,
+        "truncated": torch.rand(N, generator=generator) < 0.3,
+        "num_generations": G,
+        "logprobs": -noise(N, T).abs(),
+        "ref_logprobs": -noise(N, T).abs(),
+        "rewards": noise(N),
+        "scored": torch.rand(N, generator=generator) < 0.8,
+        "step_rewards": None,
+        "step_ends": None,
+        "values": noise(N, T),
+        "advantages": noise(N),
+        "returns": noise(N, T),
+    }
 
 
 rollouts = rollout_fields().map(lambda x: Rollout(**x))
@@ -480,28 +1044,63 @@ def is_rollout(f):
     "The rules of chapter 02, read aloud."
     tensors = [name for name, x in f.items() if isinstance(x, torch.Tensor)]
     B, G = len(f["queries"]), f["num_generations"]
-    if not (isinstance(G, int) and G >= 1 and B >= 1): return False
-    if f["prompt_ids"].dim() != 2 or f["completion_ids"].dim() != 2: return False
+    if not (isinstance(G, int) and G >= 1 and B >= 1):
+        return False
+    if f["prompt_ids"].dim() != 2 or f["completion_ids"].dim() != 2:
+        return False
     N, T, P = B * G, f["completion_ids"].shape[1], f["prompt_ids"].shape[1]
-    shapes = {"prompt_ids": [(B, P)], "prompt_mask": [(B, P)], "completion_ids": [(N, T)], "completion_mask": [(N, T)], "truncated": [(N,)], "scored": [(N,)], "rewards": [(N,)],
-              "advantages": [(N,), (N, T)]} | dict.fromkeys(("logprobs", "ref_logprobs", "values", "returns"), [(N, T)])
+    shapes = {
+        "prompt_ids": [(B, P)],
+        "prompt_mask": [(B, P)],
+        "completion_ids": [(N, T)],
+        "completion_mask": [(N, T)],
+        "truncated": [(N,)],
+        "scored": [(N,)],
+        "rewards": [(N,)],
+        "advantages": [(N,), (N, T)],
+    } | dict.fromkeys(("logprobs", "ref_logprobs", "values", "returns"), [(N, T)])
     for name in tensors:
         x = f[name]
-        if tuple(x.shape) not in shapes[name]: return False
-        if name.endswith("_ids"): right = not x.is_floating_point() and x.dtype != torch.bool
-        else: right = x.dtype == torch.bool if name in ("prompt_mask", "completion_mask", "truncated", "scored") else x.is_floating_point()
-        if not right: return False
-    if any(f[name] is not None and len(f[name]) != N for name in ("completions", "step_rewards", "step_ends")): return False
-    return all(any(row) and row == sorted(row) for row in f["prompt_mask"].tolist()) and all(row == sorted(row, reverse=True) for row in f["completion_mask"].tolist())
+        if tuple(x.shape) not in shapes[name]:
+            return False
+        if name.endswith("_ids"):
+            right = not x.is_floating_point() and x.dtype != torch.bool
+        else:
+            right = (
+                x.dtype == torch.bool
+                if name in ("prompt_mask", "completion_mask", "truncated", "scored")
+                else x.is_floating_point()
+            )
+        if not right:
+            return False
+    if any(
+        f[name] is not None and len(f[name]) != N
+        for name in ("completions", "step_rewards", "step_ends")
+    ):
+        return False
+    return all(
+        any(row) and row == sorted(row) for row in f["prompt_mask"].tolist()
+    ) and all(row == sorted(row, reverse=True) for row in f["completion_mask"].tolist())
 
 
 @st.composite
 def broken(draw):
     f = draw(rollout_fields())
-    for name in draw(st.lists(st.sampled_from(sorted(f)), min_size=1, max_size=2, unique=True)):
-        if isinstance(f[name], torch.Tensor): f |= {name: draw(spoilt({name: f[name]}))[name] if draw(st.booleans()) else f[name].flip(-1)}
-        elif name == "num_generations": f[name] = draw(st.sampled_from(ODD))
-        else: f[name] = draw(st.sampled_from([[], (f[name] or [[]])[:-1], [*(f[name] or []), []]]))
+    for name in draw(
+        st.lists(st.sampled_from(sorted(f)), min_size=1, max_size=2, unique=True)
+    ):
+        if isinstance(f[name], torch.Tensor):
+            f |= {
+                name: draw(spoilt({name: f[name]}))[name]
+                if draw(st.booleans())
+                else f[name].flip(-1)
+            }
+        elif name == "num_generations":
+            f[name] = draw(st.sampled_from(ODD))
+        else:
+            f[name] = draw(
+                st.sampled_from([[], (f[name] or [[]])[:-1], [*(f[name] or []), []]])
+            )
     return f
 
 
@@ -511,41 +1110,82 @@ def test_a_broken_rollout(f):
     "Refused when it is made; and when a field that was filled in later is used."
     made = outcome(Rollout, f)
     assert (made is not None) == is_rollout(f), (made, f)
-    if made is not None or not is_rollout(good := {name: x for name, x in f.items() if name not in ("logprobs", "rewards", "scored", "advantages", "values", "returns")}): return
+    if made is not None or not is_rollout(
+        good := {
+            name: x
+            for name, x in f.items()
+            if name
+            not in ("logprobs", "rewards", "scored", "advantages", "values", "returns")
+        }
+    ):
+        return
     later = Rollout(**good)
-    for name in f.keys() - good.keys(): setattr(later, name, f[name])
-    with pytest.raises(ValueError): later.select([0])
+    for name in f.keys() - good.keys():
+        setattr(later, name, f[name])
+    with pytest.raises(ValueError):
+        later.select([0])
 
 
 INDICES = st.lists(st.integers(-2, 4), max_size=4)
 
 
 @fuzz(select, join, loss_mask)
-@given(rollouts, INDICES | st.sampled_from([[0.0], [True], [[0]], 0, torch.tensor([True]), torch.tensor([0.5])]), st.booleans())
+@given(
+    rollouts,
+    INDICES
+    | st.sampled_from(
+        [[0.0], [True], [[0]], 0, torch.tensor([True]), torch.tensor([0.5])]
+    ),
+    st.booleans(),
+)
 def test_selecting(rollout, groups, filtering):
     "Row for row what was asked for, in every field, in this order; and whole again when the groups are joined."
-    found, G = outcome(select, {"rollout": rollout, "groups": groups}), rollout.num_generations
-    assert (found is not None) == (isinstance(groups, list) and len(groups) > 0 and all(type(g) is int and 0 <= g < len(rollout.queries) for g in groups))
+    found, G = (
+        outcome(select, {"rollout": rollout, "groups": groups}),
+        rollout.num_generations,
+    )
+    assert (found is not None) == (
+        isinstance(groups, list)
+        and len(groups) > 0
+        and all(type(g) is int and 0 <= g < len(rollout.queries) for g in groups)
+    )
     each = join([select(rollout, [g]) for g in range(len(rollout.queries))])
     if found is not None:
         rows = [g * G + j for g in groups for j in range(G)]
         assert found.queries == [rollout.queries[g] for g in groups]
         for a, b in ((found, rollout), (each, rollout)):
             picked = rows if a is found else range(len(rollout))
-            for name in ("completion_ids", "logprobs", "values"): assert real(getattr(a, name), a.completion_mask) == [real(getattr(b, name), b.completion_mask)[i] for i in picked]
+            for name in ("completion_ids", "logprobs", "values"):
+                assert real(getattr(a, name), a.completion_mask) == [
+                    real(getattr(b, name), b.completion_mask)[i] for i in picked
+                ]
             assert a.rewards.tolist() == [b.rewards[i].item() for i in picked]
-    expected = [[m and s and not (filtering and cut) for m in row] for row, s, cut in zip(rollout.completion_mask.tolist(), rollout.scored.tolist(), rollout.truncated.tolist())]
+    expected = [
+        [m and s and not (filtering and cut) for m in row]
+        for row, s, cut in zip(
+            rollout.completion_mask.tolist(),
+            rollout.scored.tolist(),
+            rollout.truncated.tolist(),
+        )
+    ]
     assert loss_mask(rollout, filtering).tolist() == expected
 
 
 @fuzz(join)
 @given(st.lists(rollouts, max_size=3), st.booleans())
 def test_joining(parts, per_token):
-    for part in parts[:per_token]: part.advantages = part.advantages[:, None] * part.completion_mask
+    for part in parts[:per_token]:
+        part.advantages = part.advantages[:, None] * part.completion_mask
     whole = outcome(join, {"rollouts": parts}) if parts or per_token else None
     dims = {part.advantages.dim() for part in parts}
-    if whole is None: assert len({part.num_generations for part in parts}) != 1 or len(dims) > 1
-    else: assert real(whole.completion_ids, whole.completion_mask) == [row for part in parts for row in real(part.completion_ids, part.completion_mask)]
+    if whole is None:
+        assert len({part.num_generations for part in parts}) != 1 or len(dims) > 1
+    else:
+        assert real(whole.completion_ids, whole.completion_mask) == [
+            row
+            for part in parts
+            for row in real(part.completion_ids, part.completion_mask)
+        ]
 
 
 LLAMA = random_model()
@@ -558,66 +1198,170 @@ def one_by_one(rollout, temperature):
     logprobs, values = [], []
     with torch.no_grad():
         for i, ids in enumerate(real(rollout.completion_ids, rollout.completion_mask)):
-            prompt = rollout.prompt_ids[i // rollout.num_generations][rollout.prompt_mask[i // rollout.num_generations]]
+            prompt = rollout.prompt_ids[i // rollout.num_generations][
+                rollout.prompt_mask[i // rollout.num_generations]
+            ]
             row = torch.cat([prompt, torch.tensor(ids, dtype=torch.long)])[None]
-            distribution = (LLAMA.eval()(row).logits[0, len(prompt) - 1:-1] / temperature).log_softmax(-1)
+            distribution = (
+                LLAMA.eval()(row).logits[0, len(prompt) - 1 : -1] / temperature
+            ).log_softmax(-1)
             logprobs.append([distribution[t, x].item() for t, x in enumerate(ids)])
-            values.append(VALUE.head(VALUE.trunk.eval()(row).last_hidden_state[0, len(prompt) - 1:-1])[:, 0].tolist())
-    return filled(logprobs, rollout.completion_mask), filled(values, rollout.completion_mask)
+            values.append(
+                VALUE.head(
+                    VALUE.trunk.eval()(row).last_hidden_state[0, len(prompt) - 1 : -1]
+                )[:, 0].tolist()
+            )
+    return filled(logprobs, rollout.completion_mask), filled(
+        values, rollout.completion_mask
+    )
 
 
-@fuzz(token_logprobs, reference_logprobs, predict_values, in_pieces, in_order, model_inputs, shared_rows, first_of_equal, shares_prompt, sharing_width, micro_batches, ValueModel, times=1)
-@given(rollouts, st.sampled_from([1.0, 0.5, 3, *ODD]), st.sampled_from([None, 1, 7, 10**6, 0, -3, math.nan, "9"]))
+@fuzz(
+    token_logprobs,
+    reference_logprobs,
+    predict_values,
+    in_pieces,
+    in_order,
+    model_inputs,
+    shared_rows,
+    first_of_equal,
+    shares_prompt,
+    sharing_width,
+    micro_batches,
+    ValueModel,
+    times=1,
+)
+@given(
+    rollouts,
+    st.sampled_from([1.0, 0.5, 3, *ODD]),
+    st.sampled_from([None, 1, 7, 10**6, 0, -3, math.nan, "9"]),
+)
 def test_models_on_rollouts(rollout, temperature, max_tokens):
     "Whatever the masks: what the models say of each token is what they say of the completion alone."
     right = isinstance(temperature, (int, float)) and temperature > 0
-    found = outcome(token_logprobs, {"model": LLAMA, "rollout": rollout, "temperature": temperature})
+    found = outcome(
+        token_logprobs, {"model": LLAMA, "rollout": rollout, "temperature": temperature}
+    )
     assert (found is not None) == right
     allowed = max_tokens is None or isinstance(max_tokens, int) and max_tokens >= 1
     pieces = outcome(micro_batches, {"rollout": rollout, "max_tokens": max_tokens})
-    assert (pieces is not None) == allowed and (pieces is None or sorted(sum(pieces, [])) == list(range(len(rollout.queries))))
-    again = outcome(reference_logprobs, {"reference": LLAMA, "rollout": rollout, "temperature": temperature, "max_tokens": max_tokens})
-    values = outcome(predict_values, {"value_model": VALUE, "rollout": rollout, "max_tokens": max_tokens})
-    assert (again is not None) == (right and allowed) and (values is not None) == allowed
+    assert (pieces is not None) == allowed and (
+        pieces is None or sorted(sum(pieces, [])) == list(range(len(rollout.queries)))
+    )
+    again = outcome(
+        reference_logprobs,
+        {
+            "reference": LLAMA,
+            "rollout": rollout,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+        },
+    )
+    values = outcome(
+        predict_values,
+        {"value_model": VALUE, "rollout": rollout, "max_tokens": max_tokens},
+    )
+    assert (again is not None) == (right and allowed) and (
+        values is not None
+    ) == allowed
     expected = one_by_one(rollout, temperature if right else 1.0)
     for x, y in ((found, expected[0]), (again, expected[0]), (values, expected[1])):
-        if x is not None: torch.testing.assert_close(x.detach(), y, rtol=0, atol=1e-9)
+        if x is not None:
+            torch.testing.assert_close(x.detach(), y, rtol=0, atol=1e-9)
 
 
-@fuzz(gae_stage.advantages, group_stage.advantages, informative, dynamic_sampling, token_rewards, next_beta, rollout_metrics, table, preference_pairs)
+@fuzz(
+    gae_stage.advantages,
+    group_stage.advantages,
+    informative,
+    dynamic_sampling,
+    token_rewards,
+    next_beta,
+    rollout_metrics,
+    table,
+    preference_pairs,
+)
 @given(rollout_fields(), st.data())
 def test_stages(f, data):
     "Each stage on any rollout: the rows that carry no loss have no advantage, padding has none, and what is there is finite."
     f["rewards"] = f["rewards"].masked_fill(~f["scored"], math.nan)
     if steps := data.draw(st.booleans()):
-        f["step_ends"] = [sorted(data.draw(st.sets(st.integers(0, n - 1)))) if n else [] for n in f["completion_mask"].sum(1).tolist()]
+        f["step_ends"] = [
+            sorted(data.draw(st.sets(st.integers(0, n - 1)))) if n else []
+            for n in f["completion_mask"].sum(1).tolist()
+        ]
         f["step_rewards"] = [[float(end) for end in ends] for ends in f["step_ends"]]
     rollout, G = Rollout(**f), f["num_generations"]
     beta = data.draw(st.sampled_from([0.0, 0.1, math.nan]))
     rewards = token_rewards(rollout, beta)
-    given = [sum(row) for row in f["step_rewards"]] if steps else rollout.rewards.nan_to_num().tolist()
+    given = (
+        [sum(row) for row in f["step_rewards"]]
+        if steps
+        else rollout.rewards.nan_to_num().tolist()
+    )
     if not math.isnan(beta):
-        for i, (row, new, old) in enumerate(zip(*(real(x, rollout.completion_mask) for x in (rewards, rollout.logprobs, rollout.ref_logprobs)))):
-            assert math.isclose(sum(row), (given[i] if row else 0.0) - beta * (sum(new) - sum(old)), abs_tol=1e-9)
+        for i, (row, new, old) in enumerate(
+            zip(
+                *(
+                    real(x, rollout.completion_mask)
+                    for x in (rewards, rollout.logprobs, rollout.ref_logprobs)
+                )
+            )
+        ):
+            assert math.isclose(
+                sum(row),
+                (given[i] if row else 0.0) - beta * (sum(new) - sum(old)),
+                abs_tol=1e-9,
+            )
         for options in ({"whiten_advantages": False}, {"whiten_rewards": True}):
-            advantages, returns = gae_stage.advantages(rollout, rewards, short_config(algorithm="ppo", **options))
-            for x in (advantages, returns): assert x.shape == rewards.shape and x.isfinite().all() and (x[~rollout.completion_mask] == 0).all()
+            advantages, returns = gae_stage.advantages(
+                rollout, rewards, short_config(algorithm="ppo", **options)
+            )
+            for x in (advantages, returns):
+                assert (
+                    x.shape == rewards.shape
+                    and x.isfinite().all()
+                    and (x[~rollout.completion_mask] == 0).all()
+                )
     metrics, rows = rollout_metrics(rollout), table(rollout, 3)
-    assert all(x is None or math.isfinite(x) for x in metrics.values()) and [row["tokens"] for row in rows] == rollout.completion_mask.sum(1).tolist()
+    assert (
+        all(x is None or math.isfinite(x) for x in metrics.values())
+        and [row["tokens"] for row in rows] == rollout.completion_mask.sum(1).tolist()
+    )
     target = data.draw(st.sampled_from([None, 1.0, *ODD]))
     moved = outcome(next_beta, {"beta": 0.1, "rollout": rollout, "kl_target": target})
-    assert (moved is None) == (target is not None and not (isinstance(target, (int, float)) and target > 0))
-    pairs = preference_pairs(replace(rollout, completions=[str(i % 2) for i in range(len(rollout))]), lambda answer, query: answer == "1")
-    assert all((good, bad) == ("1", "0") for _, good, bad in pairs) and len(pairs) == (len(rollout.queries) if G > 1 else 0)
-    found = outcome(group_stage.advantages, {"rollout": rollout, "config": short_config()})
+    assert (moved is None) == (
+        target is not None and not (isinstance(target, (int, float)) and target > 0)
+    )
+    pairs = preference_pairs(
+        replace(rollout, completions=[str(i % 2) for i in range(len(rollout))]),
+        lambda answer, query: answer == "1",
+    )
+    assert all((good, bad) == ("1", "0") for _, good, bad in pairs) and len(pairs) == (
+        len(rollout.queries) if G > 1 else 0
+    )
+    found = outcome(
+        group_stage.advantages, {"rollout": rollout, "config": short_config()}
+    )
     assert (found is None) == (G < 2)
     if G > 1:
-        assert found.shape == (rollout.completion_mask.shape if steps else rollout.rewards.shape) and found.isfinite().all()
+        assert (
+            found.shape
+            == (rollout.completion_mask.shape if steps else rollout.rewards.shape)
+            and found.isfinite().all()
+        )
         scored = rollout.completion_mask if steps else rollout.scored
         assert (found[~scored] == 0).all()
         moves = found.view(len(rollout.queries), -1).abs().sum(1) > 0
-        assert not steps and moves.equal(informative(rollout)) or steps and (informative(rollout) | ~moves).all()
-    kept, _ = dynamic_sampling(lambda queries: rollout, lambda _: {}, rollout.queries, short_config())
+        assert (
+            not steps
+            and moves.equal(informative(rollout))
+            or steps
+            and (informative(rollout) | ~moves).all()
+        )
+    kept, _ = dynamic_sampling(
+        lambda queries: rollout, lambda _: {}, rollout.queries, short_config()
+    )
     assert kept is rollout
 
 
@@ -626,46 +1370,96 @@ def test_stages(f, data):
 def test_update(f, beta, data):
     "One step on any rollout: finite weights afterwards, or a refusal before."
     empty = data.draw(st.sampled_from([None, "advantages", "ref_logprobs", "logprobs"]))
-    rollout, model = Rollout(**f | ({empty: None} if empty else {})), copy.deepcopy(LLAMA)
-    config = short_config(loss_type=data.draw(st.sampled_from(["grpo", "dapo", "dr_grpo"])), max_tokens_per_micro_batch=data.draw(st.sampled_from([1, 20, 8192])))
-    found = outcome(update, {"policy": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1), "rollout": rollout, "config": config, "beta": beta})
+    rollout, model = (
+        Rollout(**f | ({empty: None} if empty else {})),
+        copy.deepcopy(LLAMA),
+    )
+    config = short_config(
+        loss_type=data.draw(st.sampled_from(["grpo", "dapo", "dr_grpo"])),
+        max_tokens_per_micro_batch=data.draw(st.sampled_from([1, 20, 8192])),
+    )
+    found = outcome(
+        update,
+        {
+            "policy": model,
+            "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+            "rollout": rollout,
+            "config": config,
+            "beta": beta,
+        },
+    )
     refused = empty == "advantages" or beta != 0 and empty == "ref_logprobs"
     assert (found is None) == refused
     assert all(p.isfinite().all() for p in model.parameters())
-    if refused or math.isnan(beta): assert all(p.equal(q) for p, q in zip(model.parameters(), LLAMA.parameters()))
+    if refused or math.isnan(beta):
+        assert all(p.equal(q) for p, q in zip(model.parameters(), LLAMA.parameters()))
 
 
 # Text --------------------------------------------------------------------------------------------------------------------
 
+
 def walked(text):
     "The value of an expression by Python's own parser: its tree is walked, and may hold sums, differences, products and numbers only."
-    if not text or len(text) > MAX_EXPRESSION or set(text) - set("0123456789+-*()"): return None
-    try: tree = ast.parse(re.sub(r"[0-9]+", lambda number: str(int(number[0])), text), mode="eval")  # 007 is 7 here, and an error in Python
-    except SyntaxError: return None
+    if not text or len(text) > MAX_EXPRESSION or set(text) - set("0123456789+-*()"):
+        return None
+    try:
+        tree = ast.parse(
+            re.sub(r"[0-9]+", lambda number: str(int(number[0])), text), mode="eval"
+        )  # 007 is 7 here, and an error in Python
+    except SyntaxError:
+        return None
+
     def value(node):
-        if isinstance(node, ast.Expression): return value(node.body)
-        if isinstance(node, ast.Constant): return node.value
-        need(isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)))
-        return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[type(node.op)](value(node.left), value(node.right))
-    try: return value(tree)
-    except Outside: return None
+        if isinstance(node, ast.Expression):
+            return value(node.body)
+        if isinstance(node, ast.Constant):
+            return node.value
+        need(
+            isinstance(node, ast.BinOp)
+            and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult))
+        )
+        return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[
+            type(node.op)
+        ](value(node.left), value(node.right))
+
+    try:
+        return value(tree)
+    except Outside:
+        return None
 
 
 @st.composite
 def expressions(draw):
     "An expression as the grammar makes it, and its value; with zeros in front of numbers, and parentheses where none are needed."
+
     @st.composite
-    def number(draw): n = draw(st.integers(0, 999)); return "0" * draw(st.integers(0, 2)) + str(n), n, 3
+    def number(draw):
+        n = draw(st.integers(0, 999))
+        return "0" * draw(st.integers(0, 2)) + str(n), n, 3
+
     def grown(inner):
         @st.composite
         def operation(draw):
-            (a, x, high), (b, y, low), sign = draw(inner), draw(inner), draw(st.sampled_from("+-*"))
+            (a, x, high), (b, y, low), sign = (
+                draw(inner),
+                draw(inner),
+                draw(st.sampled_from("+-*")),
+            )
             strength = 2 if sign == "*" else 1
-            a, b = (f"({a})" if high < strength else a), (f"({b})" if low <= strength else b)
+            a, b = (
+                (f"({a})" if high < strength else a),
+                (f"({b})" if low <= strength else b),
+            )
             return a + sign + b, {"+": x + y, "-": x - y, "*": x * y}[sign], strength
+
         @st.composite
-        def wrapped(draw): text, x, _ = draw(inner); n = draw(st.sampled_from([1, 1, 2, 29])); return "(" * n + text + ")" * n, x, 3
+        def wrapped(draw):
+            text, x, _ = draw(inner)
+            n = draw(st.sampled_from([1, 1, 2, 29]))
+            return "(" * n + text + ")" * n, x, 3
+
         return operation() | wrapped()
+
     text, x, _ = draw(st.recursive(number(), grown, max_leaves=12))
     return text, x
 
@@ -675,62 +1469,162 @@ def expressions(draw):
 def test_expressions(expression, data):
     "Its value, or None if it is too long; and with a character put in, taken out or changed, what Python's parser says."
     text, x = expression
-    assert evaluate_expression(text) == (x if len(text) <= MAX_EXPRESSION else None) == walked(text)
-    at, character = data.draw(st.integers(0, len(text))), data.draw(st.sampled_from("0123456789+-*()/. _x١²\n"))
-    for changed in (text[:at] + character + text[at:], text[:at] + text[at + 1:], text[:at] + character + text[at + 1:], text[:at]): assert evaluate_expression(changed) == walked(changed)
+    assert (
+        evaluate_expression(text)
+        == (x if len(text) <= MAX_EXPRESSION else None)
+        == walked(text)
+    )
+    at, character = (
+        data.draw(st.integers(0, len(text))),
+        data.draw(st.sampled_from("0123456789+-*()/. _x١²\n")),
+    )
+    for changed in (
+        text[:at] + character + text[at:],
+        text[:at] + text[at + 1 :],
+        text[:at] + character + text[at + 1 :],
+        text[:at],
+    ):
+        assert evaluate_expression(changed) == walked(changed)
 
 
 @fuzz(evaluate_expression)
-@given(st.text("0123456789+-*()", max_size=66) | st.text(max_size=8) | st.integers(0, 70).map(lambda n: "(" * n + "1" + ")" * (n // 2)))
+@given(
+    st.text("0123456789+-*()", max_size=66)
+    | st.text(max_size=8)
+    | st.integers(0, 70).map(lambda n: "(" * n + "1" + ")" * (n // 2))
+)
 def test_any_text(text):
     assert evaluate_expression(text) == walked(text)
 
 
 # Tasks, rewards, samples -------------------------------------------------------------------------------------------------
 
-ANYTHING = st.recursive(st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=4)
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**6)
+    | st.floats()
+    | st.text(max_size=5),
+    lambda x: (
+        st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2)
+    ),
+    max_leaves=4,
+)
 NAMES = st.sampled_from([*TASKS])
 
 
 @fuzz(load_task, add, sums, target, add_chat, Task, is_heldout, Query)
-@given(NAMES | ANYTHING, st.integers(1, 3) | ANYTHING, st.sampled_from(["train", "heldout", "test", "", None]), st.sampled_from([1, 3, 20, 0, -1, None, "2", 2.5, math.nan]), st.text(max_size=12))
+@given(
+    NAMES | ANYTHING,
+    st.integers(1, 3) | ANYTHING,
+    st.sampled_from(["train", "heldout", "test", "", None]),
+    st.sampled_from([1, 3, 20, 0, -1, None, "2", 2.5, math.nan]),
+    st.text(max_size=12),
+)
 def test_tasks(name, digits, split, n, text):
     "A task by name, its queries, and any text as a question or an answer to it."
     task = outcome(load_task, {"name": name, "digits": digits}, "task")
-    if task is None: assert name not in [*TASKS] or type(digits) not in (int, bool) or digits not in (1, 2, 3); return
+    if task is None:
+        assert (
+            name not in [*TASKS]
+            or type(digits) not in (int, bool)
+            or digits not in (1, 2, 3)
+        )
+        return
     asked = task.parse(text)
-    assert asked is None or isinstance(asked, Query) and task.is_right(task.solve(asked, random.Random(0)), asked)
+    assert (
+        asked is None
+        or isinstance(asked, Query)
+        and task.is_right(task.solve(asked, random.Random(0)), asked)
+    )
     queries = outcome(task.queries, {"split": split, "n": n})
-    assert (queries is not None) == (split in ("train", "heldout") and type(n) is int and n > 0)
-    for query in queries or []: assert task.is_right(text, query) in (True, False) and is_heldout(query) == (split == "heldout") and query.text
+    assert (queries is not None) == (
+        split in ("train", "heldout") and type(n) is int and n > 0
+    )
+    for query in queries or []:
+        assert (
+            task.is_right(text, query) in (True, False)
+            and is_heldout(query) == (split == "heldout")
+            and query.text
+        )
 
 
 @fuzz(add, sums, target, add_chat)
 @given(st.sampled_from([add, sums, target, add_chat]), ANYTHING)
 def test_digits(make, digits):
-    assert (outcome(make, {"digits": digits}) is None) == (not isinstance(digits, int) or digits not in (1, 2, 3))
+    assert (outcome(make, {"digits": digits}) is None) == (
+        not isinstance(digits, int) or digits not in (1, 2, 3)
+    )
 
 
 TOKENIZER = character_tokenizer()
 ADD = load_task("add")
 
 
-@fuzz(accuracy_reward, brevity_reward, format_reward, overlong_reward, process_reward, text_of, name_of, load_rewards)
-@given(st.lists(st.text(max_size=6) | st.text("0123456789+=", max_size=6), min_size=1, max_size=3), st.sampled_from([16, *ODD]), st.sampled_from([None, 4, *ODD]), st.booleans(), st.sampled_from(["accuracy", "process", "beauty", "learned", ""]))
+@fuzz(
+    accuracy_reward,
+    brevity_reward,
+    format_reward,
+    overlong_reward,
+    process_reward,
+    text_of,
+    name_of,
+    load_rewards,
+)
+@given(
+    st.lists(
+        st.text(max_size=6) | st.text("0123456789+=", max_size=6),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from([16, *ODD]),
+    st.sampled_from([None, 4, *ODD]),
+    st.booleans(),
+    st.sampled_from(["accuracy", "process", "beauty", "learned", ""]),
+)
 def test_rules(texts, limit, cache, chat, name):
     "Rules judge any text: a finite number for each, in their range."
-    ids = [TOKENIZER(text, add_special_tokens=False)["input_ids"] + [EOS] for text in texts]
+    ids = [
+        TOKENIZER(text, add_special_tokens=False)["input_ids"] + [EOS] for text in texts
+    ]
     texts = TOKENIZER.batch_decode(ids, skip_special_tokens=True)
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-    given = {"prompts": ["1+2="] * len(texts), "completions": completions, "completion_ids": ids, "answer": ["3"] * len(texts)}
-    brief, long = outcome(brevity_reward, {"limit": limit}), outcome(overlong_reward, {"max_completion_length": limit, "cache": cache})
+    completions = (
+        [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    )
+    given = {
+        "prompts": ["1+2="] * len(texts),
+        "completions": completions,
+        "completion_ids": ids,
+        "answer": ["3"] * len(texts),
+    }
+    brief, long = (
+        outcome(brevity_reward, {"limit": limit}),
+        outcome(overlong_reward, {"max_completion_length": limit, "cache": cache}),
+    )
     assert (brief is None) == (not isinstance(limit, (int, float)) or not limit >= 1)
-    for f, low, high in [(accuracy_reward(ADD), 0, 1), (brief, 0, 1), (format_reward("[0-9]+"), 0, 1), (long, -1, 0)]:
+    for f, low, high in [
+        (accuracy_reward(ADD), 0, 1),
+        (brief, 0, 1),
+        (format_reward("[0-9]+"), 0, 1),
+        (long, -1, 0),
+    ]:
         scores = f(**given) if f else []
-        assert all(isinstance(x, float) and low <= x <= high for x in scores) and (not f or len(scores) == len(texts) and isinstance(name_of(f), str))
-    assert accuracy_reward(ADD)(**given) == [float(text == "3") for text in texts] == [float(text_of(c) == "3") for c in completions]
-    for steps, row in zip(process_reward(ADD, TOKENIZER)(**given), ids): assert all(0 <= end < len(row) for end, _ in steps) and steps[-1][0] == len(row) - 1
-    rewards = outcome(load_rewards, {"names": [name], "task": ADD, "device": "cpu"}, "reward_funcs")
+        assert all(isinstance(x, float) and low <= x <= high for x in scores) and (
+            not f or len(scores) == len(texts) and isinstance(name_of(f), str)
+        )
+    assert (
+        accuracy_reward(ADD)(**given)
+        == [float(text == "3") for text in texts]
+        == [float(text_of(c) == "3") for c in completions]
+    )
+    for steps, row in zip(process_reward(ADD, TOKENIZER)(**given), ids):
+        assert (
+            all(0 <= end < len(row) for end, _ in steps)
+            and steps[-1][0] == len(row) - 1
+        )
+    rewards = outcome(
+        load_rewards, {"names": [name], "task": ADD, "device": "cpu"}, "reward_funcs"
+    )
     assert (rewards is not None) == (name == "accuracy")
 
 
@@ -739,94 +1633,280 @@ def test_rules(texts, limit, cache, chat, name):
 def test_scores(rollout, data):
     "Whatever a reward function returns: refused by name, or one finite number, or NaN where it did not judge."
     N, lengths = len(rollout), rollout.completion_mask.sum(1).tolist()
-    sensible = st.lists(st.none() | st.integers(-2, 2) | st.floats(-9, 9), min_size=N, max_size=N)
-    returned = data.draw(sensible | st.lists(ANYTHING, min_size=N, max_size=N) | ANYTHING | st.sampled_from([torch.ones(N), torch.ones(N, 2), torch.ones(N) * math.nan, torch.tensor(1.0), [[(0, 1.0)]] * N, [[(-1, 1.0)]] * N]))
-    weights, on_error = data.draw(st.sampled_from([None, [1.0], [0.5], [2], [], [1.0, 1.0], [math.nan]])), data.draw(st.sampled_from(["stop", "drop", "x", None]))
-    def odd(**_): return returned
+    sensible = st.lists(
+        st.none() | st.integers(-2, 2) | st.floats(-9, 9), min_size=N, max_size=N
+    )
+    returned = data.draw(
+        sensible
+        | st.lists(ANYTHING, min_size=N, max_size=N)
+        | ANYTHING
+        | st.sampled_from(
+            [
+                torch.ones(N),
+                torch.ones(N, 2),
+                torch.ones(N) * math.nan,
+                torch.tensor(1.0),
+                [[(0, 1.0)]] * N,
+                [[(-1, 1.0)]] * N,
+            ]
+        )
+    )
+    weights, on_error = (
+        data.draw(
+            st.sampled_from([None, [1.0], [0.5], [2], [], [1.0, 1.0], [math.nan]])
+        ),
+        data.draw(st.sampled_from(["stop", "drop", "x", None])),
+    )
+
+    def odd(**_):
+        return returned
+
     fresh = replace(rollout, rewards=None, scored=None)
-    try: metrics = score(fresh, [odd], weights, on_error)
-    except (TypeError, ValueError) as error: assert re.search("reward function 'odd'|reward_weights|on_error", str(error)); return
-    assert on_error in ("stop", "drop") and weights in (None, [1.0], [0.5], [2]) and metrics.keys() == {"rewards/odd/mean"}
-    assert fresh.rewards.shape == (N,) and fresh.scored.equal(fresh.rewards.isfinite()) and fresh.scored.equal(~fresh.rewards.isnan())
-    if (on_error == "stop" or len(rollout.queries) == 1) and isinstance(returned, list) and len(returned) == N and all(type(x) in (int, float) and math.isfinite(x) for x in returned):
-        torch.testing.assert_close(fresh.rewards, torch.tensor([(weights or [1.0])[0] * x for x in returned], dtype=torch.float32))
-    for rewards, ends, n in zip(fresh.step_rewards or [], fresh.step_ends or [], lengths): assert len(rewards) == len(ends) and all(0 <= end < n for end in ends)
+    try:
+        metrics = score(fresh, [odd], weights, on_error)
+    except (TypeError, ValueError) as error:
+        assert re.search("reward function 'odd'|reward_weights|on_error", str(error))
+        return
+    assert (
+        on_error in ("stop", "drop")
+        and weights in (None, [1.0], [0.5], [2])
+        and metrics.keys() == {"rewards/odd/mean"}
+    )
+    assert (
+        fresh.rewards.shape == (N,)
+        and fresh.scored.equal(fresh.rewards.isfinite())
+        and fresh.scored.equal(~fresh.rewards.isnan())
+    )
+    if (
+        (on_error == "stop" or len(rollout.queries) == 1)
+        and isinstance(returned, list)
+        and len(returned) == N
+        and all(type(x) in (int, float) and math.isfinite(x) for x in returned)
+    ):
+        torch.testing.assert_close(
+            fresh.rewards,
+            torch.tensor(
+                [(weights or [1.0])[0] * x for x in returned], dtype=torch.float32
+            ),
+        )
+    for rewards, ends, n in zip(
+        fresh.step_rewards or [], fresh.step_ends or [], lengths
+    ):
+        assert len(rewards) == len(ends) and all(0 <= end < n for end in ends)
 
 
-@fuzz(sample, generate, check_context, encode_prompts, as_rollout, padding_id, eos_token_ids, times=1)
-@given(st.lists(st.text(CHARACTERS, max_size=70).map(Query) | st.text(max_size=3).map(Query) | st.just(Query([{"role": "user", "content": "1"}])), max_size=3), st.data())
+@fuzz(
+    sample,
+    generate,
+    check_context,
+    encode_prompts,
+    as_rollout,
+    padding_id,
+    eos_token_ids,
+    times=1,
+)
+@given(
+    st.lists(
+        st.text(CHARACTERS, max_size=70).map(Query)
+        | st.text(max_size=3).map(Query)
+        | st.just(Query([{"role": "user", "content": "1"}])),
+        max_size=3,
+    ),
+    st.data(),
+)
 def test_sampling(queries, data):
     "Samples within the limits, of which the model itself says what was recorded; or a refusal."
-    arguments = {"num_generations": 2, "max_completion_length": 3, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    for name in data.draw(st.lists(st.sampled_from(sorted(arguments)), max_size=1)): arguments[name] = data.draw(st.sampled_from([2, 0.5, *[x for x in ODD if x != 10**15]]))
-    rollout = outcome(sample, {"model": LLAMA, "tokenizer": TOKENIZER, "queries": queries} | arguments, "query")
-    readable = bool(queries) and all(isinstance(q.prompt, str) and 0 < len(q.prompt) <= 61 for q in queries)
+    arguments = {
+        "num_generations": 2,
+        "max_completion_length": 3,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+    }
+    for name in data.draw(st.lists(st.sampled_from(sorted(arguments)), max_size=1)):
+        arguments[name] = data.draw(
+            st.sampled_from([2, 0.5, *[x for x in ODD if x != 10**15]])
+        )
+    rollout = outcome(
+        sample,
+        {"model": LLAMA, "tokenizer": TOKENIZER, "queries": queries} | arguments,
+        "query",
+    )
+    readable = bool(queries) and all(
+        isinstance(q.prompt, str) and 0 < len(q.prompt) <= 61 for q in queries
+    )
     assert rollout is None or readable
-    if rollout is None: return
-    assert is_rollout({field.name: getattr(rollout, field.name) for field in fields(rollout)}) and rollout.completion_mask.any(1).all()
-    torch.testing.assert_close(rollout.logprobs, token_logprobs(LLAMA, rollout, arguments["temperature"]).detach(), rtol=0, atol=1e-8)
-    again = outcome(as_rollout, {"tokenizer": TOKENIZER, "queries": queries, "completions": rollout.completions[data.draw(st.integers(0, 2)):]})
+    if rollout is None:
+        return
+    assert (
+        is_rollout(
+            {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+        )
+        and rollout.completion_mask.any(1).all()
+    )
+    torch.testing.assert_close(
+        rollout.logprobs,
+        token_logprobs(LLAMA, rollout, arguments["temperature"]).detach(),
+        rtol=0,
+        atol=1e-8,
+    )
+    again = outcome(
+        as_rollout,
+        {
+            "tokenizer": TOKENIZER,
+            "queries": queries,
+            "completions": rollout.completions[data.draw(st.integers(0, 2)) :],
+        },
+    )
     assert again is None or len(again) % len(queries) == 0
-    assert len(generate(LLAMA, TOKENIZER, queries, 1, short_config(max_completion_length=2))) == len(queries)
+    assert len(
+        generate(LLAMA, TOKENIZER, queries, 1, short_config(max_completion_length=2))
+    ) == len(queries)
 
 
 # Settings ----------------------------------------------------------------------------------------------------------------
 
-FIELDS = sorted({field.name for config in CONFIGS.values() for field in fields(config)} - {"device"})
-VALUES = ANYTHING | st.sampled_from(["grpo", "ppo", "dapo", "add", "target", "cosine", "token", "group", "none", "bfloat16", "True", "1e-4", "auto", 1, 2, 16, 0.5, 2**63, ["accuracy"], ["learned", "learned"], "../x", math.inf])
+FIELDS = sorted(
+    {field.name for config in CONFIGS.values() for field in fields(config)} - {"device"}
+)
+VALUES = ANYTHING | st.sampled_from(
+    [
+        "grpo",
+        "ppo",
+        "dapo",
+        "add",
+        "target",
+        "cosine",
+        "token",
+        "group",
+        "none",
+        "bfloat16",
+        "True",
+        "1e-4",
+        "auto",
+        1,
+        2,
+        16,
+        0.5,
+        2**63,
+        ["accuracy"],
+        ["learned", "learned"],
+        "../x",
+        math.inf,
+    ]
+)
 
 
 def checked(make):
     "The config, every field of which is of its type, and which comes back from JSON as it was; None if it is refused by name."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of top-p and top-k
-        try: config = make()
-        except ValueError as error: assert any(name in str(error) for name in [*FIELDS, "is not a parameter"]), error; return
+        try:
+            config = make()
+        except ValueError as error:
+            assert any(
+                name in str(error) for name in [*FIELDS, "is not a parameter"]
+            ), error
+            return
         assert make_config(**json.loads(json.dumps(asdict(config)))) == config
-        assert not [x for x in asdict(config).values() if isinstance(x, float) and not math.isfinite(x)]
+        assert not [
+            x
+            for x in asdict(config).values()
+            if isinstance(x, float) and not math.isfinite(x)
+        ]
         torch.Generator().manual_seed(config.seed)
         return config
 
 
 @fuzz(make_config, Config, GRPOConfig, PPOConfig)
-@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), VALUES, max_size=3))
+@given(
+    st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), VALUES, max_size=3)
+)
 def test_configs(parameters):
     "Parameter sets of any kind, as papermill hands them over: a config, or an error that names a field."
     config = checked(lambda: make_config(**parameters))
     if config and "recipe" not in parameters:
-        for name, x in parameters.items(): assert x is None or getattr(config, name) in (x, [x]) or str(x) == str(getattr(config, name)) or float(x) == getattr(config, name)
+        for name, x in parameters.items():
+            assert (
+                x is None
+                or getattr(config, name) in (x, [x])
+                or str(x) == str(getattr(config, name))
+                or float(x) == getattr(config, name)
+            )
 
 
-TRAIN = [cell.source for cell in nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4).cells if cell.cell_type == "code"][:4]
+TRAIN = [
+    cell.source
+    for cell in nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4).cells
+    if cell.cell_type == "code"
+][:4]
 
 
 @fuzz(make_config, times=1)
-@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(string.ascii_lowercase, min_size=5, max_size=9).filter(str.isidentifier), VALUES, max_size=2))
+@given(
+    st.dictionaries(
+        st.sampled_from(FIELDS)
+        | st.text(string.ascii_lowercase, min_size=5, max_size=9).filter(
+            str.isidentifier
+        ),
+        VALUES,
+        max_size=2,
+    )
+)
 def test_parameters_of_the_notebook(parameters):
     "The first cells of the train notebook, with another parameters cell behind its own, are `make_config` of these parameters."
+
     def notebook():
         names = {}
-        for source in TRAIN[:2]: exec(source, names)
+        for source in TRAIN[:2]:
+            exec(source, names)
         names |= parameters
-        for source in TRAIN[2:]: exec(source, names)
+        for source in TRAIN[2:]:
+            exec(source, names)
         return names["config"]
+
     found, direct = checked(notebook), checked(lambda: make_config(**parameters))
     assert found == direct
 
 
-WORDS = st.sampled_from([f"--{name}" for name in FIELDS]) | st.sampled_from(["--help", "-h", "--", "-", "--algorithm", "ppo", "grpo", "--recipe", "dapo", "--nonsense", "--num_prompts=3"]) | st.text(max_size=5) | VALUES.map(str)
+WORDS = (
+    st.sampled_from([f"--{name}" for name in FIELDS])
+    | st.sampled_from(
+        [
+            "--help",
+            "-h",
+            "--",
+            "-",
+            "--algorithm",
+            "ppo",
+            "grpo",
+            "--recipe",
+            "dapo",
+            "--nonsense",
+            "--num_prompts=3",
+        ]
+    )
+    | st.text(max_size=5)
+    | VALUES.map(str)
+)
 
 
 @fuzz(parse_arguments, main, times=1)
 @given(st.lists(WORDS, max_size=5))
 def test_command_lines(words):
     "A config; an error with a name in it; or the usage, with the exit code that a shell expects."
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-        try: config = checked(lambda: parse_arguments(words))
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
+        try:
+            config = checked(lambda: parse_arguments(words))
         except SystemExit as end:
-            assert end.code in (0, 2) and (end.code == 0 or "error:" in said.getvalue()); return
+            assert end.code in (0, 2) and (end.code == 0 or "error:" in said.getvalue())
+            return
         if config is None:
-            with pytest.raises(SystemExit) as end: main(words)
+            with pytest.raises(SystemExit) as end:
+                main(words)
             assert str(end.value.code).startswith("error: ")
 
 
@@ -834,24 +1914,54 @@ def test_command_lines(words):
 @given(ANYTHING.filter(lambda x: x is not None))
 def test_names(x):
     "Devices, dtypes, sources and models that do not exist."
-    for f, name, known in ((resolve_device, "device", ("auto", "cpu")), (resolve_dtype, "dtype", ("float32", "bfloat16", "float64")), (fetch_smollm2, "source", ("package", "hub"))):
-        if isinstance(x, str) and x not in known or not isinstance(x, (str, int)): assert outcome(f, {name: x}) is None
-    if isinstance(x, str) and x and x.isidentifier() and x not in ("tiny", "smollm2"): assert outcome(load_policy, {"name": x, "device": "cpu"}, "model") is None
+    for f, name, known in (
+        (resolve_device, "device", ("auto", "cpu")),
+        (resolve_dtype, "dtype", ("float32", "bfloat16", "float64")),
+        (fetch_smollm2, "source", ("package", "hub")),
+    ):
+        if isinstance(x, str) and x not in known or not isinstance(x, (str, int)):
+            assert outcome(f, {name: x}) is None
+    if isinstance(x, str) and x and x.isidentifier() and x not in ("tiny", "smollm2"):
+        assert outcome(load_policy, {"name": x, "device": "cpu"}, "model") is None
 
 
 # Files -------------------------------------------------------------------------------------------------------------------
 
-JUNK = [b"", b"null", b"[]", b"{}", b"[1]", b'{"step": 1}', b'"x"', b"NaN", b"\xff\xfe", b"{" * 2000]
+JUNK = [
+    b"",
+    b"null",
+    b"[]",
+    b"{}",
+    b"[1]",
+    b'{"step": 1}',
+    b'"x"',
+    b"NaN",
+    b"\xff\xfe",
+    b"{" * 2000,
+]
 
 
 @st.composite
 def damages(draw):
     "A function of a file's content: something else, cut off, a bit turned, a piece out of the middle, or gone."
-    how, x = draw(st.sampled_from(["junk", "cut", "bit", "piece", "gone"])), draw(st.floats(0, 1, exclude_max=True))
+    how, x = (
+        draw(st.sampled_from(["junk", "cut", "bit", "piece", "gone"])),
+        draw(st.floats(0, 1, exclude_max=True)),
+    )
     junk = draw(st.sampled_from(JUNK))
+
     def damage(content):
         at = int(x * len(content))
-        return {"junk": junk, "cut": content[:at], "bit": content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1:], "piece": content[:at] + content[at + 9:], "gone": None}[how]
+        return {
+            "junk": junk,
+            "cut": content[:at],
+            "bit": content[:at]
+            + bytes([content[at] ^ (1 << at % 8)])
+            + content[at + 1 :],
+            "piece": content[:at] + content[at + 9 :],
+            "gone": None,
+        }[how]
+
     return damage
 
 
@@ -859,33 +1969,78 @@ def damages(draw):
 def finished(tmp_path_factory):
     "A run of three steps with two checkpoints."
     directory = tmp_path_factory.mktemp("run") / "run"
-    config = short_config(output_dir=str(directory), max_steps=3, save_steps=1, num_prompts=2, num_generations=2, eval_size=2, max_completion_length=3, lr_scheduler_type="cosine")
+    config = short_config(
+        output_dir=str(directory),
+        max_steps=3,
+        save_steps=1,
+        num_prompts=2,
+        num_generations=2,
+        eval_size=2,
+        max_completion_length=3,
+        lr_scheduler_type="cosine",
+    )
     return train(config, progress=False), config
 
 
 def copied(directory, to, damage, name):
     "A copy with one file damaged; True if the content is another now."
-    shutil.rmtree(to, ignore_errors=True); shutil.copytree(directory, to)
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(directory, to)
     before = (to / name).read_bytes()
     after = damage(before)
-    if after is None: (to / name).unlink()
-    else: (to / name).write_bytes(after)
+    if after is None:
+        (to / name).unlink()
+    else:
+        (to / name).write_bytes(after)
     return after != before
 
 
 @fuzz(open_run, read_json, Run, times=1)
-@given(damages(), st.sampled_from(["config.json", "metrics.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json"]))
+@given(
+    damages(),
+    st.sampled_from(
+        [
+            "config.json",
+            "metrics.jsonl",
+            "model/config.json",
+            "model/model.safetensors",
+            "model/tokenizer.json",
+        ]
+    ),
+)
 def test_a_damaged_run(finished, tmp_path_factory, damage, name):
     "Opened, or refused with the name of what is wrong."
     directory = tmp_path_factory.getbasetemp() / "damaged"
     copied(finished[0].directory, directory, damage, name)
-    try: found = open_run(directory)
-    except (OSError, ValueError) as error: assert any(word in str(error) for word in [str(directory), *FIELDS]), error
-    else: assert len(found.metrics) <= 3 and isinstance(found.config, Config)
+    try:
+        found = open_run(directory)
+    except (OSError, ValueError) as error:
+        assert any(word in str(error) for word in [str(directory), *FIELDS]), error
+    else:
+        assert len(found.metrics) <= 3 and isinstance(found.config, Config)
 
 
-@fuzz(train, is_whole, checkpoints, load_checkpoint, save_checkpoint, build_models, build_schedulers, prepare_directory, times=1)
-@given(damages(), st.sampled_from([(step, name) for step in (2, 3) for name in ("trainer.json", "state.safetensors")]))
+@fuzz(
+    train,
+    is_whole,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    build_models,
+    build_schedulers,
+    prepare_directory,
+    times=1,
+)
+@given(
+    damages(),
+    st.sampled_from(
+        [
+            (step, name)
+            for step in (2, 3)
+            for name in ("trainer.json", "state.safetensors")
+        ]
+    ),
+)
 def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
     "Whatever happened to it: it is noticed, and the one before is used, with the state of its step bit for bit."
     (run, config), (step, name) = finished, which
@@ -897,14 +2052,25 @@ def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
     models, generator = build_models(config, load_task("add")), torch.Generator()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        done = training._resume(directory, models, build_schedulers(config, models), generator, {})
-    assert done.step == newest and len(done.lines) == newest and {row["step"] for row in done.rows} == set(range(1, newest + 1))
+        done = training._resume(
+            directory, models, build_schedulers(config, models), generator, {}
+        )
+    assert (
+        done.step == newest
+        and len(done.lines) == newest
+        and {row["step"] for row in done.rows} == set(range(1, newest + 1))
+    )
     saved = load_file(run.directory / f"checkpoint-{newest}/state.safetensors")
-    assert all(p.equal(saved[f"policy.weights.{k}"]) for k, p in models.policy.named_parameters()) and generator.get_state().equal(saved["generator"])
+    assert all(
+        p.equal(saved[f"policy.weights.{k}"])
+        for k, p in models.policy.named_parameters()
+    ) and generator.get_state().equal(saved["generator"])
 
 
 @fuzz(train, times=1)
-@given(damages(), st.sampled_from(["config.json", "metrics.jsonl", "completions.parquet"]))
+@given(
+    damages(), st.sampled_from(["config.json", "metrics.jsonl", "completions.parquet"])
+)
 def test_resuming_beside_damaged_files(finished, tmp_path_factory, damage, name):
     "Gone on with, or refused with the name of the file; nothing is written by a refusal."
     run, config = finished
@@ -912,12 +2078,20 @@ def test_resuming_beside_damaged_files(finished, tmp_path_factory, damage, name)
     copied(run.directory, directory, damage, name)
     shutil.rmtree(directory / "model")
     config = replace(config, output_dir=str(directory), resume=True)
-    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-    try: found = train(config, progress=False)
+    before = {
+        path: path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+    try:
+        found = train(config, progress=False)
     except (OSError, ValueError) as error:
         assert str(directory) in str(error), error
-        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
-    else: assert list(found.metrics.index) == [1, 2, 3] and set(found.completions["step"]) == {1, 2, 3}
+        assert {
+            path: path.read_bytes() for path in directory.rglob("*") if path.is_file()
+        } == before
+    else:
+        assert list(found.metrics.index) == [1, 2, 3] and set(
+            found.completions["step"]
+        ) == {1, 2, 3}
 
 
 # Costs, grids, evidence, the figure --------------------------------------------------------------------------------------
@@ -926,57 +2100,150 @@ COUNTS = st.sampled_from([0, 1, 7, 2.5, *ODD])
 SIZE = parameters(LLAMA.config)
 
 
-@fuzz(Size, training_bytes, forward_flops, flops, cost_table, parameters, completions_per_row, measure_flops, times=1)
+@fuzz(
+    Size,
+    training_bytes,
+    forward_flops,
+    flops,
+    cost_table,
+    parameters,
+    completions_per_row,
+    measure_flops,
+    times=1,
+)
 @given(COUNTS, COUNTS, COUNTS)
 def test_costs(a, b, c):
     "Not negative, and finite where what is counted is; or refused."
-    def fits(*numbers, least=0): return all(isinstance(x, (int, float)) and x >= least for x in numbers)
-    config, bytes_ = short_config(), outcome(training_bytes, {"num_parameters": a, "bytes_per_number": b})
-    assert (bytes_ is not None) == (fits(a, b) and b > 0 and math.inf not in (a, b)) and (bytes_ is None or bytes_["moments"] == 2 * bytes_["weights"] == 2 * a * b)
-    one = outcome(forward_flops, {"size": SIZE, "rows": a, "tokens": b, "context": c, "outputs": 1})
-    assert (one is not None) == (fits(a, b, c) and math.inf not in (a, b, c)) and (one is None or one >= 0)
-    step = outcome(flops, {"config": config, "size": SIZE, "prompt_length": a, "completion_length": b})
-    assert (step is not None) == (fits(a, b, least=1) and math.inf not in (a, b)) and all(x >= 0 for x in (step or {}).values())
-    if step: assert cost_table(config, LLAMA.config, a, b)["FLOPs"].tolist() == list(step.values())
-    if fits(b, c, least=1) and math.inf not in (b, c): assert 12 % completions_per_row(12, b, c, 16) == 0
+
+    def fits(*numbers, least=0):
+        return all(isinstance(x, (int, float)) and x >= least for x in numbers)
+
+    config, bytes_ = (
+        short_config(),
+        outcome(training_bytes, {"num_parameters": a, "bytes_per_number": b}),
+    )
+    assert (bytes_ is not None) == (
+        fits(a, b) and b > 0 and math.inf not in (a, b)
+    ) and (bytes_ is None or bytes_["moments"] == 2 * bytes_["weights"] == 2 * a * b)
+    one = outcome(
+        forward_flops,
+        {"size": SIZE, "rows": a, "tokens": b, "context": c, "outputs": 1},
+    )
+    assert (one is not None) == (fits(a, b, c) and math.inf not in (a, b, c)) and (
+        one is None or one >= 0
+    )
+    step = outcome(
+        flops,
+        {"config": config, "size": SIZE, "prompt_length": a, "completion_length": b},
+    )
+    assert (step is not None) == (
+        fits(a, b, least=1) and math.inf not in (a, b)
+    ) and all(x >= 0 for x in (step or {}).values())
+    if step:
+        assert cost_table(config, LLAMA.config, a, b)["FLOPs"].tolist() == list(
+            step.values()
+        )
+    if fits(b, c, least=1) and math.inf not in (b, c):
+        assert 12 % completions_per_row(12, b, c, 16) == 0
     assert measure_flops(lambda: a)[0] is a
 
 
 @fuzz(iqm, interval, difference, pass_at_k, times=1)
-@given(st.lists(st.floats(-9, 9), max_size=6), st.lists(st.floats(-9, 9), max_size=6), st.sampled_from([0.5, 0.95, *ODD]), COUNTS, COUNTS, COUNTS)
+@given(
+    st.lists(st.floats(-9, 9), max_size=6),
+    st.lists(st.floats(-9, 9), max_size=6),
+    st.sampled_from([0.5, 0.95, *ODD]),
+    COUNTS,
+    COUNTS,
+    COUNTS,
+)
 def test_statistics(x, y, level, n, c, k):
     middle = outcome(iqm, {"x": x}) if x else math.nan
     assert not x or min(x) - 1e-9 <= middle <= max(x) + 1e-9
     ends = refused(lambda: interval(x, level=level), "level", "samples")
     assert (ends is None) == (not isinstance(level, (int, float)) or not 0 < level < 1)
-    if ends and len(x) > 1: assert min(x) - 1e-9 <= ends[0] <= ends[1] <= max(x) + 1e-9
-    if x and y: assert math.isclose(difference(x, y)[0], middle - iqm(y), abs_tol=1e-12)
+    if ends and len(x) > 1:
+        assert min(x) - 1e-9 <= ends[0] <= ends[1] <= max(x) + 1e-9
+    if x and y:
+        assert math.isclose(difference(x, y)[0], middle - iqm(y), abs_tol=1e-12)
     found = outcome(pass_at_k, {"n": n, "c": c, "k": k})
     whole = all(type(v) in (int, bool) for v in (n, c, k))
     assert (found is not None) == (whole and 0 <= c <= n and 1 <= k <= n)
-    if found is not None and n < 9: assert math.isclose(found, sum(any(i < c for i in s) for s in itertools.combinations(range(n), k)) / math.comb(n, k))
+    if found is not None and n < 9:
+        assert math.isclose(
+            found,
+            sum(any(i < c for i in s) for s in itertools.combinations(range(n), k))
+            / math.comb(n, k),
+        )
 
 
-def ask(*_): raise AssertionError("nothing was to be run")
+def ask(*_):
+    raise AssertionError("nothing was to be run")
 
 
-PLAIN = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9) | st.sampled_from(["../..", "/etc/passwd", "a/b", "..", "x" * 300, "a\0b", "\n"])
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=9)
+    | st.sampled_from(["../..", "/etc/passwd", "a/b", "..", "x" * 300, "a\0b", "\n"])
+)
 
 
 @fuzz(grid, cell_name, sweep, times=1)
-@given(st.dictionaries(st.sampled_from(["task", "seed", "model", "beta"]), PLAIN | st.lists(PLAIN, max_size=3), max_size=3), st.sampled_from([1, *ODD]), ANYTHING)
+@given(
+    st.dictionaries(
+        st.sampled_from(["task", "seed", "model", "beta"]),
+        PLAIN | st.lists(PLAIN, max_size=3),
+        max_size=3,
+    ),
+    st.sampled_from([1, *ODD]),
+    ANYTHING,
+)
 def test_grids(axes, jobs, value):
     "A folder for each cell: inside of the directory, with a name that the system allows, and another for another cell. Nothing is run that cannot be."
     cells = refused(lambda: grid(**axes), *axes)
     assert (cells is None) == any(x == [] for x in axes.values())
     names = [cell_name(cell) for cell in cells or []]
-    for name in names: assert Path("runs", name).resolve().parent == Path("runs").resolve() and name not in (".", "..") and len(name.encode()) <= 255 and "\0" not in name
-    assert all((a == b) == (repr(x) == repr(y)) for a, x in zip(names, cells or []) for b, y in zip(names, cells or []))
-    for cells, jobs in (([{"nonsense": 1}], 1), ([{"output_dir": "/etc"}], 1), ([{"seed": 1}] * 2, 1), ([{"seed": {1, 2}}], 1), ([{"beta": math.nan}], 1), ([], jobs)):
+    for name in names:
+        assert (
+            Path("runs", name).resolve().parent == Path("runs").resolve()
+            and name not in (".", "..")
+            and len(name.encode()) <= 255
+            and "\0" not in name
+        )
+    assert all(
+        (a == b) == (repr(x) == repr(y))
+        for a, x in zip(names, cells or [])
+        for b, y in zip(names, cells or [])
+    )
+    for cells, jobs in (
+        ([{"nonsense": 1}], 1),
+        ([{"output_dir": "/etc"}], 1),
+        ([{"seed": 1}] * 2, 1),
+        ([{"seed": {1, 2}}], 1),
+        ([{"beta": math.nan}], 1),
+        ([], jobs),
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sweeping, "_run_cell", ask)
-            found = refused(lambda: sweep(ROOT / "nbs/experiments/train.ipynb", cells, Path(tempfile.gettempdir()) / "no-such-sweep", jobs, progress=False), "parameter", "twice", "handed", "jobs")
-            assert (found is None) == (cells != [] or not (type(jobs) in (int, bool) and jobs >= 1))
+            found = refused(
+                lambda: sweep(
+                    ROOT / "nbs/experiments/train.ipynb",
+                    cells,
+                    Path(tempfile.gettempdir()) / "no-such-sweep",
+                    jobs,
+                    progress=False,
+                ),
+                "parameter",
+                "twice",
+                "handed",
+                "jobs",
+            )
+            assert (found is None) == (
+                cells != [] or not (type(jobs) in (int, bool) and jobs >= 1)
+            )
 
 
 @fuzz(verdicts, Claim, read_json)
@@ -990,43 +2257,110 @@ def test_claims(tmp_path_factory, damage, name):
     found = refused(lambda: verdicts(path.parent), str(path))
     assert found is None or list(found.index) == ["01_kl"]
     claim = outcome(Claim, {"name": name, "statement": ""})
-    assert (claim is not None) == bool(re.fullmatch(r"\w+", name)) and (claim is None or claim.directory.parent == ROOT / "runs/claims")
+    assert (claim is not None) == bool(re.fullmatch(r"\w+", name)) and (
+        claim is None or claim.directory.parent == ROOT / "runs/claims"
+    )
 
 
 @fuzz(boxes, draw_figure)
-@given(st.sampled_from(["ppo", "grpo", None, "dpo", "", 1]), st.none() | st.sampled_from(["kl", "gae", "trained", "task"]) | st.text(max_size=5), st.dictionaries(st.sampled_from(["q", "r", "kl"]) | st.text(max_size=4), st.text(max_size=5) | st.lists(st.text(max_size=4) | st.just(1), max_size=3), max_size=2))
+@given(
+    st.sampled_from(["ppo", "grpo", None, "dpo", "", 1]),
+    st.none() | st.sampled_from(["kl", "gae", "trained", "task"]) | st.text(max_size=5),
+    st.dictionaries(
+        st.sampled_from(["q", "r", "kl"]) | st.text(max_size=4),
+        st.text(max_size=5) | st.lists(st.text(max_size=4) | st.just(1), max_size=3),
+        max_size=2,
+    ),
+)
 def test_figures(algorithm, highlight, text):
     "Well-formed SVG, whatever is written into it; or a refusal."
-    figure = outcome(draw_figure, {"algorithm": algorithm, "highlight": highlight, "text": text})
-    assert figure is not None or algorithm not in ("ppo", "grpo", None) or highlight is not None or text
-    if figure: ElementTree.fromstring(re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(figure)))
-    assert (outcome(boxes, {"algorithm": algorithm}) is None) == (algorithm not in ("ppo", "grpo"))
+    figure = outcome(
+        draw_figure, {"algorithm": algorithm, "highlight": highlight, "text": text}
+    )
+    assert (
+        figure is not None
+        or algorithm not in ("ppo", "grpo", None)
+        or highlight is not None
+        or text
+    )
+    if figure:
+        ElementTree.fromstring(
+            re.sub(
+                r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(figure)
+            )
+        )
+    assert (outcome(boxes, {"algorithm": algorithm}) is None) == (
+        algorithm not in ("ppo", "grpo")
+    )
 
 
 # All of them -------------------------------------------------------------------------------------------------------------
 
-EXCEPTIONS = {
-    "figure.Box": "made by `boxes`", "figure.Figure": "made by `draw_figure`",
-    "policy.autocast_as_it_is": "takes a device that `resolve_device` made", "loading.cache_directory": "takes nothing",
-    "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
-    "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py", "training.checkpoint_layers": "takes a model; test_training.py",
-    "task.read_rows": "test_data.py damages files", "task.task_from_rows": "test_data.py", "task.check_task": "in `load_task`", "task.extract_answer": "hostile texts in test_data.py",
-    "task.gsm8k": "in `load_task`; test_data.py", "task.gym": "in `load_task`; test_data.py",
-    "training.add_adapters": "takes a model and a checked config; test_models.py", "training.load_value_model": "wrong models in test_models.py", "training.token_classifier": "takes a value model; test_models.py",
-    "algorithm.option": "of transformers", "algorithm.Models": "holds models", "algorithm.ppo_step": "the stages above, in order", "algorithm.grpo_step": "the stages above, in order",
-    "training.evaluate": "`sample` and a task", "training.peak_memory": "takes a device", "training.write_atomically": "test_security.py",
-    "training.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`", "training.outer_iteration": "part of `train`", "training.step_queries": "`Task.queries`",
-    "training.chat": "any line of text is a question: `Task.parse`", "evidence.summarise": "pandas", "evidence.probe": "`sample` and a task", "evidence.read_metrics": "of runs that `sweep` made",
-} | dict.fromkeys([f"plots.{name}" for name in plots.__all__] + ["evidence.plot_summary"], "draws what a run holds") | dict.fromkeys([f"ledger.{name}" for name in ledger.__all__], "the instruments of the tests") | dict.fromkeys(
-    [f"processes.{name}" for name in processes.__all__], "alone the identity, together in test_processes.py") | dict.fromkeys(
-    [f"vllm_sampler.{name}" for name in vllm_sampler.__all__], "needs vLLM: test_vllm.py")
+EXCEPTIONS = (
+    {
+        "figure.Box": "made by `boxes`",
+        "figure.Figure": "made by `draw_figure`",
+        "policy.autocast_as_it_is": "takes a device that `resolve_device` made",
+        "loading.cache_directory": "takes nothing",
+        "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
+        "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py",
+        "training.checkpoint_layers": "takes a model; test_training.py",
+        "task.read_rows": "test_data.py damages files",
+        "task.task_from_rows": "test_data.py",
+        "task.check_task": "in `load_task`",
+        "task.extract_answer": "hostile texts in test_data.py",
+        "task.gsm8k": "in `load_task`; test_data.py",
+        "task.gym": "in `load_task`; test_data.py",
+        "training.add_adapters": "takes a model and a checked config; test_models.py",
+        "training.load_value_model": "wrong models in test_models.py",
+        "training.token_classifier": "takes a value model; test_models.py",
+        "algorithm.option": "of transformers",
+        "algorithm.Models": "holds models",
+        "algorithm.ppo_step": "the stages above, in order",
+        "algorithm.grpo_step": "the stages above, in order",
+        "training.evaluate": "`sample` and a task",
+        "training.peak_memory": "takes a device",
+        "training.write_atomically": "test_security.py",
+        "training.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`",
+        "training.outer_iteration": "part of `train`",
+        "training.step_queries": "`Task.queries`",
+        "training.chat": "any line of text is a question: `Task.parse`",
+        "evidence.summarise": "pandas",
+        "evidence.probe": "`sample` and a task",
+        "evidence.read_metrics": "of runs that `sweep` made",
+    }
+    | dict.fromkeys(
+        [f"plots.{name}" for name in plots.__all__] + ["evidence.plot_summary"],
+        "draws what a run holds",
+    )
+    | dict.fromkeys(
+        [f"ledger.{name}" for name in ledger.__all__], "the instruments of the tests"
+    )
+    | dict.fromkeys(
+        [f"processes.{name}" for name in processes.__all__],
+        "alone the identity, together in test_processes.py",
+    )
+    | dict.fromkeys(
+        [f"vllm_sampler.{name}" for name in vllm_sampler.__all__],
+        "needs vLLM: test_vllm.py",
+    )
+)
 
 
 def test_every_public_function_is_here():
     "Fuzzed above, or excepted for a reason; no exception is older than its function."
-    public = {f"{module.name}.{name}" for module in pkgutil.iter_modules(grpo_nb.__path__) if module.name != "_modidx"
-              for name in importlib.import_module(f"grpo_nb.{module.name}").__all__
-              if callable(thing := getattr(importlib.import_module(f"grpo_nb.{module.name}"), name)) and (inspect.isfunction(thing) or inspect.isclass(thing))}
+    public = {
+        f"{module.name}.{name}"
+        for module in pkgutil.iter_modules(grpo_nb.__path__)
+        if module.name != "_modidx"
+        for name in importlib.import_module(f"grpo_nb.{module.name}").__all__
+        if callable(
+            thing := getattr(importlib.import_module(f"grpo_nb.{module.name}"), name)
+        )
+        and (inspect.isfunction(thing) or inspect.isclass(thing))
+    }
     covered = {name.removeprefix("grpo_nb.") for name in COVERED}
-    assert public - covered == public & EXCEPTIONS.keys() - covered, sorted(public - covered - EXCEPTIONS.keys())
+    assert public - covered == public & EXCEPTIONS.keys() - covered, sorted(
+        public - covered - EXCEPTIONS.keys()
+    )
     assert not covered & EXCEPTIONS.keys()

@@ -1,4 +1,5 @@
 "The few checks that need a GPU: everything else is the same code on another device."
+
 import math
 
 import pytest
@@ -24,30 +25,69 @@ def test_auto_finds_the_gpu():
 def test_sampler_and_trainer_agree(options):
     "Bug 16 on the GPU: rho = 1 to 1e-4 in float32, with TF32 off as it is by default; prompts of different lengths."
     policy, tokenizer = load_policy("tiny", DEVICE)
-    queries = load_task("add").queries("train", 8) + load_task("add", digits=3).queries("train", 8)
-    rollout = sample(policy, tokenizer, queries, 8, 12, generator=torch.Generator(DEVICE).manual_seed(0), **options)
-    with torch.no_grad(): rho = (token_logprobs(policy, rollout, options.get("temperature", 1.0)) - rollout.logprobs).exp()
+    queries = load_task("add").queries("train", 8) + load_task("add", digits=3).queries(
+        "train", 8
+    )
+    rollout = sample(
+        policy,
+        tokenizer,
+        queries,
+        8,
+        12,
+        generator=torch.Generator(DEVICE).manual_seed(0),
+        **options,
+    )
+    with torch.no_grad():
+        rho = (
+            token_logprobs(policy, rollout, options.get("temperature", 1.0))
+            - rollout.logprobs
+        ).exp()
     assert rollout.completion_ids.device.type == DEVICE and (rho - 1).abs().max() < 1e-4
 
 
 def test_the_gpu_agrees_with_the_cpu():
     "The same completions have the same log-probs on both."
-    (policy, tokenizer), (copy, _) = load_policy("tiny", DEVICE), load_policy("tiny", "cpu")
-    rollout = sample(copy, tokenizer, load_task("add").queries("train", 8), 4, 8, generator=torch.Generator().manual_seed(0))
+    (policy, tokenizer), (copy, _) = (
+        load_policy("tiny", DEVICE),
+        load_policy("tiny", "cpu"),
+    )
+    rollout = sample(
+        copy,
+        tokenizer,
+        load_task("add").queries("train", 8),
+        4,
+        8,
+        generator=torch.Generator().manual_seed(0),
+    )
     moved = sample(policy, tokenizer, rollout.queries, 4, 8, top_k=1)
-    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"): setattr(moved, name, getattr(rollout, name).to(DEVICE))
-    with torch.no_grad(): torch.testing.assert_close(token_logprobs(policy, moved).cpu(), rollout.logprobs, rtol=0, atol=1e-4)
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
+        setattr(moved, name, getattr(rollout, name).to(DEVICE))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            token_logprobs(policy, moved).cpu(), rollout.logprobs, rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_steps(tmp_path, algorithm, dtype):
     "Three steps of each half: finite, rho = 1 on fresh samples, and the policy that samples is the one that is trained."
-    config = short_config(algorithm=algorithm, dtype=dtype, device=DEVICE, max_steps=3, num_prompts=32, learning_rate=3e-4, output_dir=str(tmp_path / "run"))
+    config = short_config(
+        algorithm=algorithm,
+        dtype=dtype,
+        device=DEVICE,
+        max_steps=3,
+        num_prompts=32,
+        learning_rate=3e-4,
+        output_dir=str(tmp_path / "run"),
+    )
     run = train(config, progress=False)
     metrics = read_metrics(run.directory)
     assert all(math.isfinite(x) for line in metrics for x in line.values())
-    assert all(abs(line["ratio"] - 1) < (1e-4 if dtype == "float32" else 1e-2) for line in metrics)
+    assert all(
+        abs(line["ratio"] - 1) < (1e-4 if dtype == "float32" else 1e-2)
+        for line in metrics
+    )
     assert metrics[0]["kl"] < 1e-3 < metrics[2]["kl"]
     assert run.policy.device.type == DEVICE and run.policy.dtype == torch.float32
 
@@ -58,51 +98,121 @@ def test_steps(tmp_path, algorithm, dtype):
 def test_shared_rows(monkeypatch, k, pieces, dtype):
     "Rows of one completion, of a few and of a whole group, logits whole and in pieces: log-probs and gradients of the plain way."
     policy, tokenizer = load_policy("tiny", DEVICE)
-    queries = load_task("add").queries("train", 4) + load_task("add", digits=3).queries("train", 4)
-    rollout = sample(policy, tokenizer, queries, 16, 12, temperature=2.0, generator=torch.Generator(DEVICE).manual_seed(0))
+    queries = load_task("add").queries("train", 4) + load_task("add", digits=3).queries(
+        "train", 4
+    )
+    rollout = sample(
+        policy,
+        tokenizer,
+        queries,
+        16,
+        12,
+        temperature=2.0,
+        generator=torch.Generator(DEVICE).manual_seed(0),
+    )
     monkeypatch.setattr(policy_module, "completions_per_row", lambda *_: k)
-    if pieces: monkeypatch.setattr(policy_module, "LOGITS", 50 * policy.config.vocab_size)
+    if pieces:
+        monkeypatch.setattr(policy_module, "LOGITS", 50 * policy.config.vocab_size)
+
     def gradient(f):
         policy.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False):
+        with torch.autocast(
+            DEVICE, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False
+        ):
             logprobs = f()
             logprobs.float().square().mean().backward()
-        return logprobs.detach().float(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+        return logprobs.detach().float(), torch.cat(
+            [p.grad.flatten() for p in policy.parameters()]
+        )
+
     def plain():
-        logits = policy(**model_inputs(rollout)).logits[:, rollout.prompt_ids.shape[1] - 1:-1].float()
-        return logits.log_softmax(-1).gather(-1, rollout.completion_ids[..., None]).squeeze(-1).masked_fill(~rollout.completion_mask, 0)
-    (ours, slope), (truth, true_slope) = gradient(lambda: token_logprobs(policy, rollout)), gradient(plain)
+        logits = (
+            policy(**model_inputs(rollout))
+            .logits[:, rollout.prompt_ids.shape[1] - 1 : -1]
+            .float()
+        )
+        return (
+            logits.log_softmax(-1)
+            .gather(-1, rollout.completion_ids[..., None])
+            .squeeze(-1)
+            .masked_fill(~rollout.completion_mask, 0)
+        )
+
+    (ours, slope), (truth, true_slope) = (
+        gradient(lambda: token_logprobs(policy, rollout)),
+        gradient(plain),
+    )
     close, share = (1e-4, 1e-4) if dtype == "float32" else (0.3, 0.1)
-    assert (ours - truth).abs().max() < close and (slope - true_slope).norm() < share * true_slope.norm()
+    assert (ours - truth).abs().max() < close and (
+        slope - true_slope
+    ).norm() < share * true_slope.norm()
 
 
 def test_reference_in_pieces():
     "Under inference_mode, a micro-batch at a time, in the order of the rows."
     policy, tokenizer = load_policy("tiny", DEVICE)
-    rollout = sample(policy, tokenizer, load_task("add", digits=1).queries("train", 3) + load_task("add").queries("train", 5), 4, 8, generator=torch.Generator(DEVICE).manual_seed(0))
-    assert (reference_logprobs(policy, rollout, max_tokens=60) - rollout.logprobs).abs().max() < 1e-4
+    rollout = sample(
+        policy,
+        tokenizer,
+        load_task("add", digits=1).queries("train", 3)
+        + load_task("add").queries("train", 5),
+        4,
+        8,
+        generator=torch.Generator(DEVICE).manual_seed(0),
+    )
+    assert (
+        reference_logprobs(policy, rollout, max_tokens=60) - rollout.logprobs
+    ).abs().max() < 1e-4
 
 
 def test_gradient_checkpointing(tmp_path):
     "The same steps; less memory is a matter of the benchmark."
-    runs = [train(short_config(device=DEVICE, max_steps=2, gradient_checkpointing=lean, output_dir=str(tmp_path / str(lean))), progress=False) for lean in (False, True)]
+    runs = [
+        train(
+            short_config(
+                device=DEVICE,
+                max_steps=2,
+                gradient_checkpointing=lean,
+                output_dir=str(tmp_path / str(lean)),
+            ),
+            progress=False,
+        )
+        for lean in (False, True)
+    ]
     a, b = (read_metrics(run.directory) for run in runs)
-    assert all(x["loss"] == pytest.approx(y["loss"], abs=1e-4) and x["kl"] == pytest.approx(y["kl"], abs=1e-4) for x, y in zip(a, b))
+    assert all(
+        x["loss"] == pytest.approx(y["loss"], abs=1e-4)
+        and x["kl"] == pytest.approx(y["kl"], abs=1e-4)
+        for x, y in zip(a, b)
+    )
 
 
 def by_length(calls_allowed):
     "A reward function that stops the run, as Ctrl-C does, after so many calls."
     calls = []
+
     def length(completions, **_):
         calls.append(1)
-        if len(calls) > calls_allowed: raise KeyboardInterrupt
+        if len(calls) > calls_allowed:
+            raise KeyboardInterrupt
         return [float(len(text)) for text in completions]
+
     return length
 
 
 def test_resume(tmp_path):
     "Bug 26: the sampler's generator lives on the GPU, and comes back there."
-    options = {"device": DEVICE, "max_steps": 4, "save_steps": 2, "output_dir": str(tmp_path / "run")}
-    with pytest.raises(KeyboardInterrupt): train(short_config(**options), reward_funcs=[by_length(2)], progress=False)
-    run = train(short_config(**options, resume=True), reward_funcs=[by_length(9)], progress=False)
+    options = {
+        "device": DEVICE,
+        "max_steps": 4,
+        "save_steps": 2,
+        "output_dir": str(tmp_path / "run"),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        train(short_config(**options), reward_funcs=[by_length(2)], progress=False)
+    run = train(
+        short_config(**options, resume=True),
+        reward_funcs=[by_length(9)],
+        progress=False,
+    )
     assert [line["step"] for line in read_metrics(run.directory)] == [1, 2, 3, 4]

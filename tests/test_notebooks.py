@@ -1,4 +1,5 @@
 "The notebooks: saved with their outputs, none of them an error; and the ones that are run with parameters run."
+
 import ast
 import json
 import re
@@ -12,10 +13,16 @@ import pytest
 from grpo_nb.algorithm import CONFIGS
 from helpers import ROOT, read_metrics
 
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+NOTEBOOKS = sorted(
+    path
+    for path in (ROOT / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts
+)
 CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 EXPERIMENTS = ROOT / "nbs" / "experiments"
-TRAIN, COMPARE, RECIPES = (EXPERIMENTS / f"{name}.ipynb" for name in ("train", "compare", "recipes"))
+TRAIN, COMPARE, RECIPES = (
+    EXPERIMENTS / f"{name}.ipynb" for name in ("train", "compare", "recipes")
+)
 
 
 def name_of(path):
@@ -24,7 +31,11 @@ def name_of(path):
 
 def parameters_of(path):
     "The source of the one cell tagged `parameters`, and what it sets."
-    cells = [cell["source"] for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = [
+        cell["source"]
+        for cell in nbformat.read(path, 4).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
     assert len(cells) == 1
     values = {}
     exec(cells[0], {}, values)
@@ -34,7 +45,15 @@ def parameters_of(path):
 def run(notebook, tmp_path, monkeypatch, **parameters):
     "Run it as papermill does, pictures included; the executed notebook."
     monkeypatch.delenv("MPLBACKEND", raising=False)
-    return papermill.execute_notebook(notebook, tmp_path / "out.ipynb", parameters, cwd=tmp_path, kernel_name="python3", progress_bar=False, log_output=False)
+    return papermill.execute_notebook(
+        notebook,
+        tmp_path / "out.ipynb",
+        parameters,
+        cwd=tmp_path,
+        kernel_name="python3",
+        progress_bar=False,
+        log_output=False,
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
@@ -43,17 +62,32 @@ def test_no_saved_output_is_an_error(path):
     nbformat.validate(notebook)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            assert output.output_type != "error" and "Traceback (most recent call last)" not in str(output.get("text", ""))
-            assert output.get("name") != "stderr" or "Error" not in output["text"], output["text"]
+            assert (
+                output.output_type != "error"
+                and "Traceback (most recent call last)"
+                not in str(output.get("text", ""))
+            )
+            assert output.get("name") != "stderr" or "Error" not in output["text"], (
+                output["text"]
+            )
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
 def test_a_chapter_is_saved_with_its_outputs(path):
     "Executed from top to bottom: a cell that ends in an expression shows it."
-    code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" and cell.source.strip()]
+    code = [
+        cell
+        for cell in nbformat.read(path, 4).cells
+        if cell.cell_type == "code" and cell.source.strip()
+    ]
     assert sum(bool(cell.outputs) for cell in code) >= 3
-    assert any("image/png" in output.get("data", {}) or "image/svg+xml" in output.get("data", {}) or "text/html" in output.get("data", {})
-               for cell in code for output in cell.outputs), "no picture"
+    assert any(
+        "image/png" in output.get("data", {})
+        or "image/svg+xml" in output.get("data", {})
+        or "text/html" in output.get("data", {})
+        for cell in code
+        for output in cell.outputs
+    ), "no picture"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
@@ -64,56 +98,142 @@ def test_the_first_cell_is_title_and_sentence(path):
 
 def test_api_reference_is_up_to_date():
     "The saved page has a row for every public function and class of the library, with its docstring's first line."
-    outputs = [o for c in nbformat.read(ROOT / "nbs" / "api.ipynb", 4).cells for o in c.get("outputs", [])]
-    page = "".join(o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {}))
+    outputs = [
+        o
+        for c in nbformat.read(ROOT / "nbs" / "api.ipynb", 4).cells
+        for o in c.get("outputs", [])
+    ]
+    page = "".join(
+        o["data"]["text/markdown"]
+        for o in outputs
+        if "text/markdown" in o.get("data", {})
+    )
     for path in sorted((ROOT / "grpo_nb").glob("[a-z]*.py")):
         for thing in ast.parse(path.read_text()).body:
-            if not isinstance(thing, (ast.FunctionDef, ast.ClassDef)) or thing.name.startswith("_"): continue
+            if not isinstance(
+                thing, (ast.FunctionDef, ast.ClassDef)
+            ) or thing.name.startswith("_"):
+                continue
             about = (ast.get_docstring(thing) or "").splitlines()[0].replace("|", "\\|")
-            row = re.search(rf"^\| \[`{thing.name}`\].*$", page.partition(f"## {path.stem}\n")[2], re.M)
-            assert row and about in row[0], f"run nbs/api.ipynb again: {path.stem}.{thing.name}"
+            row = re.search(
+                rf"^\| \[`{thing.name}`\].*$",
+                page.partition(f"## {path.stem}\n")[2],
+                re.M,
+            )
+            assert row and about in row[0], (
+                f"run nbs/api.ipynb again: {path.stem}.{thing.name}"
+            )
 
 
 def test_the_parameters_of_train_are_the_fields_of_the_configs():
     "One parameter for each option of either algorithm, all None: not given."
-    fields = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
+    fields = {
+        name for config in CONFIGS.values() for name in config.__dataclass_fields__
+    }
     assert parameters_of(TRAIN) == dict.fromkeys(fields)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_train_notebook(tmp_path, monkeypatch, algorithm):
     sizes = {"num_generations": 4} if algorithm == "grpo" else {}
-    notebook = run(TRAIN, tmp_path, monkeypatch, algorithm=algorithm, max_steps=2, num_prompts=8, eval_size=10, device="cpu", output_dir=str(tmp_path / "run"), **sizes)
+    notebook = run(
+        TRAIN,
+        tmp_path,
+        monkeypatch,
+        algorithm=algorithm,
+        max_steps=2,
+        num_prompts=8,
+        eval_size=10,
+        device="cpu",
+        output_dir=str(tmp_path / "run"),
+        **sizes,
+    )
     assert len(read_metrics(tmp_path / "run")) == 2
-    assert len(pd.read_parquet(tmp_path / "run/completions.parquet")) == 2 * 8 * sizes.get("num_generations", 1)
-    assert {"summary.txt", "curves.png", "model", "config.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert len(
+        pd.read_parquet(tmp_path / "run/completions.parquet")
+    ) == 2 * 8 * sizes.get("num_generations", 1)
+    assert {"summary.txt", "curves.png", "model", "config.json"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "held-out accuracy after" in shown and "image/png" in shown
-    live, = [cell for cell in notebook.cells if "LivePlot()" in cell.source]
-    assert sum("image/png" in output.get("data", {}) for output in live.outputs) == 1  # redrawn in its place
+    (live,) = [cell for cell in notebook.cells if "LivePlot()" in cell.source]
+    assert (
+        sum("image/png" in output.get("data", {}) for output in live.outputs) == 1
+    )  # redrawn in its place
 
 
 def test_recipes_notebook(tmp_path, monkeypatch):
     "Recipes by name, each with the same number of completions; one that is not there is refused before anything is trained."
-    run(RECIPES, tmp_path, monkeypatch, recipes=["dapo", "rloo", "ppo"], max_steps=2, completions_per_step=32, output_dir=str(tmp_path / "runs"))
-    lengths = {path.parent.name: len(pd.read_parquet(path)) for path in (tmp_path / "runs").rglob("completions.parquet")}
-    assert lengths["rloo-seed0"] == lengths["ppo-seed0"] == 64 and "dapo-seed0" in lengths
-    with pytest.raises(papermill.PapermillExecutionError, match="'dapoo' is not a recipe"): run(RECIPES, tmp_path, monkeypatch, recipes=["dapoo"], output_dir=str(tmp_path / "none"))
+    run(
+        RECIPES,
+        tmp_path,
+        monkeypatch,
+        recipes=["dapo", "rloo", "ppo"],
+        max_steps=2,
+        completions_per_step=32,
+        output_dir=str(tmp_path / "runs"),
+    )
+    lengths = {
+        path.parent.name: len(pd.read_parquet(path))
+        for path in (tmp_path / "runs").rglob("completions.parquet")
+    }
+    assert (
+        lengths["rloo-seed0"] == lengths["ppo-seed0"] == 64 and "dapo-seed0" in lengths
+    )
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="'dapoo' is not a recipe"
+    ):
+        run(
+            RECIPES,
+            tmp_path,
+            monkeypatch,
+            recipes=["dapoo"],
+            output_dir=str(tmp_path / "none"),
+        )
     assert not (tmp_path / "none").exists()
 
 
 def test_train_notebook_with_a_recipe(tmp_path, monkeypatch):
     "`-p recipe dapo` is all it takes; what is given beside it wins."
-    run(TRAIN, tmp_path, monkeypatch, recipe="dapo", max_steps=2, num_prompts=4, num_generations=4, eval_size=10, device="cpu", output_dir=str(tmp_path / "run"))
+    run(
+        TRAIN,
+        tmp_path,
+        monkeypatch,
+        recipe="dapo",
+        max_steps=2,
+        num_prompts=4,
+        num_generations=4,
+        eval_size=10,
+        device="cpu",
+        output_dir=str(tmp_path / "run"),
+    )
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config["epsilon_high"] == 0.28 and config["dynamic_sampling"] == 4 and config["num_generations"] == 4
+    assert (
+        config["epsilon_high"] == 0.28
+        and config["dynamic_sampling"] == 4
+        and config["num_generations"] == 4
+    )
     assert read_metrics(tmp_path / "run")[-1]["num_completions"] >= 32
 
 
 def test_compare_notebook(tmp_path, monkeypatch):
-    run(COMPARE, tmp_path, monkeypatch, seeds=1, max_steps=2, completions_per_step=16, num_generations=4, output_dir=str(tmp_path / "runs"))
+    run(
+        COMPARE,
+        tmp_path,
+        monkeypatch,
+        seeds=1,
+        max_steps=2,
+        completions_per_step=16,
+        num_generations=4,
+        output_dir=str(tmp_path / "runs"),
+    )
     runs = {path.parent for path in (tmp_path / "runs").rglob("config.json")}
-    assert len(runs) >= 2 and all(len(read_metrics(directory)) == 2 for directory in runs if (directory / "metrics.jsonl").exists())
+    assert len(runs) >= 2 and all(
+        len(read_metrics(directory)) == 2
+        for directory in runs
+        if (directory / "metrics.jsonl").exists()
+    )
 
 
 # The claims ------------------------------------------------------------------------------------------------------------------
@@ -123,22 +243,35 @@ CLAIMS = sorted(EXPERIMENTS.glob("claims/[0-9]*.ipynb"))
 
 def printed(path):
     "All text that the cells of a saved notebook have put out."
-    outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
-    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in outputs)
+    outputs = [
+        o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])
+    ]
+    return "\n".join(
+        o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in outputs
+    )
 
 
 @pytest.mark.parametrize("path", CLAIMS, ids=name_of)
 def test_a_claim_is_saved_with_the_verdict_of_its_results(path):
     "Its page, the page of all claims and the README say the same."
     noted = json.loads((ROOT / "benchmarks/claims" / f"{path.stem}.json").read_text())
-    assert re.match(r"(holds|does not hold)\b", noted["verdict"]) and len(noted["reason"]) > 40 and noted["practice"]
+    assert (
+        re.match(r"(holds|does not hold)\b", noted["verdict"])
+        and len(noted["reason"]) > 40
+        and noted["practice"]
+    )
     assert f"Verdict: {noted['verdict']}\n" in printed(path)
-    for page in (printed(EXPERIMENTS / "claims/index.ipynb"), (ROOT / "README.md").read_text()):
+    for page in (
+        printed(EXPERIMENTS / "claims/index.ipynb"),
+        (ROOT / "README.md").read_text(),
+    ):
         assert noted["claim"] in page and noted["verdict"] in page
     for table in noted["tables"]:
         rows = pd.read_csv(ROOT / "benchmarks/claims" / f"{path.stem}_{table}.csv")
         assert len(rows) == noted["tables"][table]["rows"] > 0
-        assert not rows.map(lambda x: str(x).startswith("/")).any().any(), "a path of one machine"
+        assert not rows.map(lambda x: str(x).startswith("/")).any().any(), (
+            "a path of one machine"
+        )
 
 
 def test_ten_claims():
@@ -152,8 +285,23 @@ def test_a_claim_in_miniature(tmp_path, monkeypatch, name):
     shutil.copytree(EXPERIMENTS, tmp_path / "nbs/experiments")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = papermill.execute_notebook(EXPERIMENTS / f"claims/{name}.ipynb", tmp_path / "out.ipynb", {"smoke": True, "jobs": 2},
-                                          cwd=tmp_path / "nbs/experiments/claims", kernel_name="python3", progress_bar=False, log_output=False)
-    said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
-    assert re.search(r"^Verdict: (holds|does not hold).*\(a smoke run: it says nothing\)$", said, re.M)
-    assert not (tmp_path / "benchmarks").exists() and list((tmp_path / f"runs/claims/smoke-{name}").glob(f"{name}_*.csv"))
+    notebook = papermill.execute_notebook(
+        EXPERIMENTS / f"claims/{name}.ipynb",
+        tmp_path / "out.ipynb",
+        {"smoke": True, "jobs": 2},
+        cwd=tmp_path / "nbs/experiments/claims",
+        kernel_name="python3",
+        progress_bar=False,
+        log_output=False,
+    )
+    said = "".join(
+        o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", [])
+    )
+    assert re.search(
+        r"^Verdict: (holds|does not hold).*\(a smoke run: it says nothing\)$",
+        said,
+        re.M,
+    )
+    assert not (tmp_path / "benchmarks").exists() and list(
+        (tmp_path / f"runs/claims/smoke-{name}").glob(f"{name}_*.csv")
+    )

@@ -1,4 +1,5 @@
 "Several processes: the gradient of one, runs that are whole, stop together and go on; two at a time, over gloo, on the CPU."
+
 import json
 import os
 import signal
@@ -16,42 +17,109 @@ from grpo_nb.processes import all_rows, gather, known_to_all, my_share, on_main,
 from grpo_nb.training import checkpoints, open_run, train
 from helpers import ROOT, read_metrics, reproducible, short_config
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch --use_fsdp --fsdp_version 2` sets
-OPTIONS = {"num_prompts": 4, "num_generations": 4, "max_steps": 6, "eval_steps": 3, "eval_size": 7, "save_steps": 1, "max_completion_length": 6, "device": "cpu"}
-GREEDY = {"algorithm": "ppo", "num_prompts": 8, "max_steps": 4, "eval_steps": 2, "eval_size": 11, "save_steps": 2, "max_completion_length": 6, "device": "cpu",
-          "top_k": 1, "whiten_rewards": True, "kl_target": 0.01, "lr_scheduler_type": "cosine"}  # nothing is random: one process and two sample the same
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+}  # what `accelerate launch --use_fsdp --fsdp_version 2` sets
+OPTIONS = {
+    "num_prompts": 4,
+    "num_generations": 4,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "eval_size": 7,
+    "save_steps": 1,
+    "max_completion_length": 6,
+    "device": "cpu",
+}
+GREEDY = {
+    "algorithm": "ppo",
+    "num_prompts": 8,
+    "max_steps": 4,
+    "eval_steps": 2,
+    "eval_size": 11,
+    "save_steps": 2,
+    "max_completion_length": 6,
+    "device": "cpu",
+    "top_k": 1,
+    "whiten_rewards": True,
+    "kl_target": 0.01,
+    "lr_scheduler_type": "cosine",
+}  # nothing is random: one process and two sample the same
 
 
-def start(*program, launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2"), cwd=None, **environment):
+def start(
+    *program,
+    launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    cwd=None,
+    **environment,
+):
     "Two processes of one thread each."
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1"} | environment
-    return subprocess.Popen([sys.executable, "-m", *launcher, *map(str, program)], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = (
+        os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONFAULTHANDLER": "1",
+        }
+        | environment
+    )
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, *map(str, program)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def launch(*program, **options):
     "The same, waited for: (exit status, what it said)."
     running = start(*program, **options)
-    try: said = running.communicate(timeout=120)[0]
-    finally: running.kill()
+    try:
+        said = running.communicate(timeout=120)[0]
+    finally:
+        running.kill()
     return running.returncode, said
 
 
 def line(directory, options):
     "The command line of a run."
-    return ["-m", "grpo_nb.training", *(str(x) for name, value in {"output_dir": directory, **options}.items() for x in (f"--{name}", value))]
+    return [
+        "-m",
+        "grpo_nb.training",
+        *(
+            str(x)
+            for name, value in {"output_dir": directory, **options}.items()
+            for x in (f"--{name}", value)
+        ),
+    ]
 
 
 def same_run(a, b, last):
-    assert [reproducible(x) for x in read_metrics(a)] == [reproducible(x) for x in read_metrics(b)]
-    assert pd.read_parquet(a / "completions.parquet").equals(pd.read_parquet(b / "completions.parquet"))
-    for name in ("model/model.safetensors", f"checkpoint-{last}/state.safetensors"): assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert [reproducible(x) for x in read_metrics(a)] == [
+        reproducible(x) for x in read_metrics(b)
+    ]
+    assert pd.read_parquet(a / "completions.parquet").equals(
+        pd.read_parquet(b / "completions.parquet")
+    )
+    for name in ("model/model.safetensors", f"checkpoint-{last}/state.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def test_alone_nothing_changes():
     rows = torch.ones(2, 3)
-    assert all_rows(rows) is rows and process() == (0, 1) and my_share(7) == slice(0, 7) and known_to_all(ValueError())
+    assert (
+        all_rows(rows) is rows
+        and process() == (0, 1)
+        and my_share(7) == slice(0, 7)
+        and known_to_all(ValueError())
+    )
     marker = object()
-    assert gather(lambda: marker) == [marker] and on_main(lambda: marker) is marker  # as it is, not through JSON
+    assert (
+        gather(lambda: marker) == [marker] and on_main(lambda: marker) is marker
+    )  # as it is, not through JSON
 
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
@@ -60,26 +128,58 @@ def test_two_processes_have_the_gradient_of_one(engine):
 
     Completions are of different lengths, the groups of one process carry no loss at all, and of five groups one process gets two."""
     status, said = launch(ROOT / "tests/worker.py", "updates", **engine)
-    assert status == 0 and "14 updates" in said and said.count(f"cut {bool(engine)}") == 2, said
+    assert (
+        status == 0 and "14 updates" in said and said.count(f"cut {bool(engine)}") == 2
+    ), said
 
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
 def test_a_run_is_that_of_one_process(tmp_path, engine, monkeypatch):
     "Greedy PPO with whitening and an adaptive beta: every metric, completion and weight of four steps; by Accelerate's launcher."
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone = train(short_config(output_dir=str(tmp_path / "one"), **GREEDY), progress=False)
-    kind = ["--use_fsdp", "--fsdp_version", "2"] if engine else ["--multi_gpu"]  # Accelerate's name for torchrun; without a GPU it is gloo
-    status, said = launch(*line(tmp_path / "two", GREEDY), launcher=("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", *kind), cwd=tmp_path)
+    alone = train(
+        short_config(output_dir=str(tmp_path / "one"), **GREEDY), progress=False
+    )
+    kind = (
+        ["--use_fsdp", "--fsdp_version", "2"] if engine else ["--multi_gpu"]
+    )  # Accelerate's name for torchrun; without a GPU it is gloo
+    status, said = launch(
+        *line(tmp_path / "two", GREEDY),
+        launcher=(
+            "accelerate.commands.launch",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            *kind,
+        ),
+        cwd=tmp_path,
+    )
     assert status == 0, said
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [list(x) for x in one] == [list(x) for x in two]
-    for a, b in zip(map(reproducible, one), map(reproducible, two)): assert all(abs(a[name] - b[name]) < 1e-4 * max(1, abs(a[name])) for name in a), (a, b)
-    rows, other = (pd.read_parquet(tmp_path / name / "completions.parquet") for name in ("one", "two"))
-    assert rows.drop(columns="advantage").equals(other.drop(columns="advantage")) and (rows["advantage"] - other["advantage"]).abs().max() < 1e-3
+    for a, b in zip(map(reproducible, one), map(reproducible, two)):
+        assert all(
+            abs(a[name] - b[name]) < 1e-4 * max(1, abs(a[name])) for name in a
+        ), (a, b)
+    rows, other = (
+        pd.read_parquet(tmp_path / name / "completions.parquet")
+        for name in ("one", "two")
+    )
+    assert (
+        rows.drop(columns="advantage").equals(other.drop(columns="advantage"))
+        and (rows["advantage"] - other["advantage"]).abs().max() < 1e-3
+    )
     for name in ("model/model.safetensors", "checkpoint-4/state.safetensors"):
         a, b = (load_file(tmp_path / kind / name) for kind in ("one", "two"))
-        assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a if k != "generator") < 1e-5
-    assert said.count("held-out accuracy after") == 1 and {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+        assert (
+            a.keys() == b.keys()
+            and max((a[k] - b[k]).abs().max().item() for k in a if k != "generator")
+            < 1e-5
+        )
+    assert said.count("held-out accuracy after") == 1 and {
+        p.name for p in (tmp_path / "two").iterdir()
+    } == {p.name for p in (tmp_path / "one").iterdir()}
     assert open_run(tmp_path / "two").accuracy == alone.accuracy
 
 
@@ -97,17 +197,37 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight):
     directory = tmp_path / "run"
     running = start(*line(directory, OPTIONS))
     deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and running.poll() is None and not any(step >= 2 for step, _ in checkpoints(directory)): time.sleep(0.01)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True).stdout.split()
-    for pid in map(int, children): os.kill(pid, signal.SIGKILL)
+    while (
+        time.monotonic() < deadline
+        and running.poll() is None
+        and not any(step >= 2 for step, _ in checkpoints(directory))
+    ):
+        time.sleep(0.01)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True
+    ).stdout.split()
+    for pid in map(int, children):
+        os.kill(pid, signal.SIGKILL)
     assert running.wait(timeout=60) != 0 and len(children) == 2
-    assert not (directory / "model").exists() and json.loads((directory / "config.json").read_text())["num_processes"] == 2
-    with pytest.raises(ValueError, match="num_processes = 2, now 1"): train(short_config(**OPTIONS | {"output_dir": str(directory), "resume": True}), progress=False)
+    assert (
+        not (directory / "model").exists()
+        and json.loads((directory / "config.json").read_text())["num_processes"] == 2
+    )
+    with pytest.raises(ValueError, match="num_processes = 2, now 1"):
+        train(
+            short_config(**OPTIONS | {"output_dir": str(directory), "resume": True}),
+            progress=False,
+        )
     status, said = launch(*line(directory, OPTIONS | {"resume": True}))
     assert status == 0, said
     same_run(directory, straight, 6)
-    lines, rows = read_metrics(directory), pd.read_parquet(directory / "completions.parquet")
-    assert [x["step"] for x in lines] == list(range(1, 7)) and (rows.groupby("step").size() == 16).all()
+    lines, rows = (
+        read_metrics(directory),
+        pd.read_parquet(directory / "completions.parquet"),
+    )
+    assert [x["step"] for x in lines] == list(range(1, 7)) and (
+        rows.groupby("step").size() == 16
+    ).all()
 
 
 def test_each_process_has_random_numbers_of_its_own(monkeypatch):
@@ -115,38 +235,83 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch):
     seeds = []
     for rank in range(3):
         monkeypatch.setattr(training, "process", lambda: (rank, 3))
-        seeds.append(training._generator(short_config(seed=5), torch.device("cpu")).initial_seed())
+        seeds.append(
+            training._generator(
+                short_config(seed=5), torch.device("cpu")
+            ).initial_seed()
+        )
     assert seeds[0] == 5 and len(set(seeds)) == 3
 
 
 def test_it_learns_as_one_process_does(straight, tmp_path):
     "Loosely, for the random numbers are others: the mean reward of six steps, and the same number of completions."
-    alone = train(short_config(**OPTIONS | {"output_dir": str(tmp_path / "one")}), progress=False)
+    alone = train(
+        short_config(**OPTIONS | {"output_dir": str(tmp_path / "one")}), progress=False
+    )
     reward = lambda lines: sum(x["reward"] for x in lines) / len(lines)
-    assert abs(reward(read_metrics(straight)) - reward(read_metrics(alone.directory))) < 0.25
-    assert read_metrics(straight)[-1]["num_completions"] == alone.metrics["num_completions"].iloc[-1] == 96
+    assert (
+        abs(reward(read_metrics(straight)) - reward(read_metrics(alone.directory)))
+        < 0.25
+    )
+    assert (
+        read_metrics(straight)[-1]["num_completions"]
+        == alone.metrics["num_completions"].iloc[-1]
+        == 96
+    )
 
 
-@pytest.mark.parametrize("fault, last, said", [("raise", 2, "the sandbox does not answer"), ("signal", 3, "stopped after step 3"), ("crash", 0, "exitcode  : 7")])
+@pytest.mark.parametrize(
+    "fault, last, said",
+    [
+        ("raise", 2, "the sandbox does not answer"),
+        ("signal", 3, "stopped after step 3"),
+        ("crash", 0, "exitcode  : 7"),
+    ],
+)
 def test_what_happens_to_one_stops_all(tmp_path, fault, last, said):
     "In the second process a reward function raises, a signal arrives, or it is gone: no process waits for ever, and what can be saved is."
     began = time.monotonic()
-    status, output = launch(ROOT / "tests/worker.py", "run", tmp_path / "run", FAULT=fault)
+    status, output = launch(
+        ROOT / "tests/worker.py", "run", tmp_path / "run", FAULT=fault
+    )
     assert status != 0 and said in output and time.monotonic() - began < 60
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [last] * bool(last)
 
 
-@pytest.mark.parametrize("environment, said", [({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; FSDP2 shards the same"),
-                                               ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--dtype bfloat16"), ({"FSDP_OFFLOAD_PARAMS": "true"}, "cannot be kept on the CPU"),
-                                               (FSDP | {"FSDP_VERSION": "1"}, "only FSDP2 is supported")], ids=["deepspeed", "precision", "offload", "fsdp1"])
-def test_an_engine_that_cannot_work_is_refused(tmp_path, monkeypatch, environment, said):
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "DeepSpeed is not supported; FSDP2 shards the same",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--dtype bfloat16"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "cannot be kept on the CPU"),
+        (FSDP | {"FSDP_VERSION": "1"}, "only FSDP2 is supported"),
+    ],
+    ids=["deepspeed", "precision", "offload", "fsdp1"],
+)
+def test_an_engine_that_cannot_work_is_refused(
+    tmp_path, monkeypatch, environment, said
+):
     "Before the processes meet, before a model is loaded, and before anything is written."
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", **environment}.items(): monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=said): train(short_config(output_dir=str(tmp_path / "run")), progress=False)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        **environment,
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        train(short_config(output_dir=str(tmp_path / "run")), progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_number_of_queries_that_cannot_be_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "process", lambda: (0, 3))
-    with pytest.raises(ValueError, match="num_prompts = 4 must be divisible by the number of processes, 3"): train(short_config(output_dir=str(tmp_path / "run")), progress=False)
+    with pytest.raises(
+        ValueError,
+        match="num_prompts = 4 must be divisible by the number of processes, 3",
+    ):
+        train(short_config(output_dir=str(tmp_path / "run")), progress=False)
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """What must hold for every input: gradients against finite differences, and properties over random shapes and masks.
 
 Everything in float64. Hypothesis draws the same examples each time (see conftest)."""
+
 import math
 from dataclasses import replace
 
@@ -19,9 +20,24 @@ from grpo_nb.update import micro_batches, update
 from grpo_nb.value import value_loss
 from helpers import gradient, random_model, random_rollout, short_config
 
-LOSS_TYPES = [{"loss_type": "grpo"}, {"loss_type": "bnpo"}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo", "max_completion_length": 9}]
-OBJECTIVES = [{}, {"epsilon_high": 0.5}, {"delta": 1.3}, {"importance_sampling_level": "sequence"}, {"objective": "cispo"},
-              {"objective": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 3.0}]
+LOSS_TYPES = [
+    {"loss_type": "grpo"},
+    {"loss_type": "bnpo"},
+    {"loss_type": "dapo"},
+    {"loss_type": "dr_grpo", "max_completion_length": 9},
+]
+OBJECTIVES = [
+    {},
+    {"epsilon_high": 0.5},
+    {"delta": 1.3},
+    {"importance_sampling_level": "sequence"},
+    {"objective": "cispo"},
+    {
+        "objective": "cispo",
+        "importance_sampling_level": "sequence",
+        "epsilon_high": 3.0,
+    },
+]
 
 
 def same(a, b, tolerance=1e-12):
@@ -34,13 +50,25 @@ def batches(draw, groups=3, G=2):
     N, T = groups * G, draw(st.integers(1, 5))
     lengths = torch.tensor(draw(st.lists(st.integers(0, T), min_size=N, max_size=N)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    def normal(*shape, scale=1.0): return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     old = -normal(N, T).abs()
-    return {"mask": torch.arange(T) < lengths[:, None], "old": old, "logprobs": old + normal(N, T, scale=0.4), "ref": old + normal(N, T, scale=0.4),
-            "advantages": normal(N), "values": normal(N, T), "rewards": normal(N, T), "returns": normal(N, T)}
+    return {
+        "mask": torch.arange(T) < lengths[:, None],
+        "old": old,
+        "logprobs": old + normal(N, T, scale=0.4),
+        "ref": old + normal(N, T, scale=0.4),
+        "advantages": normal(N),
+        "values": normal(N, T),
+        "rewards": normal(N, T),
+        "returns": normal(N, T),
+    }
 
 
 # Finite differences ------------------------------------------------------------------------------------------------------
+
 
 def far_from(x, *kinks, margin=1e-3):
     "Finite differences are wrong where a bound switches."
@@ -49,32 +77,69 @@ def far_from(x, *kinks, margin=1e-3):
 
 @pytest.mark.parametrize("how", LOSS_TYPES, ids=lambda how: how["loss_type"])
 @pytest.mark.parametrize("options", OBJECTIVES[:4], ids=str)
-@pytest.mark.parametrize("per_token", [False, True], ids=["A per completion", "A per token"])
+@pytest.mark.parametrize(
+    "per_token", [False, True], ids=["A per completion", "A per token"]
+)
 def test_slope_of_the_policy_loss(options, how, per_token):
     generator = torch.Generator().manual_seed(3)
-    old, x = torch.randn(4, 5, generator=generator).double(), torch.randn(4, 5, generator=generator).double() * 0.4
-    mask, advantages = torch.arange(5) < torch.tensor([[5], [3], [1], [0]]), torch.randn(4, 5, generator=generator).double()
+    old, x = (
+        torch.randn(4, 5, generator=generator).double(),
+        torch.randn(4, 5, generator=generator).double() * 0.4,
+    )
+    mask, advantages = (
+        torch.arange(5) < torch.tensor([[5], [3], [1], [0]]),
+        torch.randn(4, 5, generator=generator).double(),
+    )
     advantages = advantages if per_token else advantages[:, 0]
-    assert far_from(policy_loss(old + x, old, advantages, mask, **options)[1]["rho"][mask], 0.8, 1.2, 1.3, 1.5)
-    assert torch.autograd.gradcheck(lambda logprobs: aggregate(policy_loss(logprobs, old, advantages, mask, **options)[0], mask, **how), (old + x).requires_grad_())
+    assert far_from(
+        policy_loss(old + x, old, advantages, mask, **options)[1]["rho"][mask],
+        0.8,
+        1.2,
+        1.3,
+        1.5,
+    )
+    assert torch.autograd.gradcheck(
+        lambda logprobs: aggregate(
+            policy_loss(logprobs, old, advantages, mask, **options)[0], mask, **how
+        ),
+        (old + x).requires_grad_(),
+    )
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_slope_of_cispo(level):
     "CISPO's weight is cut off from the gradient: its slope is that of sum_t w_t log pi_t with the weights held fixed."
-    old, x = torch.zeros(2, 3).double(), torch.tensor([[0.3, -0.4, 0.1], [0.9, 0.0, 0.7]]).double()
-    mask, advantages = torch.tensor([[True] * 3, [True, True, False]]), torch.tensor([1.5, -0.5]).double()
+    old, x = (
+        torch.zeros(2, 3).double(),
+        torch.tensor([[0.3, -0.4, 0.1], [0.9, 0.0, 0.7]]).double(),
+    )
+    mask, advantages = (
+        torch.tensor([[True] * 3, [True, True, False]]),
+        torch.tensor([1.5, -0.5]).double(),
+    )
     mean = torch.stack([x[0].mean(), x[1, :2].mean()])[:, None].expand(2, 3)
     weight = (x if level == "token" else mean).exp().clamp(max=1.2)
     logprobs = x.clone().requires_grad_()
-    policy_loss(logprobs, old, advantages, mask, objective="cispo", importance_sampling_level=level)[0].sum().backward()
+    policy_loss(
+        logprobs,
+        old,
+        advantages,
+        mask,
+        objective="cispo",
+        importance_sampling_level=level,
+    )[0].sum().backward()
     same(logprobs.grad, torch.where(mask, -weight * advantages[:, None], 0.0))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_slope_of_the_kl(estimator):
-    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda a, b: kl(a, b, estimator), (x[0].clone().requires_grad_(), x[1].clone().requires_grad_()))
+    x = torch.randn(
+        2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    assert torch.autograd.gradcheck(
+        lambda a, b: kl(a, b, estimator),
+        (x[0].clone().requires_grad_(), x[1].clone().requires_grad_()),
+    )
 
 
 def test_slope_of_the_value_loss():
@@ -83,8 +148,14 @@ def test_slope_of_the_value_loss():
     mask = torch.arange(5) < torch.tensor([[5], [3], [1], [0]])
     free, clipped = V - R, old + (V - old).clamp(-0.2, 0.2) - R
     outside = (V - old).abs() > 0.2
-    assert far_from((V - old).abs(), 0.2) and outside.any() and far_from(free[outside].abs() - clipped[outside].abs(), 0)
-    assert torch.autograd.gradcheck(lambda values: value_loss(values, old, R, mask), V.requires_grad_())
+    assert (
+        far_from((V - old).abs(), 0.2)
+        and outside.any()
+        and far_from(free[outside].abs() - clipped[outside].abs(), 0)
+    )
+    assert torch.autograd.gradcheck(
+        lambda values: value_loss(values, old, R, mask), V.requires_grad_()
+    )
 
 
 def test_slope_of_the_log_probs(tokenizer):
@@ -92,24 +163,36 @@ def test_slope_of_the_log_probs(tokenizer):
     model = random_model("gpt2")
     rollout = random_rollout(model, tokenizer)
     generator = torch.Generator().manual_seed(0)
-    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
+    direction = [
+        torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for p in model.parameters()
+    ]
+
     def total(h):
         with torch.no_grad():
-            for p, d in zip(model.parameters(), direction): p.add_(d, alpha=h)
+            for p, d in zip(model.parameters(), direction):
+                p.add_(d, alpha=h)
         logprobs, entropy = token_logprobs(model, rollout, 0.8, return_entropy=True)
         return (logprobs * rollout.values).sum() + entropy.sum()
+
     total(0).backward()
     slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction))
     h = 1e-5
-    with torch.no_grad(): numeric = (total(h) - total(-2 * h)) / (2 * h)
+    with torch.no_grad():
+        numeric = (total(h) - total(-2 * h)) / (2 * h)
     assert abs(slope - numeric) < 1e-5 * abs(slope)
 
 
 # Properties --------------------------------------------------------------------------------------------------------------
 
+
 def wider(x):
     "Two more columns: junk, or False in a mask."
-    junk = torch.full((len(x), 2), 7.0).to(x.dtype) if x.dtype != torch.bool else torch.zeros(len(x), 2, dtype=torch.bool)
+    junk = (
+        torch.full((len(x), 2), 7.0).to(x.dtype)
+        if x.dtype != torch.bool
+        else torch.zeros(len(x), 2, dtype=torch.bool)
+    )
     return torch.cat([x, junk], 1)
 
 
@@ -119,12 +202,22 @@ def test_padding_changes_no_loss_and_no_gradient(b, how, options):
     results = []
     for f in (lambda x: x, wider):
         logprobs, mask = f(b["logprobs"]).requires_grad_(), f(b["mask"])
-        loss, statistics = policy_loss(logprobs, f(b["old"]), b["advantages"], mask, **options)
+        loss, statistics = policy_loss(
+            logprobs, f(b["old"]), b["advantages"], mask, **options
+        )
         total = aggregate(loss + 0.1 * kl(logprobs, f(b["ref"])), mask, **how)
-        slope, = torch.autograd.grad(total, logprobs)
+        (slope,) = torch.autograd.grad(total, logprobs)
         assert slope[~mask].abs().sum() == 0
-        results.append((total, slope[:, :b["mask"].shape[1]], statistics["clip_low"].sum(), statistics["clip_high"].sum()))
-    for x, y in zip(*results): same(x, y)
+        results.append(
+            (
+                total,
+                slope[:, : b["mask"].shape[1]],
+                statistics["clip_low"].sum(),
+                statistics["clip_high"].sum(),
+            )
+        )
+    for x, y in zip(*results):
+        same(x, y)
 
 
 @given(batches(), st.floats(0.5, 1), st.floats(0, 1))
@@ -133,10 +226,16 @@ def test_padding_changes_nothing_for_ppo(b, gamma, lam):
     T, results = b["mask"].shape[1], []
     for f in (lambda x: x, wider):
         mask = f(b["mask"])
-        rewards = kl_in_reward(b["advantages"], f(b["logprobs"]), f(b["ref"]), mask, 0.1)
+        rewards = kl_in_reward(
+            b["advantages"], f(b["logprobs"]), f(b["ref"]), mask, 0.1
+        )
         advantages, returns = gae(rewards, f(b["values"]), mask, gamma, lam)
-        results.append([x[:, :T] for x in (rewards, advantages, returns, whiten(advantages, mask))] + [value_loss(f(b["values"]), f(b["old"]), returns, mask)])
-    for x, y in zip(*results): same(x, y)
+        results.append(
+            [x[:, :T] for x in (rewards, advantages, returns, whiten(advantages, mask))]
+            + [value_loss(f(b["values"]), f(b["old"]), returns, mask)]
+        )
+    for x, y in zip(*results):
+        same(x, y)
 
 
 @given(batches())
@@ -144,7 +243,10 @@ def test_kl_in_the_reward_adds_up(b):
     "Bug 18: the rewards of a completion sum to its score less beta times its k1; one without tokens gets nothing."
     rewards = kl_in_reward(b["advantages"], b["logprobs"], b["ref"], b["mask"], 0.3)
     price = torch.where(b["mask"], b["logprobs"] - b["ref"], 0.0).sum(1)
-    same(rewards.sum(1), torch.where(b["mask"].any(1), b["advantages"] - 0.3 * price, 0.0))
+    same(
+        rewards.sum(1),
+        torch.where(b["mask"].any(1), b["advantages"] - 0.3 * price, 0.0),
+    )
 
 
 @given(batches(), st.floats(0, 1), st.floats(0, 1))
@@ -154,7 +256,13 @@ def test_gae_is_its_double_sum(b, gamma, lam):
     for i, n in enumerate(b["mask"].sum(1).tolist()):
         r, V = b["rewards"][i].tolist(), [*b["values"][i, :n].tolist(), 0.0]
         delta = [r[t] + gamma * V[t + 1] - V[t] for t in range(n)]
-        definition = torch.tensor([sum((gamma * lam) ** (l - t) * delta[l] for l in range(t, n)) for t in range(n)], dtype=torch.float64)
+        definition = torch.tensor(
+            [
+                sum((gamma * lam) ** (l - t) * delta[l] for l in range(t, n))
+                for t in range(n)
+            ],
+            dtype=torch.float64,
+        )
         same(advantages[i, :n], definition)
         same(returns[i, :n], definition + b["values"][i, :n])
 
@@ -162,56 +270,122 @@ def test_gae_is_its_double_sum(b, gamma, lam):
 @given(batches(), st.sampled_from(LOSS_TYPES), st.sampled_from(OBJECTIVES), st.data())
 def test_any_cut_into_micro_batches_adds_up(b, how, options, data):
     "Bug 6: the loss is a sum over rows once the totals of the step are known; also for the value loss."
-    assignment = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=6, max_size=6)))
+    assignment = torch.tensor(
+        data.draw(st.lists(st.integers(0, 2), min_size=6, max_size=6))
+    )
     totals = {"num_sequences": b["mask"].any(1).sum(), "num_tokens": b["mask"].sum()}
+
     def losses(rows, **totals):
         x = {name: value[rows] for name, value in b.items()}
-        loss = aggregate(policy_loss(x["logprobs"], x["old"], x["advantages"], x["mask"], **options)[0], x["mask"], **how, **totals)
-        return torch.stack([loss, value_loss(x["values"], x["old"], x["returns"], x["mask"], num_tokens=totals.get("num_tokens"))])
-    same(sum(losses(assignment == piece, **totals) for piece in range(3)), losses(slice(None)))
+        loss = aggregate(
+            policy_loss(x["logprobs"], x["old"], x["advantages"], x["mask"], **options)[
+                0
+            ],
+            x["mask"],
+            **how,
+            **totals,
+        )
+        return torch.stack(
+            [
+                loss,
+                value_loss(
+                    x["values"],
+                    x["old"],
+                    x["returns"],
+                    x["mask"],
+                    num_tokens=totals.get("num_tokens"),
+                ),
+            ]
+        )
+
+    same(
+        sum(losses(assignment == piece, **totals) for piece in range(3)),
+        losses(slice(None)),
+    )
 
 
 @given(batches(), st.sampled_from(OBJECTIVES), st.sampled_from(LOSS_TYPES))
 def test_no_advantage_no_policy_gradient(b, options, how):
     logprobs = b["logprobs"].requires_grad_()
-    loss = aggregate(policy_loss(logprobs, b["old"], torch.zeros(6).double(), b["mask"], **options)[0], b["mask"], **how)
+    loss = aggregate(
+        policy_loss(logprobs, b["old"], torch.zeros(6).double(), b["mask"], **options)[
+            0
+        ],
+        b["mask"],
+        **how,
+    )
     assert loss == 0 and (torch.autograd.grad(loss, logprobs)[0] == 0).all()
 
 
 @given(batches(), st.sampled_from(OBJECTIVES[:4]))
 def test_the_clipped_objective_is_a_lower_bound(b, options):
     "Without a cap on rho it never promises more than the unclipped objective, and equals it at rho = 1."
-    loss, statistics = policy_loss(b["logprobs"], b["old"], b["advantages"], b["mask"], **options)
-    unclipped = torch.where(b["mask"], statistics["rho"] * b["advantages"][:, None], 0.0)
-    if "delta" not in options: assert (-loss <= unclipped + 1e-12).all()
+    loss, statistics = policy_loss(
+        b["logprobs"], b["old"], b["advantages"], b["mask"], **options
+    )
+    unclipped = torch.where(
+        b["mask"], statistics["rho"] * b["advantages"][:, None], 0.0
+    )
+    if "delta" not in options:
+        assert (-loss <= unclipped + 1e-12).all()
     at_one, _ = policy_loss(b["old"], b["old"], b["advantages"], b["mask"], **options)
     same(-at_one, torch.where(b["mask"], b["advantages"][:, None], 0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_results_have_the_dtype_of_the_input(dtype):
-    x, mask = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(dtype), torch.ones(4, 3, dtype=torch.bool)
+    x, mask = (
+        torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(dtype),
+        torch.ones(4, 3, dtype=torch.bool),
+    )
     loss, statistics = policy_loss(x, x, x[:, 0], mask)
-    results = [kl(x, x), kl_in_reward(x[:, 0], x, x, mask, 0.1), *gae(x, x, mask), whiten(x, mask), group_advantages(x[:, 0], 2), loss, statistics["rho"],
-               value_loss(x, x, x, mask), *(aggregate(loss, mask, **how) for how in LOSS_TYPES)]
+    results = [
+        kl(x, x),
+        kl_in_reward(x[:, 0], x, x, mask, 0.1),
+        *gae(x, x, mask),
+        whiten(x, mask),
+        group_advantages(x[:, 0], 2),
+        loss,
+        statistics["rho"],
+        value_loss(x, x, x, mask),
+        *(aggregate(loss, mask, **how) for how in LOSS_TYPES),
+    ]
     assert {result.dtype for result in results} == {dtype}
 
 
-rewards_of_groups = st.lists(st.one_of(st.floats(-100, 100).map(lambda x: round(x, 3)), st.just(math.nan)), min_size=8, max_size=8).map(lambda r: torch.tensor(r, dtype=torch.float64))
-GROUP_OPTIONS = [{"scale_rewards": s, "baseline": b} for s in ("group", "batch", "none") for b in ("mean", "leave_one_out")]
+rewards_of_groups = st.lists(
+    st.one_of(st.floats(-100, 100).map(lambda x: round(x, 3)), st.just(math.nan)),
+    min_size=8,
+    max_size=8,
+).map(lambda r: torch.tensor(r, dtype=torch.float64))
+GROUP_OPTIONS = [
+    {"scale_rewards": s, "baseline": b}
+    for s in ("group", "batch", "none")
+    for b in ("mean", "leave_one_out")
+]
 
 
 @given(rewards_of_groups, st.sampled_from(GROUP_OPTIONS), st.floats(-1000, 1000))
 def test_a_bonus_for_all_changes_no_advantage(rewards, options, bonus):
-    same(group_advantages(rewards + bonus, 4, **options), group_advantages(rewards, 4, **options), 1e-6)
+    same(
+        group_advantages(rewards + bonus, 4, **options),
+        group_advantages(rewards, 4, **options),
+        1e-6,
+    )
 
 
-@given(rewards_of_groups, st.sampled_from(GROUP_OPTIONS), st.randoms(use_true_random=False))
+@given(
+    rewards_of_groups, st.sampled_from(GROUP_OPTIONS), st.randoms(use_true_random=False)
+)
 def test_order_does_not_matter(rewards, options, rng):
     "Groups may come in any order, and so may the members of a group."
     groups = [rng.sample(range(4 * g, 4 * g + 4), 4) for g in rng.sample(range(2), 2)]
     order = torch.tensor(sum(groups, []))
-    same(group_advantages(rewards[order], 4, **options), group_advantages(rewards, 4, **options)[order], 1e-9)
+    same(
+        group_advantages(rewards[order], 4, **options),
+        group_advantages(rewards, 4, **options)[order],
+        1e-9,
+    )
 
 
 @given(rewards_of_groups, st.sampled_from(["group", "batch", "none"]))
@@ -221,63 +395,117 @@ def test_advantages_of_a_group(rewards, scale):
     others = group_advantages(rewards, 4, scale, baseline="leave_one_out", eps=0.0)
     assert (advantages[rewards.isnan()] == 0).all()
     for g in range(2):
-        a, scored = advantages[4 * g:4 * g + 4], ~rewards[4 * g:4 * g + 4].isnan()
+        a, scored = advantages[4 * g : 4 * g + 4], ~rewards[4 * g : 4 * g + 4].isnan()
         n = int(scored.sum())
-        if n < 2 or len(set(rewards[4 * g:4 * g + 4][scored].tolist())) == 1:
+        if n < 2 or len(set(rewards[4 * g : 4 * g + 4][scored].tolist())) == 1:
             assert (a == 0).all()
             continue
         same(a.sum(), torch.tensor(0.0).double(), 1e-9)
-        if scale == "group": same(a[scored].std(), torch.tensor(1.0).double(), 1e-9)
-        same(others[4 * g:4 * g + 4], a * n / (n - 1), 1e-9)
+        if scale == "group":
+            same(a[scored].std(), torch.tensor(1.0).double(), 1e-9)
+        same(others[4 * g : 4 * g + 4], a * n / (n - 1), 1e-9)
 
 
-@given(st.lists(st.floats(-10, 10).map(lambda x: round(x, 2)), min_size=6, max_size=6), st.lists(st.integers(1, 5), min_size=6, max_size=6))
+@given(
+    st.lists(st.floats(-10, 10).map(lambda x: round(x, 2)), min_size=6, max_size=6),
+    st.lists(st.integers(1, 5), min_size=6, max_size=6),
+)
 def test_one_step_at_the_end_is_outcome_supervision(rewards, lengths):
     "Process supervision with one step, at the last token, gives every token the advantage of the completion."
     outcome = group_advantages(torch.tensor(rewards, dtype=torch.float64), 3)
-    process = process_advantages([[r] for r in rewards], [[n - 1] for n in lengths], 3, lengths)
+    process = process_advantages(
+        [[r] for r in rewards], [[n - 1] for n in lengths], 3, lengths
+    )
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     same(process.double(), torch.where(real, outcome[:, None], 0.0), 1e-5)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7, 8], [6, 7, 8, 0, 1, 2, 3, 4, 5], [1, 0, 2, 4, 5, 3, 8, 7, 6], [5, 3, 4, 8, 6, 7, 2, 0, 1]], ids=["as it is", "groups", "members", "both"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        [6, 7, 8, 0, 1, 2, 3, 4, 5],
+        [1, 0, 2, 4, 5, 3, 8, 7, 6],
+        [5, 3, 4, 8, 6, 7, 2, 0, 1],
+    ],
+    ids=["as it is", "groups", "members", "both"],
+)
 def test_order_changes_no_gradient(llama, rollout, order):
     "Groups in another order, members of a group in another order: the same gradient, loss and metrics."
+
     def step(r):
         llama.zero_grad()
-        metrics = update(llama, torch.optim.SGD(llama.parameters(), lr=0.0), r, short_config(max_grad_norm=1e9), beta=0.1)
+        metrics = update(
+            llama,
+            torch.optim.SGD(llama.parameters(), lr=0.0),
+            r,
+            short_config(max_grad_norm=1e9),
+            beta=0.1,
+        )
         return gradient(llama).clone(), metrics
+
     rows = torch.tensor(order)
     groups = rows[::3] // 3
-    moved = {name: x[rows] if torch.is_tensor(x) else [x[i] for i in order] for name, x in vars(rollout).items() if name not in ("queries", "prompt_ids", "prompt_mask", "num_generations") and x is not None}
-    other = replace(rollout, queries=[rollout.queries[g] for g in groups], prompt_ids=rollout.prompt_ids[groups], prompt_mask=rollout.prompt_mask[groups], **moved)
+    moved = {
+        name: x[rows] if torch.is_tensor(x) else [x[i] for i in order]
+        for name, x in vars(rollout).items()
+        if name not in ("queries", "prompt_ids", "prompt_mask", "num_generations")
+        and x is not None
+    }
+    other = replace(
+        rollout,
+        queries=[rollout.queries[g] for g in groups],
+        prompt_ids=rollout.prompt_ids[groups],
+        prompt_mask=rollout.prompt_mask[groups],
+        **moved,
+    )
     (a, m), (b, n) = step(rollout), step(other)
     same(a, b)
     assert all(abs(m[name] - n[name]) < 1e-12 for name in m)
 
 
-@given(st.lists(st.integers(1, 6), min_size=9, max_size=9), st.integers(1, 200), st.sampled_from([None, 1, 4, 10**6]))
+@given(
+    st.lists(st.integers(1, 6), min_size=9, max_size=9),
+    st.integers(1, 200),
+    st.sampled_from([None, 1, 4, 10**6]),
+)
 def test_micro_batches_fit(lengths, budget, hidden):
     "Every group is in one piece, and a piece of several groups is within the budget, its padding counted, in either layout."
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     prompts = torch.arange(4) >= torch.tensor([[0], [2], [3]])
-    whole = Rollout([None] * 3, prompts.long(), prompts, mask.long(), mask, ["?"] * 9, mask[:, 0], 3)
+    whole = Rollout(
+        [None] * 3, prompts.long(), prompts, mask.long(), mask, ["?"] * 9, mask[:, 0], 3
+    )
     pieces = micro_batches(whole, budget, hidden)
     assert sorted(sum(pieces, [])) == [0, 1, 2]
     for groups in pieces:
-        inputs = shared_rows(whole.select(groups), hidden)[0] if hidden else model_inputs(whole.select(groups))
+        inputs = (
+            shared_rows(whole.select(groups), hidden)[0]
+            if hidden
+            else model_inputs(whole.select(groups))
+        )
         assert len(groups) == 1 or inputs["input_ids"].numel() <= budget
 
 
 def test_select_cuts_whole_groups(rollout):
     "Every field of the chosen groups, in that order; nothing of the others; padding trimmed to what is left."
     part = rollout.select([2, 0])
-    assert [query.prompt for query in part.queries] == ["678+9=", "1+2="] and len(part) == 6
+    assert [query.prompt for query in part.queries] == ["678+9=", "1+2="] and len(
+        part
+    ) == 6
     for i, j in enumerate([6, 7, 8, 0, 1, 2]):
         n = int(rollout.completion_mask[j].sum())
         assert part.completion_mask[i].sum() == n
-        for name in ("completion_ids", "logprobs", "ref_logprobs", "values", "returns"): assert getattr(part, name)[i, :n].equal(getattr(rollout, name)[j, :n])
-        for name in ("rewards", "advantages", "truncated"): assert getattr(part, name)[i] == getattr(rollout, name)[j]
+        for name in ("completion_ids", "logprobs", "ref_logprobs", "values", "returns"):
+            assert getattr(part, name)[i, :n].equal(getattr(rollout, name)[j, :n])
+        for name in ("rewards", "advantages", "truncated"):
+            assert getattr(part, name)[i] == getattr(rollout, name)[j]
     only = rollout.select([0])
-    assert only.prompt_ids.shape[1] == 4 and only.prompt_mask.all() and only.completion_mask.any(0).all()
-    assert replace(rollout, step_rewards=[[float(i)] for i in range(9)]).select([1]).step_rewards == [[3.0], [4.0], [5.0]]
+    assert (
+        only.prompt_ids.shape[1] == 4
+        and only.prompt_mask.all()
+        and only.completion_mask.any(0).all()
+    )
+    assert replace(rollout, step_rewards=[[float(i)] for i in range(9)]).select(
+        [1]
+    ).step_rewards == [[3.0], [4.0], [5.0]]

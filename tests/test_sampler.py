@@ -1,6 +1,7 @@
 """Another sampler in the place of ours, and truncated importance sampling, without vLLM: by enumeration, by hand, and by TRL.
 
 test_vllm.py has the same with the engine itself."""
+
 import sys
 from dataclasses import replace
 
@@ -14,22 +15,54 @@ from grpo_nb.sampling import generate, sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.training import build_models, rollout_metrics, train
 from grpo_nb.update import piece_loss, update
-from helpers import VOCABULARY, gradient, random_model, random_rollout, read_metrics, reproducible, short_config
+from helpers import (
+    VOCABULARY,
+    gradient,
+    random_model,
+    random_rollout,
+    read_metrics,
+    reproducible,
+    short_config,
+)
 
 CORRECTED = {"use_vllm": True, "vllm_importance_sampling_correction": True}
 
 
-def elsewhere(model, tokenizer, queries, num_generations, max_completion_length, temperature=1.0, top_p=1.0, top_k=0, generator=None, off=1.3):
+def elsewhere(
+    model,
+    tokenizer,
+    queries,
+    num_generations,
+    max_completion_length,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    generator=None,
+    off=1.3,
+):
     "A sampler that is wrong on purpose: it draws at another temperature. Its log-probs are those that it drew with."
-    drawn = sample(model, tokenizer, queries, num_generations, max_completion_length, off * temperature, top_p, top_k, generator)
+    drawn = sample(
+        model,
+        tokenizer,
+        queries,
+        num_generations,
+        max_completion_length,
+        off * temperature,
+        top_p,
+        top_k,
+        generator,
+    )
     return replace(drawn, sampling_logprobs=drawn.logprobs, logprobs=None)
 
 
 class StandIn:
     "In the place of `VLLMSampler`."
-    def __init__(self, policy, tokenizer, config): pass
 
-    def __call__(self, *arguments): return elsewhere(*arguments)
+    def __init__(self, policy, tokenizer, config):
+        pass
+
+    def __call__(self, *arguments):
+        return elsewhere(*arguments)
 
 
 @pytest.fixture
@@ -41,12 +74,24 @@ def stand_in(monkeypatch):
 
 # The correction ----------------------------------------------------------------------------------------------------------
 
+
 def every_token(model, tokenizer, off=1.3):
     "The rollout of all completions of one token, each once, and the log-probs of a sampler that draws at another temperature."
     V = len(VOCABULARY)
-    rollout = random_rollout(model, tokenizer, num_generations=V, T=1, prompts=("1+2=",), off_policy=0.0)
-    rollout = replace(rollout, completion_ids=torch.arange(V)[:, None], ref_logprobs=None, logprobs=None)
-    with torch.no_grad(): pi, mu = token_logprobs(model, rollout), token_logprobs(model, rollout, temperature=off)
+    rollout = random_rollout(
+        model, tokenizer, num_generations=V, T=1, prompts=("1+2=",), off_policy=0.0
+    )
+    rollout = replace(
+        rollout,
+        completion_ids=torch.arange(V)[:, None],
+        ref_logprobs=None,
+        logprobs=None,
+    )
+    with torch.no_grad():
+        pi, mu = (
+            token_logprobs(model, rollout),
+            token_logprobs(model, rollout, temperature=off),
+        )
     return replace(rollout, sampling_logprobs=mu), pi[:, 0].exp(), mu[:, 0].exp()
 
 
@@ -54,7 +99,13 @@ def piece_gradient(model, rollout, **options):
     config = make_config(device="cpu", **options)
     model.zero_grad()
     mask = rollout.completion_mask
-    piece_loss(model, replace(rollout), config, 0.0, {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()})[0].backward()
+    piece_loss(
+        model,
+        replace(rollout),
+        config,
+        0.0,
+        {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()},
+    )[0].backward()
     return gradient(model)
 
 
@@ -63,16 +114,34 @@ def test_the_expected_gradient_is_that_on_policy(llama, tokenizer):
 
     Each stands once in the group, with an advantage times its probability under the sampler: a mean over rows is an expectation."""
     rollout, pi, mu = every_token(llama, tokenizer)
-    V, reward = len(VOCABULARY), torch.rand(len(VOCABULARY), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    V, reward = (
+        len(VOCABULARY),
+        torch.rand(
+            len(VOCABULARY),
+            generator=torch.Generator().manual_seed(1),
+            dtype=torch.float64,
+        ),
+    )
     llama.zero_grad()
     (-(token_logprobs(llama, rollout)[:, 0].exp() * reward).sum()).backward()
     right = gradient(llama)
-    off_policy = replace(rollout, advantages=V * mu * (reward - 0.5))  # a baseline changes no expectation on-policy
-    exact = piece_gradient(llama, off_policy, **CORRECTED, vllm_importance_sampling_clip_max=1e9)
+    off_policy = replace(
+        rollout, advantages=V * mu * (reward - 0.5)
+    )  # a baseline changes no expectation on-policy
+    exact = piece_gradient(
+        llama, off_policy, **CORRECTED, vllm_importance_sampling_clip_max=1e9
+    )
     assert (exact - right).norm() < 1e-9 * right.norm()
     uncorrected = piece_gradient(llama, off_policy)
     assert (uncorrected - right).norm() > 0.05 * right.norm()
-    upside_down = piece_gradient(llama, replace(off_policy, sampling_logprobs=2 * pi.log()[:, None] - mu.log()[:, None]), **CORRECTED, vllm_importance_sampling_clip_max=1e9)
+    upside_down = piece_gradient(
+        llama,
+        replace(
+            off_policy, sampling_logprobs=2 * pi.log()[:, None] - mu.log()[:, None]
+        ),
+        **CORRECTED,
+        vllm_importance_sampling_clip_max=1e9,
+    )
     assert (upside_down - right).norm() > (uncorrected - right).norm()
 
 
@@ -80,10 +149,17 @@ def test_the_expected_gradient_is_that_on_policy(llama, tokenizer):
 def test_weights_are_bounded(llama, tokenizer, cap):
     "The bound against weights made by hand: none is above it, those below it are as they were."
     rollout, pi, mu = every_token(llama, tokenizer, off=2.0)
-    weights = torch.tensor([min(p / m, cap) for p, m in zip(pi.tolist(), mu.tolist())], dtype=torch.float64)
+    weights = torch.tensor(
+        [min(p / m, cap) for p, m in zip(pi.tolist(), mu.tolist())], dtype=torch.float64
+    )
     assert weights.max() == cap and (weights < cap).any() and ((pi / mu).max() > cap)
     advantages = torch.linspace(-1, 2, len(pi), dtype=torch.float64)
-    ours = piece_gradient(llama, replace(rollout, advantages=advantages), **CORRECTED, vllm_importance_sampling_clip_max=cap)
+    ours = piece_gradient(
+        llama,
+        replace(rollout, advantages=advantages),
+        **CORRECTED,
+        vllm_importance_sampling_clip_max=cap,
+    )
     by_hand = piece_gradient(llama, replace(rollout, advantages=advantages * weights))
     assert (ours - by_hand).norm() < 1e-10 * by_hand.norm()
 
@@ -94,21 +170,62 @@ def test_against_trl(llama, rollout, monkeypatch, beta, loss_type):
     "Value and gradient of the corrected loss are those of TRL: the weight is at the policy loss, not at the KL."
     pytest.importorskip("trl")
     from grpo_nb.ledger import import_trl, trl_loss
-    rollout = replace(rollout, sampling_logprobs=rollout.logprobs + 0.5 * torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
-    config = make_config(device="cpu", beta=beta, loss_type=loss_type, max_completion_length=6, vllm_importance_sampling_clip_max=1.2, **CORRECTED)
+
+    rollout = replace(
+        rollout,
+        sampling_logprobs=rollout.logprobs
+        + 0.5
+        * torch.randn(
+            rollout.logprobs.shape,
+            generator=torch.Generator().manual_seed(2),
+            dtype=torch.float64,
+        ),
+    )
+    config = make_config(
+        device="cpu",
+        beta=beta,
+        loss_type=loss_type,
+        max_completion_length=6,
+        vllm_importance_sampling_clip_max=1.2,
+        **CORRECTED,
+    )
     mask, trainer = rollout.completion_mask, import_trl().GRPOTrainer
-    plain, weights = trainer._compute_loss, (rollout.logprobs - rollout.sampling_logprobs).exp().clamp(max=1.2)
+    plain, weights = (
+        trainer._compute_loss,
+        (rollout.logprobs - rollout.sampling_logprobs).exp().clamp(max=1.2),
+    )
+
     def corrected(self, model, inputs):
         self.use_vllm = self.vllm_importance_sampling_correction = True
         return plain(self, model, inputs | {"importance_sampling_ratio": weights})
+
     monkeypatch.setattr(trainer, "_compute_loss", corrected)
-    theirs = trl_loss(token_logprobs(llama, rollout), rollout.logprobs, rollout.ref_logprobs if beta else None, rollout.advantages, mask, loss_type,
-                      beta=beta, max_completion_length=6)
-    ours, _ = piece_loss(llama, rollout, config, beta, {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()})
+    theirs = trl_loss(
+        token_logprobs(llama, rollout),
+        rollout.logprobs,
+        rollout.ref_logprobs if beta else None,
+        rollout.advantages,
+        mask,
+        loss_type,
+        beta=beta,
+        max_completion_length=6,
+    )
+    ours, _ = piece_loss(
+        llama,
+        rollout,
+        config,
+        beta,
+        {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()},
+    )
     gradients = []
     for loss in (theirs, ours):
-        llama.zero_grad(); loss.backward(); gradients.append(gradient(llama))
-    assert abs(ours - theirs) < 1e-10 and (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[0].norm()
+        llama.zero_grad()
+        loss.backward()
+        gradients.append(gradient(llama))
+    assert (
+        abs(ours - theirs) < 1e-10
+        and (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[0].norm()
+    )
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -119,9 +236,17 @@ def test_the_corrected_gradient_does_not_depend_on_the_cut(tokenizer, fresh):
         model = random_model("llama")
         rollout = random_rollout(model, tokenizer)
         rollout.sampling_logprobs = rollout.logprobs
-        if fresh: rollout.logprobs = None
-        config = make_config(device="cpu", max_tokens_per_micro_batch=tokens, num_iterations=2, **CORRECTED)
-        metrics = update(model, torch.optim.SGD(model.parameters(), 0.1), rollout, config, beta=0.1)
+        if fresh:
+            rollout.logprobs = None
+        config = make_config(
+            device="cpu",
+            max_tokens_per_micro_batch=tokens,
+            num_iterations=2,
+            **CORRECTED,
+        )
+        metrics = update(
+            model, torch.optim.SGD(model.parameters(), 0.1), rollout, config, beta=0.1
+        )
         assert rollout.logprobs is not None and metrics["grad_norm"] > 0
         moves.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert (moves[0] - moves[1]).abs().max() < 1e-12
@@ -129,12 +254,21 @@ def test_the_corrected_gradient_does_not_depend_on_the_cut(tokenizer, fresh):
 
 def test_without_the_samplers_log_probs_there_is_no_correction(llama, rollout):
     with pytest.raises(ValueError, match="rollout.sampling_logprobs is None"):
-        update(llama, torch.optim.SGD(llama.parameters()), rollout, make_config(device="cpu", **CORRECTED))
-    with pytest.raises(ValueError, match="vllm_importance_sampling_correction = True needs use_vllm = True"):
+        update(
+            llama,
+            torch.optim.SGD(llama.parameters()),
+            rollout,
+            make_config(device="cpu", **CORRECTED),
+        )
+    with pytest.raises(
+        ValueError,
+        match="vllm_importance_sampling_correction = True needs use_vllm = True",
+    ):
         make_config(device="cpu", vllm_importance_sampling_correction=True)
 
 
 # Another sampler in a step ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_a_step_with_another_sampler(algorithm):
@@ -143,31 +277,50 @@ def test_a_step_with_another_sampler(algorithm):
     models = build_models(config, task := load_task("add"))
     before = load_policy("tiny", "cpu")[0]
     models.sampler = elsewhere
-    rollout, _ = STEPS[algorithm](models, task.queries("train", 4), config, torch.Generator().manual_seed(0))
-    with torch.no_grad(): pi, mu = token_logprobs(before, rollout), token_logprobs(before, rollout, temperature=1.3)
+    rollout, _ = STEPS[algorithm](
+        models, task.queries("train", 4), config, torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        pi, mu = (
+            token_logprobs(before, rollout),
+            token_logprobs(before, rollout, temperature=1.3),
+        )
     mask = rollout.completion_mask
-    assert (rollout.logprobs - pi).abs().max() < 1e-5 and (rollout.sampling_logprobs - mu)[mask].abs().max() < 1e-4
+    assert (rollout.logprobs - pi).abs().max() < 1e-5 and (
+        rollout.sampling_logprobs - mu
+    )[mask].abs().max() < 1e-4
     metrics, d = rollout_metrics(rollout), (pi - mu)[mask].tolist()
-    by_hand = {"sampling_logp_difference/mean": sum(map(abs, d)) / len(d), "sampling_logp_difference/max": max(map(abs, d)),
-               "importance_sampling_ratio/min": 2.718281828459045 ** min(d), "importance_sampling_ratio/max": 2.718281828459045 ** max(d),
-               "importance_sampling_ratio/mean": sum(2.718281828459045 ** x for x in d) / len(d)}
-    assert {name for name in metrics if name.startswith("sampling/")} == {f"sampling/{name}" for name in by_hand}
-    for name, x in by_hand.items(): assert metrics[f"sampling/{name}"] == pytest.approx(x, rel=1e-3), name
+    by_hand = {
+        "sampling_logp_difference/mean": sum(map(abs, d)) / len(d),
+        "sampling_logp_difference/max": max(map(abs, d)),
+        "importance_sampling_ratio/min": 2.718281828459045 ** min(d),
+        "importance_sampling_ratio/max": 2.718281828459045 ** max(d),
+        "importance_sampling_ratio/mean": sum(2.718281828459045**x for x in d) / len(d),
+    }
+    assert {name for name in metrics if name.startswith("sampling/")} == {
+        f"sampling/{name}" for name in by_hand
+    }
+    for name, x in by_hand.items():
+        assert metrics[f"sampling/{name}"] == pytest.approx(x, rel=1e-3), name
 
 
 def test_our_own_sampler_reports_no_mismatch():
     config = short_config()
     models = build_models(config, task := load_task("add"))
-    rollout, _ = STEPS["grpo"](models, task.queries("train", 4), config, torch.Generator().manual_seed(0))
+    rollout, _ = STEPS["grpo"](
+        models, task.queries("train", 4), config, torch.Generator().manual_seed(0)
+    )
     assert models.sampler is sample and rollout.sampling_logprobs is None
     assert not any(name.startswith("sampling/") for name in rollout_metrics(rollout))
 
 
 def test_generate_asks_the_sampler_for_what_the_config_says(tiny):
     asked = []
+
     def noted(*arguments):
         asked.append(arguments)
         return sample(*arguments)
+
     generator, queries = torch.Generator(), [Query("1+2=")]
     config = make_config(device="cpu", max_completion_length=5, temperature=0.5)
     generate(*tiny, queries, 3, config, generator, noted)
@@ -176,37 +329,67 @@ def test_generate_asks_the_sampler_for_what_the_config_says(tiny):
 
 # In a run ------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_the_options_change_a_run(tmp_path, stand_in, algorithm):
     "use_vllm samples from elsewhere and logs the mismatch, the correction and its bound change what is learned; the same settings repeat a run."
+
     def weights(name, **options):
-        run = train(short_config(algorithm=algorithm, max_steps=2, temperature=2.0, learning_rate=1e-3, reward_funcs=["brevity"], output_dir=str(tmp_path / name), **options), progress=False)
+        run = train(
+            short_config(
+                algorithm=algorithm,
+                max_steps=2,
+                temperature=2.0,
+                learning_rate=1e-3,
+                reward_funcs=["brevity"],
+                output_dir=str(tmp_path / name),
+                **options,
+            ),
+            progress=False,
+        )
         lines = [reproducible(line) for line in read_metrics(run.directory)]
         return torch.cat([p.detach().flatten() for p in run.policy.parameters()]), lines
+
     plain, ours = weights("plain")
     other, theirs = weights("vllm", use_vllm=True)
     corrected, _ = weights("corrected", **CORRECTED)
-    bounded, first = weights("bounded", **CORRECTED, vllm_importance_sampling_clip_max=0.5)
+    bounded, first = weights(
+        "bounded", **CORRECTED, vllm_importance_sampling_clip_max=0.5
+    )
     again, second = weights("again", **CORRECTED, vllm_importance_sampling_clip_max=0.5)
-    assert all("sampling/importance_sampling_ratio/mean" in line for line in theirs) and not any(name.startswith("sampling/") for line in ours for name in line)
+    assert all(
+        "sampling/importance_sampling_ratio/mean" in line for line in theirs
+    ) and not any(name.startswith("sampling/") for line in ours for name in line)
     assert bounded.equal(again) and first == second
-    for a, b in ((plain, other), (other, corrected), (corrected, bounded)): assert not a.equal(b)
+    for a, b in ((plain, other), (other, corrected), (corrected, bounded)):
+        assert not a.equal(b)
 
 
 def test_vllm_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkeypatch):
     "The extra is named; no model has been loaded and nothing written."
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(training, "load_policy", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ImportError, match=r'use_vllm = True needs vLLM: pip install "grpo_nb\[vllm\]"'):
-        train(short_config(use_vllm=True, output_dir=str(tmp_path / "run")), progress=False)
+    monkeypatch.setattr(
+        training, "load_policy", lambda *_: pytest.fail("a model was loaded")
+    )
+    with pytest.raises(
+        ImportError, match=r'use_vllm = True needs vLLM: pip install "grpo_nb\[vllm\]"'
+    ):
+        train(
+            short_config(use_vllm=True, output_dir=str(tmp_path / "run")),
+            progress=False,
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_adapters_are_refused_before_anything_is_done(monkeypatch):
-    monkeypatch.setattr(training, "load_policy", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match="use_vllm = True sends whole weights"): build_models(short_config(use_vllm=True, use_peft=True), load_task("add"))
+    monkeypatch.setattr(
+        training, "load_policy", lambda *_: pytest.fail("a model was loaded")
+    )
+    with pytest.raises(ValueError, match="use_vllm = True sends whole weights"):
+        build_models(short_config(use_vllm=True, use_peft=True), load_task("add"))
 
 
 def test_vllm_in_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(vllm_sampler, "process", lambda: (1, 2))
-    with pytest.raises(ValueError, match="one process, this run has 2"): vllm_sampler.import_vllm()
+    with pytest.raises(ValueError, match="one process, this run has 2"):
+        vllm_sampler.import_vllm()

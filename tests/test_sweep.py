@@ -1,4 +1,5 @@
 "A sweep: every cell once, what is done stays, what fails is said, what is wrong is refused before anything runs."
+
 import json
 from pathlib import Path
 
@@ -22,41 +23,89 @@ folder = pathlib.Path(output_dir)
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(WORK)]
+    cells = [
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell(WORK),
+    ]
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     path = tmp_path_factory.mktemp("notebook") / "work.ipynb"
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}}), path)
+    nbformat.write(
+        new_notebook(
+            cells=cells,
+            metadata={"kernelspec": kernel, "language_info": {"name": "python"}},
+        ),
+        path,
+    )
     return path
 
 
-def result(row): return json.loads((Path(row["directory"]) / "result.json").read_text())
+def result(row):
+    return json.loads((Path(row["directory"]) / "result.json").read_text())
 
 
-@given(st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(), min_size=1, max_size=3, unique=True)))
+@given(
+    st.dictionaries(
+        st.sampled_from("abcd"),
+        st.lists(st.integers(), min_size=1, max_size=3, unique=True),
+    )
+)
 def test_grid_has_every_combination_once(axes):
     cells, expected = grid(**axes), 1
-    for values in axes.values(): expected *= len(values)
+    for values in axes.values():
+        expected *= len(values)
     assert len(cells) == expected == len({tuple(cell.items()) for cell in cells})
-    assert all(list(cell) == list(axes) and all(cell[name] in axes[name] for name in cell) for cell in cells)
+    assert all(
+        list(cell) == list(axes) and all(cell[name] in axes[name] for name in cell)
+        for cell in cells
+    )
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(["x", "how"]), st.integers() | st.text(max_size=200) | st.floats() | st.none()), unique_by=str))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["x", "how"]),
+            st.integers() | st.text(max_size=200) | st.floats() | st.none(),
+        ),
+        unique_by=str,
+    )
+)
 def test_names_of_cells_are_folder_names_and_differ(cells):
     names = [cell_name(cell) for cell in cells]
     assert len(set(names)) == len(names)
-    assert all(0 < len(name) <= 100 and Path(name).name == name and name.isprintable() for name in names)
+    assert all(
+        0 < len(name) <= 100 and Path(name).name == name and name.isprintable()
+        for name in names
+    )
 
 
-def test_a_sweep_runs_every_cell_with_its_parameters_and_goes_on_where_it_was(notebook, tmp_path):
+def test_a_sweep_runs_every_cell_with_its_parameters_and_goes_on_where_it_was(
+    notebook, tmp_path
+):
     cells = grid(x=[1, 2], how=["a", None])
     table = sweep(notebook, cells[:2], tmp_path, jobs=2, threads=1, progress=False)
-    assert table["error"].isna().all() and [result(row) for _, row in table.iterrows()] == [
-        {"twice": 2, "threads": "1", "how": "a"}, {"twice": 2, "threads": "1", "how": None}]
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    (Path(table["directory"][1]) / "cell.json").unlink()  # as if it had been killed on the way
+    assert table["error"].isna().all() and [
+        result(row) for _, row in table.iterrows()
+    ] == [
+        {"twice": 2, "threads": "1", "how": "a"},
+        {"twice": 2, "threads": "1", "how": None},
+    ]
+    stamps = {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+    }
+    (
+        Path(table["directory"][1]) / "cell.json"
+    ).unlink()  # as if it had been killed on the way
     again = sweep(notebook, cells[:3], tmp_path, progress=False)
-    assert again["error"].isna().all() and result(again.loc[2])["twice"] == 4 and len(again) == 3
-    changed = {path.parent.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert (
+        again["error"].isna().all()
+        and result(again.loc[2])["twice"] == 4
+        and len(again) == 3
+    )
+    changed = {
+        path.parent.name
+        for path, stamp in stamps.items()
+        if path.stat().st_mtime_ns != stamp
+    }
     assert changed == {cell_name(cells[1])}  # the first was not touched
 
 
@@ -65,26 +114,46 @@ def test_a_cell_that_fails_is_said_and_the_others_go_on(notebook, tmp_path, caps
     table = sweep(notebook, cells, tmp_path, progress=False)
     raised, died, _ = table["error"]
     assert raised == "RuntimeError: the model" and "DeadKernelError" in died
-    assert table["error"].isna().tolist() == [False, False, True] and result(table.loc[2])["how"] == "a"
-    assert [(Path(d) / "cell.json").exists() for d in table["directory"]] == [False, False, True]
+    assert (
+        table["error"].isna().tolist() == [False, False, True]
+        and result(table.loc[2])["how"] == "a"
+    )
+    assert [(Path(d) / "cell.json").exists() for d in table["directory"]] == [
+        False,
+        False,
+        True,
+    ]
     assert "burnt" in (Path(table["directory"][0]) / "log.txt").read_text()
     assert "how=raise" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (dict(cells=[{"y": 1}]), "'y' is not a parameter of work.ipynb.*allowed: how, x"),
-    (dict(cells=[{"output_dir": "elsewhere"}]), "'output_dir' is not a parameter"),
-    (dict(cells=[{"x": 1}, {"x": 1}]), "stands twice"),
-    (dict(jobs=0), "jobs=0"),
-    (dict(notebook="none.ipynb"), "'none.ipynb' is not a file"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (
+            dict(cells=[{"y": 1}]),
+            "'y' is not a parameter of work.ipynb.*allowed: how, x",
+        ),
+        (dict(cells=[{"output_dir": "elsewhere"}]), "'output_dir' is not a parameter"),
+        (dict(cells=[{"x": 1}, {"x": 1}]), "stands twice"),
+        (dict(jobs=0), "jobs=0"),
+        (dict(notebook="none.ipynb"), "'none.ipynb' is not a file"),
+    ],
+)
 def test_what_is_wrong_is_refused_before_anything_runs(notebook, tmp_path, wrong, says):
-    with pytest.raises(ValueError, match=says): sweep(**{"notebook": notebook, "cells": [{"x": 1}], "directory": tmp_path / "new"} | wrong)
+    with pytest.raises(ValueError, match=says):
+        sweep(
+            **{"notebook": notebook, "cells": [{"x": 1}], "directory": tmp_path / "new"}
+            | wrong
+        )
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_of_another_cell_is_not_taken_for_done(notebook, tmp_path):
     folder = tmp_path / cell_name({"x": 1})
     folder.mkdir()
-    (folder / "cell.json").write_text(json.dumps({"notebook": "other.ipynb", "parameters": {"x": 1}, "seconds": 1}))
-    with pytest.raises(ValueError, match="holds another cell"): sweep(notebook, [{"x": 1}], tmp_path)
+    (folder / "cell.json").write_text(
+        json.dumps({"notebook": "other.ipynb", "parameters": {"x": 1}, "seconds": 1})
+    )
+    with pytest.raises(ValueError, match="holds another cell"):
+        sweep(notebook, [{"x": 1}], tmp_path)

@@ -1,4 +1,5 @@
 "The packaging and the tools that make README.md and docs/."
+
 import base64
 import json
 import re
@@ -32,7 +33,9 @@ def settings():
 
 def test_metadata_is_that_of_settings(settings):
     package = distribution("grpo_nb")
-    extras = {key.removeprefix("extras_") for key in settings if key.startswith("extras_")}
+    extras = {
+        key.removeprefix("extras_") for key in settings if key.startswith("extras_")
+    }
     required = {Requirement(r).name for r in settings["requirements"].split()}
     assert package.version == settings["version"]
     assert set(package.metadata.get_all("Provides-Extra")) == extras
@@ -41,177 +44,345 @@ def test_metadata_is_that_of_settings(settings):
 
 def test_every_requirement_is_pinned_within_its_range(settings):
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines if not line.startswith("#"))}
-    for key in ("requirements", *(k for k in settings if k.startswith("extras_") and k != "extras_vllm")):  # vLLM has an environment of its own
+    pins = {
+        canonicalize_name(name): version
+        for name, _, version in (
+            line.partition("==") for line in lines if not line.startswith("#")
+        )
+    }
+    for key in (
+        "requirements",
+        *(k for k in settings if k.startswith("extras_") and k != "extras_vllm"),
+    ):  # vLLM has an environment of its own
         for r in map(Requirement, settings[key].split()):
             assert pins[canonicalize_name(r.name)] in r.specifier, r
 
 
-@pytest.mark.parametrize("body, problem", [
-    ('<h2 id="x">X</h2><a href="#x">x</a><a href="other.html#y">y</a><a href="https://example.org">out</a>', None),
-    ('<a href="none.html">x</a>', "none.html does not exist"),
-    ('<a href="other.html#z">x</a>', "other.html#z has no such anchor"),
-    ('<a href="/other.html">x</a>', "/other.html is not relative"),
-    ('<img src="none.png">', "none.png does not exist"),
-    ('<script src="https://example.org/a.js"></script>', "from another host"),
-    ('<link rel="stylesheet" href="//example.org/a.css">', "from another host"),
-    ('<link rel="preload" href="https://example.org/a.woff2">', "from another host"),
-    ('<img srcset="other.html 1x, https://example.org/a.png 2x">', "from another host"),
-    ('<style>@import "//example.org/a.css";</style>', "from another host"),
-    ('<p style="background: url(https://example.org/a.png)">', "from another host"),
-    (f'<img src="data:image/png;base64,{"A" * 1000}">', None),
-    (f'<img src="data:image/png;base64,{"A" * 5000}">', "is embedded"),
-    (r"<p>\(\frac{a}{b}\) &lt; \[\sum_i x_i \tag{1}\]</p><pre>\(\nonsense\)</pre><p>$5 and $6</p>", None),
-    (r"<p>\(\frac{a}{b}\) and \[\nonsense\]</p>", "Undefined control sequence: \\nonsense"),
-    (r"<p>\(\frac{a}\)</p>", "KaTeX parse error"),
-    (r"<details>every $V_{t+1}$ is</details>", "not set as mathematics"),
-    (r"<p>\(a<em>b</em></p>", "not set as mathematics"),
-])
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        (
+            '<h2 id="x">X</h2><a href="#x">x</a><a href="other.html#y">y</a><a href="https://example.org">out</a>',
+            None,
+        ),
+        ('<a href="none.html">x</a>', "none.html does not exist"),
+        ('<a href="other.html#z">x</a>', "other.html#z has no such anchor"),
+        ('<a href="/other.html">x</a>', "/other.html is not relative"),
+        ('<img src="none.png">', "none.png does not exist"),
+        ('<script src="https://example.org/a.js"></script>', "from another host"),
+        ('<link rel="stylesheet" href="//example.org/a.css">', "from another host"),
+        (
+            '<link rel="preload" href="https://example.org/a.woff2">',
+            "from another host",
+        ),
+        (
+            '<img srcset="other.html 1x, https://example.org/a.png 2x">',
+            "from another host",
+        ),
+        ('<style>@import "//example.org/a.css";</style>', "from another host"),
+        ('<p style="background: url(https://example.org/a.png)">', "from another host"),
+        (f'<img src="data:image/png;base64,{"A" * 1000}">', None),
+        (f'<img src="data:image/png;base64,{"A" * 5000}">', "is embedded"),
+        (
+            r"<p>\(\frac{a}{b}\) &lt; \[\sum_i x_i \tag{1}\]</p><pre>\(\nonsense\)</pre><p>$5 and $6</p>",
+            None,
+        ),
+        (
+            r"<p>\(\frac{a}{b}\) and \[\nonsense\]</p>",
+            "Undefined control sequence: \\nonsense",
+        ),
+        (r"<p>\(\frac{a}\)</p>", "KaTeX parse error"),
+        (r"<details>every $V_{t+1}$ is</details>", "not set as mathematics"),
+        (r"<p>\(a<em>b</em></p>", "not set as mathematics"),
+    ],
+)
 def test_site_check(tmp_path, body, problem):
     (tmp_path / "index.html").write_text(body)
     (tmp_path / "other.html").write_text('<p id="y">')
     problems = check_docs.check(tmp_path)
-    assert (problem is None and not problems) or (len(problems) == 1 and problem in problems[0]), problems
+    assert (problem is None and not problems) or (
+        len(problems) == 1 and problem in problems[0]
+    ), problems
 
 
 def test_site_check_reads_stylesheets_and_weighs_the_site(tmp_path):
     (tmp_path / "index.html").write_text("x")
-    (tmp_path / "a.css").write_text("@font-face { src: url('https://example.org/a.woff2') }")
-    with (tmp_path / "big.bin").open("wb") as file: file.truncate(16_000_000)
+    (tmp_path / "a.css").write_text(
+        "@font-face { src: url('https://example.org/a.woff2') }"
+    )
+    with (tmp_path / "big.bin").open("wb") as file:
+        file.truncate(16_000_000)
     size, font = check_docs.check(tmp_path)
     assert "16.0 MB" in size and "loads https://example.org/a.woff2" in font
 
 
 def test_saved_pictures_must_be_on_the_page(tmp_path):
-    svg, table = '<svg><title>A box</title></svg>', "<style>td {color: red}</style><table><tr><td>1 &lt; 2</td></tr></table>"
-    outputs = [{"data": {"image/png": base64.b64encode(b"png").decode()}}, {"data": {"image/svg+xml": svg}}, {"data": {"text/html": table}}]
+    svg, table = (
+        "<svg><title>A box</title></svg>",
+        "<style>td {color: red}</style><table><tr><td>1 &lt; 2</td></tr></table>",
+    )
+    outputs = [
+        {"data": {"image/png": base64.b64encode(b"png").decode()}},
+        {"data": {"image/svg+xml": svg}},
+        {"data": {"text/html": table}},
+    ]
     cell = {"cell_type": "code", "source": "plot()", "outputs": outputs}
-    hidden = {"cell_type": "code", "source": "#| hide\nplot()", "outputs": [{"data": {"image/png": "AAAA"}}]}
+    hidden = {
+        "cell_type": "code",
+        "source": "#| hide\nplot()",
+        "outputs": [{"data": {"image/png": "AAAA"}}],
+    }
     notebooks, site = tmp_path / "nbs", tmp_path / "site"
-    for folder in (notebooks, site): folder.mkdir()
+    for folder in (notebooks, site):
+        folder.mkdir()
     (notebooks / "03_x.ipynb").write_text(json.dumps({"cells": [cell, hidden]}))
     assert check_docs.check(site, notebooks)[1:] == ["03_x.ipynb: has no page x.html"]
     (site / "x.png").write_bytes(b"png")
-    parts = {"image/png": '<img src="x.png">', "image/svg+xml": svg, "text/html": "<table><tr> <td>1 &lt; 2</td></tr></table>"}
+    parts = {
+        "image/png": '<img src="x.png">',
+        "image/svg+xml": svg,
+        "text/html": "<table><tr> <td>1 &lt; 2</td></tr></table>",
+    }
     (site / "x.html").write_text("".join(parts.values()))
     assert check_docs.check(site, notebooks) == []
     for mime in parts:
-        (site / "x.html").write_text("".join(part for other, part in parts.items() if other != mime))
-        assert check_docs.check(site, notebooks) == [f"03_x.ipynb, cell 0: its {mime} is not on x.html"]
+        (site / "x.html").write_text(
+            "".join(part for other, part in parts.items() if other != mime)
+        )
+        assert check_docs.check(site, notebooks) == [
+            f"03_x.ipynb, cell 0: its {mime} is not on x.html"
+        ]
 
 
 def test_pictures_become_files(tmp_path):
-    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (300).to_bytes(4, "big") + (200).to_bytes(4, "big")
+    png = (
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+        + (300).to_bytes(4, "big")
+        + (200).to_bytes(4, "big")
+    )
     source = f'src="data:image/png;base64,{base64.b64encode(png).decode()}"'
-    html = build_docs.mend_pictures(f'<h2>On <em>x</em></h2><img {source} class="a"><img alt="A curve" {source} width="9">', tmp_path, "../")
+    html = build_docs.mend_pictures(
+        f'<h2>On <em>x</em></h2><img {source} class="a"><img alt="A curve" {source} width="9">',
+        tmp_path,
+        "../",
+    )
     [file] = (tmp_path / "images").iterdir()
     assert file.read_bytes() == png
-    assert html == (f'<h2>On <em>x</em></h2><img src="../images/{file.name}" class="a" alt="Plot in the section “On x”, made by the code above it"'
-                    f' width="300" height="200"><img src="../images/{file.name}" alt="A curve" width="9">')
+    assert html == (
+        f'<h2>On <em>x</em></h2><img src="../images/{file.name}" class="a" alt="Plot in the section “On x”, made by the code above it"'
+        f' width="300" height="200"><img src="../images/{file.name}" alt="A curve" width="9">'
+    )
 
 
 def test_folded_text_is_markdown():
-    assert build_docs.unfold("<details><summary>Answer</summary>The $\\delta$.</details>") == (
-        "<details><summary>Answer</summary>\n\nThe $\\delta$.\n\n</details>")
+    assert build_docs.unfold(
+        "<details><summary>Answer</summary>The $\\delta$.</details>"
+    ) == ("<details><summary>Answer</summary>\n\nThe $\\delta$.\n\n</details>")
     assert build_docs.unfold("no details") == "no details"
 
 
 def test_links_to_notebooks_lead_to_pages():
-    assert build_docs.relink("[a](03_policy.ipynb#x) [[`b`](https://x.org/b.html)](01_task.ipynb) [c](c.html)") == (
-        "[a](policy.ipynb#x) [`b`](task.ipynb) [c](c.html)")
+    assert build_docs.relink(
+        "[a](03_policy.ipynb#x) [[`b`](https://x.org/b.html)](01_task.ipynb) [c](c.html)"
+    ) == ("[a](policy.ipynb#x) [`b`](task.ipynb) [c](c.html)")
 
 
 def test_signatures_are_plain():
     source = "[`a`](a.html)\n```python\ndef f(x:jaxtyping.Float[Tensor, 'N'])->__main__.Run: # see [`g`](x.html#g)\n```"
     assert re.sub(r"```.*?```", build_docs.signature, source, flags=re.S) == (
-        "[`a`](a.html)\n```python\ndef f(x:Float[Tensor, 'N'])->Run: # see `g`\n```")
+        "[`a`](a.html)\n```python\ndef f(x:Float[Tensor, 'N'])->Run: # see `g`\n```"
+    )
 
 
 def test_a_rebuild_changes_no_byte(tmp_path):
     def files(name):
-        subprocess.run([sys.executable, ROOT / "tools/build_docs.py", "--engine", "smalldocs", "--output", tmp_path / name], check=True)
-        return {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "tools/build_docs.py",
+                "--engine",
+                "smalldocs",
+                "--output",
+                tmp_path / name,
+            ],
+            check=True,
+        )
+        return {
+            p.relative_to(tmp_path / name): p.read_bytes()
+            for p in (tmp_path / name).rglob("*")
+            if p.is_file()
+        }
+
     first, second = files("a"), files("b")
-    assert [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)] == []
+    assert [
+        name
+        for name in first.keys() | second.keys()
+        if first.get(name) != second.get(name)
+    ] == []
 
 
 def test_readme_prose():
-    source = ("::: {.callout-note title=\"Ways\"}\nSee [setup](01_task.ipynb#add).\n:::\n\n$$x^{.5}$$ {#eq-x}\n\n## Why {#sec-why}\n\n"
-              "[p](https://host/blob/main/LICENSE){target=\"_blank\"} and `a[0](b){#c}`")
+    source = (
+        '::: {.callout-note title="Ways"}\nSee [setup](01_task.ipynb#add).\n:::\n\n$$x^{.5}$$ {#eq-x}\n\n## Why {#sec-why}\n\n'
+        '[p](https://host/blob/main/LICENSE){target="_blank"} and `a[0](b){#c}`'
+    )
     assert readme.prose(source, "https://host/blob/main/") == (
-        "> [!NOTE]\n> **Ways**\n>\n> See [setup](nbs/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n[p](LICENSE) and `a[0](b){#c}`")
-    with pytest.raises(SystemExit, match="nowhere"): readme.prose("[x](none.ipynb)", "")
-    assert readme.title("# T\n\n> D\n\n- skip_exec: true\n\nText\n\n- a: b") == "# T\n\n> D\n\n\nText\n\n- a: b"
+        "> [!NOTE]\n> **Ways**\n>\n> See [setup](nbs/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n[p](LICENSE) and `a[0](b){#c}`"
+    )
+    with pytest.raises(SystemExit, match="nowhere"):
+        readme.prose("[x](none.ipynb)", "")
+    assert (
+        readme.title("# T\n\n> D\n\n- skip_exec: true\n\nText\n\n- a: b")
+        == "# T\n\n> D\n\n\nText\n\n- a: b"
+    )
 
 
 def test_readme_code():
     images = {}
-    svg = {"output_type": "display_data", "data": {"image/svg+xml": ["<svg/>"], "text/plain": ["<SVG>"]}}
+    svg = {
+        "output_type": "display_data",
+        "data": {"image/svg+xml": ["<svg/>"], "text/plain": ["<SVG>"]},
+    }
     out = {"output_type": "stream", "name": "stdout", "text": ["hi\n"]}
-    assert readme.code({"source": '#| echo: false\n#| fig-alt: "A"\ndraw()', "outputs": [svg]}, images) == ["![A](nbs/images/index-1.svg)"]
+    assert readme.code(
+        {"source": '#| echo: false\n#| fig-alt: "A"\ndraw()', "outputs": [svg]}, images
+    ) == ["![A](nbs/images/index-1.svg)"]
     linked = {"data": {"text/markdown": "| [a](experiments/train.ipynb) |"}}
-    assert readme.code({"source": "#| echo: false\nmade()", "outputs": [linked]}, images) == ["| [a](nbs/experiments/train.ipynb) |"]
-    assert readme.code({"source": "print('hi')", "outputs": [out]}, images) == ["```python\nprint('hi')\n```", "```text\nhi\n```"]
-    assert readme.code({"source": "#| hide\n1", "outputs": []}, images) == [] and images == {"index-1.svg": b"<svg/>\n"}
+    assert readme.code(
+        {"source": "#| echo: false\nmade()", "outputs": [linked]}, images
+    ) == ["| [a](nbs/experiments/train.ipynb) |"]
+    assert readme.code({"source": "print('hi')", "outputs": [out]}, images) == [
+        "```python\nprint('hi')\n```",
+        "```text\nhi\n```",
+    ]
+    assert readme.code(
+        {"source": "#| hide\n1", "outputs": []}, images
+    ) == [] and images == {"index-1.svg": b"<svg/>\n"}
 
 
 def test_notebooks_are_made_ready_for_nbdev(tmp_path):
     path = tmp_path / "x.ipynb"
-    markdown = {"cell_type": "markdown", "id": "a", "source": ["# T\n", "\n", "> D\n", "\n", "- skip_exec: true\n", "\n", "Text\n", "\n", "- a: b"]}
-    code = [{"cell_type": "code", "id": "b", "source": source} for source in ("import os", "import os\nrun()", "#| export\nimport os\nx = 1", "run()", "%%bash\nls")]
+    markdown = {
+        "cell_type": "markdown",
+        "id": "a",
+        "source": [
+            "# T\n",
+            "\n",
+            "> D\n",
+            "\n",
+            "- skip_exec: true\n",
+            "\n",
+            "Text\n",
+            "\n",
+            "- a: b",
+        ],
+    }
+    code = [
+        {"cell_type": "code", "id": "b", "source": source}
+        for source in (
+            "import os",
+            "import os\nrun()",
+            "#| export\nimport os\nx = 1",
+            "run()",
+            "%%bash\nls",
+        )
+    ]
     path.write_text(json.dumps({"cells": [markdown, *code]}))
     build_docs.ready(path)
     cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
     assert cells[:2] == ["# T\n\n> D\n\n- skip_exec: true\n", "\nText\n\n- a: b"]
-    assert [cell.startswith("#| eval: false") for cell in cells[2:]] == [False, True, False, False, False]
+    assert [cell.startswith("#| eval: false") for cell in cells[2:]] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_page_names():
-    assert [build_docs.page_name(p) for p in ("03_policy.ipynb", "experiments/train.ipynb", "index.ipynb")] == [
-        "policy.ipynb", "experiments/train.ipynb", "index.ipynb"]
+    assert [
+        build_docs.page_name(p)
+        for p in ("03_policy.ipynb", "experiments/train.ipynb", "index.ipynb")
+    ] == ["policy.ipynb", "experiments/train.ipynb", "index.ipynb"]
 
 
 def test_references_are_numbered():
-    def markdown(source): return {"cell_type": "markdown", "source": source}
-    code = {"cell_type": "code", "source": '#| label: fig-a\n#| fig-cap: "Seen."\nplot()'}
-    notebook = {"cells": [markdown("See @eq-b and @fig-a."), markdown("$$a$$ {#eq-a}\n\n$$b$$ {#eq-b}"), code]}
+    def markdown(source):
+        return {"cell_type": "markdown", "source": source}
+
+    code = {
+        "cell_type": "code",
+        "source": '#| label: fig-a\n#| fig-cap: "Seen."\nplot()',
+    }
+    notebook = {
+        "cells": [
+            markdown("See @eq-b and @fig-a."),
+            markdown("$$a$$ {#eq-a}\n\n$$b$$ {#eq-b}"),
+            code,
+        ]
+    }
     build_docs.mend_references(notebook, "x")
     text, equations, figure = (cell["source"] for cell in notebook["cells"])
     assert text == "See [Equation 2](#eq-b) and [Figure 1](#fig-a)."
-    assert equations == "::: {#eq-a}\n$$\na \\tag{1}\n$$\n:::\n\n::: {#eq-b}\n$$\nb \\tag{2}\n$$\n:::"
+    assert (
+        equations
+        == "::: {#eq-a}\n$$\na \\tag{1}\n$$\n:::\n\n::: {#eq-b}\n$$\nb \\tag{2}\n$$\n:::"
+    )
     assert '#| fig-cap: "Figure 1: Seen."' in figure
-    with pytest.raises(SystemExit, match="@eq-c"): build_docs.mend_references({"cells": [markdown("@eq-c")]}, "x")
+    with pytest.raises(SystemExit, match="@eq-c"):
+        build_docs.mend_references({"cells": [markdown("@eq-c")]}, "x")
 
 
 def test_preview_serves_the_site_and_stops_at_an_interrupt():
     command = [sys.executable, ROOT / "tools/preview.py", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
         try:
-            address = next(line.split()[0] for line in server.stdout if line.startswith("http://127.0.0.1:"))
-            with urlopen(address + "gae.html") as page: assert b"<h1" in page.read()
+            address = next(
+                line.split()[0]
+                for line in server.stdout
+                if line.startswith("http://127.0.0.1:")
+            )
+            with urlopen(address + "gae.html") as page:
+                assert b"<h1" in page.read()
             server.send_signal(signal.SIGINT)
-            assert server.communicate(timeout=20)[0].split() == ["stopped"] and server.returncode == 0
-        finally: server.kill()  # whatever happened: it must not outlive the test
+            assert (
+                server.communicate(timeout=20)[0].split() == ["stopped"]
+                and server.returncode == 0
+            )
+        finally:
+            server.kill()  # whatever happened: it must not outlive the test
 
 
-@pytest.mark.parametrize("event, counts", [
-    (FileModifiedEvent("nbs/08_gae.ipynb"), True),
-    (FileMovedEvent("nbs/.~08_gae.ipynb", "nbs/08_gae.ipynb"), True),
-    (FileModifiedEvent("nbs/styles.css"), True),
-    (FileOpenedEvent("nbs/08_gae.ipynb"), False),
-    (FileModifiedEvent("nbs/.ipynb_checkpoints/08_gae-checkpoint.ipynb"), False),
-    (FileModifiedEvent("nbs/08_gae.ipynb.swp"), False),
-])
+@pytest.mark.parametrize(
+    "event, counts",
+    [
+        (FileModifiedEvent("nbs/08_gae.ipynb"), True),
+        (FileMovedEvent("nbs/.~08_gae.ipynb", "nbs/08_gae.ipynb"), True),
+        (FileModifiedEvent("nbs/styles.css"), True),
+        (FileOpenedEvent("nbs/08_gae.ipynb"), False),
+        (FileModifiedEvent("nbs/.ipynb_checkpoints/08_gae-checkpoint.ipynb"), False),
+        (FileModifiedEvent("nbs/08_gae.ipynb.swp"), False),
+    ],
+)
 def test_preview_notices_a_changed_source(event, counts):
     changes = preview.Changes()
-    event.src_path, event.dest_path = (path and str(ROOT / path) for path in (event.src_path, event.dest_path))
+    event.src_path, event.dest_path = (
+        path and str(ROOT / path) for path in (event.src_path, event.dest_path)
+    )
     changes.on_any_event(event)
     assert changes.changed.is_set() == counts
 
 
 def test_source_of_a_name_that_two_modules_have():
     "`advantages` stands in gae and in group: each page links to its own."
-    shown = "[source](https://example.org/blob/main/grpo_nb/gae.py#L52)\n\n### advantages\n"
+    shown = (
+        "[source](https://example.org/blob/main/grpo_nb/gae.py#L52)\n\n### advantages\n"
+    )
     lines = (ROOT / "grpo_nb/group.py").read_text().splitlines()
     assert build_docs.own_source(shown, "gae") == shown
-    assert build_docs.own_source(shown, "group") == shown.replace("gae.py#L52", f"group.py#L{lines.index('def advantages(') + 1}")
+    assert build_docs.own_source(shown, "group") == shown.replace(
+        "gae.py#L52", f"group.py#L{lines.index('def advantages(') + 1}"
+    )

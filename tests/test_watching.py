@@ -1,4 +1,5 @@
 "Watching a run: trackers, the function that gets every line, and the live plot."
+
 import time
 from types import SimpleNamespace
 
@@ -19,16 +20,27 @@ from helpers import ROOT, python, read_metrics, short_config
 
 def events(directory):
     "What TensorBoard shows of a run: {(step, name): value}; nothing may be there twice."
-    reader = EventAccumulator(str(directory / "tensorboard/grpo_nb"), size_guidance={"scalars": 0})
+    reader = EventAccumulator(
+        str(directory / "tensorboard/grpo_nb"), size_guidance={"scalars": 0}
+    )
     reader.Reload()
-    shown = [((event.step, name), event.value) for name in reader.Tags()["scalars"] for event in reader.Scalars(name)]
+    shown = [
+        ((event.step, name), event.value)
+        for name in reader.Tags()["scalars"]
+        for event in reader.Scalars(name)
+    ]
     assert len(shown) == len(dict(shown))
     return dict(shown)
 
 
 def written(directory):
     "The same of metrics.jsonl, rounded as TensorBoard keeps it."
-    return {(line["step"], name): float(np.float32(x)) for line in read_metrics(directory) for name, x in line.items() if x is not None and name != "step"}
+    return {
+        (line["step"], name): float(np.float32(x))
+        for line in read_metrics(directory)
+        for name, x in line.items()
+        if x is not None and name != "step"
+    }
 
 
 def half(completions, **kwargs):
@@ -37,62 +49,121 @@ def half(completions, **kwargs):
     return [None if half.calls == 1 else float(len(c)) for c in completions]
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of")  # a step without a score moves nothing
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of"
+)  # a step without a score moves nothing
 def test_tensorboard_shows_what_is_written(tmp_path):
     half.calls = 0
-    run = train(short_config(output_dir=str(tmp_path / "run"), max_steps=3, eval_steps=2, report_to=["tensorboard"]), reward_funcs=[half], progress=False)
+    run = train(
+        short_config(
+            output_dir=str(tmp_path / "run"),
+            max_steps=3,
+            eval_steps=2,
+            report_to=["tensorboard"],
+        ),
+        reward_funcs=[half],
+        progress=False,
+    )
     assert events(run.directory) == written(run.directory)
-    assert read_metrics(run.directory)[0]["reward"] is None and (1, "reward") not in events(run.directory)
-    assert {path.name for path in tmp_path.rglob("*") if "tfevents" in path.name} and {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert read_metrics(run.directory)[0]["reward"] is None and (
+        1,
+        "reward",
+    ) not in events(run.directory)
+    assert {path.name for path in tmp_path.rglob("*") if "tfevents" in path.name} and {
+        path.name for path in tmp_path.iterdir()
+    } == {"run"}
 
 
 @pytest.mark.parametrize("save_steps", [2, 0])
 def test_a_resumed_run_shows_no_step_twice(tmp_path, save_steps):
     "Stopped after the third step was shown: from the checkpoint of the second, or from the start, it is done again, and shown once."
+
     def stop(line):
-        if line["step"] == 3: raise ConnectionError("the power is gone")
-    options = dict(output_dir=str(tmp_path / "run"), max_steps=4, save_steps=save_steps, report_to="tensorboard")
-    with pytest.raises(ConnectionError): train(short_config(**options), progress=False, on_step=stop)
+        if line["step"] == 3:
+            raise ConnectionError("the power is gone")
+
+    options = dict(
+        output_dir=str(tmp_path / "run"),
+        max_steps=4,
+        save_steps=save_steps,
+        report_to="tensorboard",
+    )
+    with pytest.raises(ConnectionError):
+        train(short_config(**options), progress=False, on_step=stop)
     before = events(tmp_path / "run")
     assert {step for step, _ in before} == {1, 2, 3}
-    time.sleep(1.1)  # TensorBoard reads files in the order of their names, and those begin with the second
+    time.sleep(
+        1.1
+    )  # TensorBoard reads files in the order of their names, and those begin with the second
     heard = []
     train(short_config(**options, resume=True), progress=False, on_step=heard.append)
     after = events(tmp_path / "run")
-    assert after == written(tmp_path / "run") and [line["step"] for line in heard] == list(range(save_steps + 1, 5))
-    assert after[3, "step_time"] != before[3, "step_time"] and (after[1, "step_time"] == before[1, "step_time"]) == bool(save_steps)
+    assert after == written(tmp_path / "run") and [
+        line["step"] for line in heard
+    ] == list(range(save_steps + 1, 5))
+    assert after[3, "step_time"] != before[3, "step_time"] and (
+        after[1, "step_time"] == before[1, "step_time"]
+    ) == bool(save_steps)
 
 
 @pytest.mark.parametrize("name", ["tensorbored", "wandb", "none"])
 def test_a_tracker_that_is_not_there(tmp_path, name, monkeypatch):
     "Refused, with what there is, before anything is loaded or written."
-    monkeypatch.setattr(grpo_nb.training, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(
+        grpo_nb.training, "get_available_trackers", lambda: ["tensorboard"]
+    )
     monkeypatch.setattr(grpo_nb.training, "build_models", None)
-    with pytest.raises(ValueError, match=rf"report_to = \['{name}'\] cannot be used; .*: tensorboard$"):
-        train(short_config(output_dir=str(tmp_path / "run"), report_to=["tensorboard", name]))
+    with pytest.raises(
+        ValueError, match=rf"report_to = \['{name}'\] cannot be used; .*: tensorboard$"
+    ):
+        train(
+            short_config(
+                output_dir=str(tmp_path / "run"), report_to=["tensorboard", name]
+            )
+        )
     assert not any(tmp_path.iterdir())
 
 
 def test_report_to_is_a_name_or_several():
     "As TRL has it; on the command line, by papermill, and in code."
-    for given in (["--report_to", "tensorboard"], ["--report_to", "tensorboard", "wandb"], []): assert parse_arguments(given).report_to == given[1:]
-    assert make_config(report_to="tensorboard").report_to == ["tensorboard"] and make_config().report_to == []
-    with pytest.raises(ValueError, match="report_to"): make_config(report_to=[3])
+    for given in (
+        ["--report_to", "tensorboard"],
+        ["--report_to", "tensorboard", "wandb"],
+        [],
+    ):
+        assert parse_arguments(given).report_to == given[1:]
+    assert (
+        make_config(report_to="tensorboard").report_to == ["tensorboard"]
+        and make_config().report_to == []
+    )
+    with pytest.raises(ValueError, match="report_to"):
+        make_config(report_to=[3])
 
 
 @pytest.fixture
 def memory(monkeypatch):
     "A tracker of one's own, registered as Accelerate has it."
+
     class Memory(GeneralTracker):
         name, requires_logging_directory, told = "memory", False, []
-        def __init__(self, run_name): self.told.append(("begin", run_name))
+
+        def __init__(self, run_name):
+            self.told.append(("begin", run_name))
+
         tracker = None
+
         @on_main_process
-        def store_init_configuration(self, values): self.told.append(("config", values))
+        def store_init_configuration(self, values):
+            self.told.append(("config", values))
+
         @on_main_process
-        def log(self, values, step=None): self.told.append((step, values))
+        def log(self, values, step=None):
+            self.told.append((step, values))
+
         @on_main_process
-        def finish(self): self.told.append(("end",))
+        def finish(self):
+            self.told.append(("end",))
+
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "memory", Memory)
     return Memory
 
@@ -100,49 +171,85 @@ def memory(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_a_tracker_of_ones_own(tmp_path, memory):
     "The config first, then every line without its None, and an end, also where the run breaks."
+
     def stop(line):
-        if line["step"] == 2: raise KeyError("enough")
+        if line["step"] == 2:
+            raise KeyError("enough")
+
     half.calls = 0
-    config = short_config(output_dir=str(tmp_path / "run"), max_steps=3, report_to=["memory", "tensorboard"])
-    with pytest.raises(KeyError): train(config, reward_funcs=[half], progress=False, on_step=stop)
+    config = short_config(
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        report_to=["memory", "tensorboard"],
+    )
+    with pytest.raises(KeyError):
+        train(config, reward_funcs=[half], progress=False, on_step=stop)
     begin, (_, config), *lines, end = memory.told
-    assert begin == ("begin", "grpo_nb") and end == ("end",) and config["max_steps"] == 3 and config["reward_funcs"] == "['accuracy']"
-    assert lines == [(line.pop("step"), {name: x for name, x in line.items() if x is not None}) for line in read_metrics(tmp_path / "run")]
+    assert (
+        begin == ("begin", "grpo_nb")
+        and end == ("end",)
+        and config["max_steps"] == 3
+        and config["reward_funcs"] == "['accuracy']"
+    )
+    assert lines == [
+        (line.pop("step"), {name: x for name, x in line.items() if x is not None})
+        for line in read_metrics(tmp_path / "run")
+    ]
     assert {step for step, _ in events(tmp_path / "run")} == {1, 2}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_has_trackers(tmp_path, memory, monkeypatch, rank):
     monkeypatch.setattr(grpo_nb.training, "process", lambda: (rank, 2))
-    with grpo_nb.training._trackers(short_config(report_to=["memory"]), tmp_path, 0) as track: track({"step": 1, "reward": 1.0})
-    assert bool(memory.told) == (rank == 0) and len(list(tmp_path.iterdir())) <= 1 - rank
+    with grpo_nb.training._trackers(
+        short_config(report_to=["memory"]), tmp_path, 0
+    ) as track:
+        track({"step": 1, "reward": 1.0})
+    assert (
+        bool(memory.told) == (rank == 0) and len(list(tmp_path.iterdir())) <= 1 - rank
+    )
 
 
 def test_on_step_gets_each_line_after_it_is_written(tmp_path):
     heard = []
+
     def hear(line):
         assert read_metrics(tmp_path / "run")[-1] == line
         heard.append(dict(line))
         line.clear()  # it is the listener's own
-    run = train(short_config(output_dir=str(tmp_path / "run"), max_steps=3), progress=False, on_step=hear)
+
+    run = train(
+        short_config(output_dir=str(tmp_path / "run"), max_steps=3),
+        progress=False,
+        on_step=hear,
+    )
     assert heard == read_metrics(run.directory) and len(heard) == 3
 
 
-LINES = [{"step": step, "reward": step / 100, "kl": None if step == 1 else .1} | ({"eval/initial_accuracy": .5} if step == 1 else {})
-         | ({"eval/accuracy": .75} if step % 25 == 0 else {}) for step in range(1, 51)]
+LINES = [
+    {"step": step, "reward": step / 100, "kl": None if step == 1 else 0.1}
+    | ({"eval/initial_accuracy": 0.5} if step == 1 else {})
+    | ({"eval/accuracy": 0.75} if step % 25 == 0 else {})
+    for step in range(1, 51)
+]
 
 
 @pytest.fixture
 def notebook(monkeypatch):
     "As if in a notebook, with a clock that is set by hand: what is shown, each time."
     import IPython.display
+
     shown, clock = [], SimpleNamespace(now=100.0)
+
     def display(picture, display_id):
         shown.append(("new", picture))
         return SimpleNamespace(update=lambda picture: shown.append(("same", picture)))
+
     monkeypatch.setattr(IPython.display, "display", display)
     monkeypatch.setattr(grpo_nb.plots, "_in_a_notebook", lambda: True)
-    monkeypatch.setattr(grpo_nb.plots, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(
+        grpo_nb.plots, "time", SimpleNamespace(monotonic=lambda: clock.now)
+    )
     return shown, clock
 
 
@@ -154,34 +261,50 @@ def test_the_live_plot_is_one_picture_drawn_now_and_then(notebook):
             plot(line)
             clock.now += 0.3
     assert [how for how, _ in shown] == ["new"] + ["same"] * 4
-    assert all(picture.data.startswith(b"\x89PNG") for _, picture in shown) and shown[-1][1].data != shown[-2][1].data
+    assert (
+        all(picture.data.startswith(b"\x89PNG") for _, picture in shown)
+        and shown[-1][1].data != shown[-2][1].data
+    )
 
 
 def test_the_live_plot_draws_what_it_was_told(notebook):
     "Curves of the lines so far; accuracy begins before training; a metric that nobody measured has no panel; a broken run is drawn to its end."
     shown, _ = notebook
-    with pytest.raises(KeyboardInterrupt), LivePlot(("eval/accuracy", "kl", "beta", "reward"), seconds=1e9) as plot:
-        for line in LINES: plot(line)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        LivePlot(("eval/accuracy", "kl", "beta", "reward"), seconds=1e9) as plot,
+    ):
+        for line in LINES:
+            plot(line)
         raise KeyboardInterrupt
     accuracy, kl, reward = plot.figure().axes
-    assert accuracy.lines[0].get_xydata().tolist() == [[0, .5], [25, .75], [50, .75]]
-    assert kl.lines[0].get_xdata()[0] == 2 and reward.lines[0].get_ydata().tolist() == [step / 100 for step in range(1, 51)]
-    assert abs(reward.lines[1].get_ydata()[-1] - np.mean([.46, .47, .48, .49, .5])) < 1e-9
+    assert accuracy.lines[0].get_xydata().tolist() == [[0, 0.5], [25, 0.75], [50, 0.75]]
+    assert kl.lines[0].get_xdata()[0] == 2 and reward.lines[0].get_ydata().tolist() == [
+        step / 100 for step in range(1, 51)
+    ]
+    assert (
+        abs(reward.lines[1].get_ydata()[-1] - np.mean([0.46, 0.47, 0.48, 0.49, 0.5]))
+        < 1e-9
+    )
     assert len(shown) == 2
     for seconds in (0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="seconds must be positive"): LivePlot(seconds=seconds)
+        with pytest.raises(ValueError, match="seconds must be positive"):
+            LivePlot(seconds=seconds)
 
 
 def test_the_live_plot_of_what_is_not_measured_yet(notebook):
     "Nothing to draw is no reason to stop a run."
-    with LivePlot(("eval/accuracy", "nothing")) as plot: plot({"step": 51, "reward": 1.0})
+    with LivePlot(("eval/accuracy", "nothing")) as plot:
+        plot({"step": 51, "reward": 1.0})
     assert plot.figure().axes == [] and notebook[0]
     for metrics in ((), "reward"):
-        with pytest.raises(ValueError, match="metrics must hold names"): LivePlot(metrics)
+        with pytest.raises(ValueError, match="metrics must hold names"):
+            LivePlot(metrics)
 
 
 def test_the_live_plot_of_a_run_without_a_step(notebook):
-    with LivePlot(): pass
+    with LivePlot():
+        pass
     assert not notebook[0]
 
 
@@ -189,7 +312,9 @@ def test_the_live_plot_elsewhere(tmp_path):
     "In a script nothing is drawn, printed or imported."
     script = f"import sys; from grpo_nb.plots import LivePlot\nwith LivePlot(seconds=1e-9) as plot:\n    for line in {LINES}: plot(line)\nprint(plot._handle, 'IPython' in sys.modules, len(plot.lines))"
     done = python("-c", script, cwd=tmp_path, path=ROOT)
-    assert done.returncode == 0 and done.stdout.split() == ["None", "False", "50"], done.stderr
+    assert done.returncode == 0 and done.stdout.split() == ["None", "False", "50"], (
+        done.stderr
+    )
 
 
 def test_the_live_plot_under_papermill(tmp_path, monkeypatch):
@@ -203,7 +328,28 @@ with LivePlot(seconds=1e-9) as plot:
     for line in {LINES[:8]}: plot(line)
 png = io.BytesIO(); plot.figure().savefig(png)
 Image(png.getvalue())"""
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "in.ipynb")
-    cell, = papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False, log_output=False).cells
-    pictures = [output["data"]["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(code)],
+            metadata={
+                "kernelspec": {
+                    "name": "python3",
+                    "display_name": "python3",
+                    "language": "python",
+                }
+            },
+        ),
+        tmp_path / "in.ipynb",
+    )
+    (cell,) = papermill.execute_notebook(
+        tmp_path / "in.ipynb",
+        tmp_path / "out.ipynb",
+        progress_bar=False,
+        log_output=False,
+    ).cells
+    pictures = [
+        output["data"]["image/png"]
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == 2 and pictures[0] == pictures[1]

@@ -1,6 +1,7 @@
 """What test_processes.py starts as two processes: the same step alone and together, and runs in which one process fails.
 
 Alone is the truth: before the processes have met, each computes the step for itself, on one process's path."""
+
 import copy
 import os
 import signal
@@ -20,22 +21,45 @@ from grpo_nb.update import update
 from grpo_nb.value import ValueModel, predict_values
 from helpers import character_tokenizer, random_model, random_rollout
 
-BASE = dict(num_prompts=6, max_completion_length=6, device="cpu", max_grad_norm=1e9, entropy_coef=0.01)
-WAYS = [dict(loss_type="grpo"), dict(loss_type="bnpo", num_iterations=2), dict(loss_type="dapo", mask_truncated_completions=True),
-        dict(loss_type="dr_grpo", importance_sampling_level="sequence"), dict(objective="cispo", max_tokens_per_micro_batch=1)]
+BASE = dict(
+    num_prompts=6,
+    max_completion_length=6,
+    device="cpu",
+    max_grad_norm=1e9,
+    entropy_coef=0.01,
+)
+WAYS = [
+    dict(loss_type="grpo"),
+    dict(loss_type="bnpo", num_iterations=2),
+    dict(loss_type="dapo", mask_truncated_completions=True),
+    dict(loss_type="dr_grpo", importance_sampling_level="sequence"),
+    dict(objective="cispo", max_tokens_per_micro_batch=1),
+]
 
 
 def gradients(*models):
     "All gradients, whole."
-    return torch.cat([(torch.zeros_like(full(p)) if p.grad is None else full(p.grad)).flatten() for model in models for p in model.parameters()])
+    return torch.cat(
+        [
+            (torch.zeros_like(full(p)) if p.grad is None else full(p.grad)).flatten()
+            for model in models
+            for p in model.parameters()
+        ]
+    )
 
 
 def inputs(prompts):
     "A policy, and a rollout of groups of very different lengths: every second one carries no loss, one completion is truncated."
     tokenizer, policy = character_tokenizer(), random_model(dropout=0.0)
     rollout = random_rollout(policy, tokenizer, prompts=prompts, T=9)
-    order = [g for piece in micro_batches(rollout, 1, policy.config.hidden_size) for g in piece]  # alone: longest first
-    rollout.scored = ~torch.isin(torch.arange(len(rollout)) // 3, torch.tensor(order[1::2]))  # the groups that the second process will get
+    order = [
+        g
+        for piece in micro_batches(rollout, 1, policy.config.hidden_size)
+        for g in piece
+    ]  # alone: longest first
+    rollout.scored = ~torch.isin(
+        torch.arange(len(rollout)) // 3, torch.tensor(order[1::2])
+    )  # the groups that the second process will get
     rollout.truncated[3 * order[0]] = True
     return tokenizer, policy, rollout
 
@@ -44,23 +68,52 @@ def one_update(policy, rollout, config, ppo=False, fresh=False, cut=False):
     "Gradients and metrics of one update; the optimiser moves by a little, so that a second iteration is another."
     policy, rollout = copy.deepcopy(policy), copy.copy(rollout)
     value = ValueModel(policy) if ppo else None
-    if ppo: nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(1))
-    if fresh: rollout.logprobs = None
+    if ppo:
+        nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(1))
+    if fresh:
+        rollout.logprobs = None
     for model in (policy, value):
-        if cut and model is not None: shard(model)
+        if cut and model is not None:
+            shard(model)
     if ppo:
         rollout.values = predict_values(value, rollout, 40).detach()
-        rollout.advantages, rollout.returns = gae.advantages(rollout, 0.1 * rollout.ref_logprobs, config)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-4) for model in (policy, value) if model is not None]
-    metrics = update(policy, optimizers[0], rollout, config, beta=0.0 if ppo else 0.1, value_model=value, value_optimizer=optimizers[-1])
-    return gradients(*[model for model in (policy, value) if model is not None]), metrics, rollout.logprobs
+        rollout.advantages, rollout.returns = gae.advantages(
+            rollout, 0.1 * rollout.ref_logprobs, config
+        )
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=1e-4)
+        for model in (policy, value)
+        if model is not None
+    ]
+    metrics = update(
+        policy,
+        optimizers[0],
+        rollout,
+        config,
+        beta=0.0 if ppo else 0.1,
+        value_model=value,
+        value_optimizer=optimizers[-1],
+    )
+    return (
+        gradients(*[model for model in (policy, value) if model is not None]),
+        metrics,
+        rollout.logprobs,
+    )
 
 
 def close(a, b, what):
     "Two results of `one_update` within 1e-6 (in float64 they are within 1e-9)."
     (gradient, metrics, logprobs), (g, m, p) = a, b
-    assert gradient.abs().max() > 1e-3 and list(metrics) == list(m), (what, list(metrics), list(m))
-    apart = max((gradient - g).abs().max().item() / gradient.abs().max().item(), (logprobs - p).abs().max().item(), *(abs(metrics[k] - m[k]) for k in m))
+    assert gradient.abs().max() > 1e-3 and list(metrics) == list(m), (
+        what,
+        list(metrics),
+        list(m),
+    )
+    apart = max(
+        (gradient - g).abs().max().item() / gradient.abs().max().item(),
+        (logprobs - p).abs().max().item(),
+        *(abs(metrics[k] - m[k]) for k in m),
+    )
     assert apart < 1e-9, (what, apart, metrics, m)
     return apart
 
@@ -68,48 +121,116 @@ def close(a, b, what):
 def updates():
     "GRPO with each way of aggregating, and PPO with whitening: 4 groups, and 5, which leave one process without a group at the end."
     cut = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    four, five = (inputs(("1+2=", "34+5=", "678+9=", "7+7=") + more)[1:] for more in ((), ("100+1=",)))  # (policy, rollout), made alone
+    four, five = (
+        inputs(("1+2=", "34+5=", "678+9=", "7+7=") + more)[1:]
+        for more in ((), ("100+1=",))
+    )  # (policy, rollout), made alone
+
     def compute(sharded):
         for policy, rollout in (four, five):
-            for how in WAYS: yield one_update(policy, rollout, make_config(**BASE | how), cut=sharded)
-        for how in (dict(whiten_rewards=True), dict(loss_type="grpo", max_tokens_per_micro_batch=30)):
-            yield one_update(policy, rollout, make_config(algorithm="ppo", **BASE | how), ppo=True, cut=sharded)
-        yield one_update(policy, replace(rollout, scored=None), make_config(**BASE, max_tokens_per_micro_batch=40), fresh=True, cut=sharded)
+            for how in WAYS:
+                yield one_update(
+                    policy, rollout, make_config(**BASE | how), cut=sharded
+                )
+        for how in (
+            dict(whiten_rewards=True),
+            dict(loss_type="grpo", max_tokens_per_micro_batch=30),
+        ):
+            yield one_update(
+                policy,
+                rollout,
+                make_config(algorithm="ppo", **BASE | how),
+                ppo=True,
+                cut=sharded,
+            )
+        yield one_update(
+            policy,
+            replace(rollout, scored=None),
+            make_config(**BASE, max_tokens_per_micro_batch=40),
+            fresh=True,
+            cut=sharded,
+        )
+
     step = given_step()
     alone, stepped = list(compute(False)), step()
     processes.join_launch()
     worst = [close(a, b, i) for i, (a, b) in enumerate(zip(alone, compute(cut)))]
-    for x, y in zip(stepped[1:], (again := step())[1:]): assert x.equal(y)  # rewards and advantages: the same numbers, from the same rows
+    for x, y in zip(stepped[1:], (again := step())[1:]):
+        assert x.equal(
+            y
+        )  # rewards and advantages: the same numbers, from the same rows
     worst.append(close(stepped[0], again[0], "grpo_step"))
-    print(f"process {process()[0]}: {len(worst)} updates, apart by {max(worst):.0e}, cut {cut}")
+    print(
+        f"process {process()[0]}: {len(worst)} updates, apart by {max(worst):.0e}, cut {cut}"
+    )
 
 
 def given_step():
     "A step of GRPO on a given rollout, judged in two processes: rewards, advantages over the batch, log-probs of the reference. A function, which computes it."
     tokenizer, start, given = inputs(("1+2=", "34+5=", "678+9="))
+
     def step():
-        policy, rollout = copy.deepcopy(start), replace(given, scored=None, rewards=None, advantages=None, ref_logprobs=None)
+        policy, rollout = (
+            copy.deepcopy(start),
+            replace(
+                given, scored=None, rewards=None, advantages=None, ref_logprobs=None
+            ),
+        )
         rollout.completions = ["3", "x", "39", "39", "39", "1", "687", "", "687"]
-        judge = lambda completions, **_: [float(len(text)) + 0.1 for text in completions]
-        models = Models(policy, tokenizer, torch.optim.SGD(policy.parameters(), lr=1e-4), [judge], copy.deepcopy(policy))
+        judge = lambda completions, **_: [
+            float(len(text)) + 0.1 for text in completions
+        ]
+        models = Models(
+            policy,
+            tokenizer,
+            torch.optim.SGD(policy.parameters(), lr=1e-4),
+            [judge],
+            copy.deepcopy(policy),
+        )
         algorithm.generate = lambda *_: rollout
-        rollout, metrics = algorithm.grpo_step(models, rollout.queries, make_config(**BASE, scale_rewards="batch"))
-        return (gradients(policy), metrics, rollout.ref_logprobs), rollout.rewards, rollout.advantages
+        rollout, metrics = algorithm.grpo_step(
+            models, rollout.queries, make_config(**BASE, scale_rewards="batch")
+        )
+        return (
+            (gradients(policy), metrics, rollout.ref_logprobs),
+            rollout.rewards,
+            rollout.advantages,
+        )
+
     return step
 
 
 def run(directory, resume="false"):
     "A run in which the judge fails in the second process only (at its third call), or a signal reaches the second process only."
     judge, calls, what = accuracy_reward(load_task("add")), [], os.environ.get("FAULT")
+
     def accuracy(prompts, completions, **columns):
         calls.append(1)
         if len(calls) == 3 and os.environ["RANK"] == "1":
-            if what == "raise": raise OSError("the sandbox does not answer")
-            if what == "signal": os.kill(os.getpid(), signal.SIGTERM)
-            if what == "crash": os._exit(7)
+            if what == "raise":
+                raise OSError("the sandbox does not answer")
+            if what == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if what == "crash":
+                os._exit(7)
         return judge(prompts, completions, **columns)
-    options = dict(num_prompts=4, num_generations=4, max_steps=5, eval_steps=2, eval_size=5, save_steps=5, max_completion_length=6, device="cpu")
-    training.train(make_config(output_dir=directory, resume=resume == "true", **options), reward_funcs=[accuracy], progress=False)
+
+    options = dict(
+        num_prompts=4,
+        num_generations=4,
+        max_steps=5,
+        eval_steps=2,
+        eval_size=5,
+        save_steps=5,
+        max_completion_length=6,
+        device="cpu",
+    )
+    training.train(
+        make_config(output_dir=directory, resume=resume == "true", **options),
+        reward_funcs=[accuracy],
+        progress=False,
+    )
 
 
-if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
