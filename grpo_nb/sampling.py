@@ -368,7 +368,11 @@ def generate(
     generator: torch.Generator | None = None,
     sampler: Sampler = sample,
 ) -> Rollout:
-    "Sample as the config says; log-probs are exact, or None (in bfloat16 or by another sampler, for a group) where the update will find them exactly."
+    """Sample as the config says, with log-probs that are exact where they are needed.
+
+    PPO: always scored as `reference_logprobs` scores. A group: those of `sample`; None
+    (in bfloat16, or by another sampler) where the update will find them exactly.
+    """
     rollout = sampler(
         model,
         tokenizer,
@@ -380,13 +384,13 @@ def generate(
         config.top_k,
         generator,
     )
-    if config.dtype == "bfloat16":
-        rollout.logprobs = None
-    if rollout.logprobs is None and num_generations == 1:
+    if num_generations == 1:
         rollout.logprobs = in_pieces(
             lambda piece: token_logprobs(model, piece, config.temperature),
             rollout,
             config.max_tokens_per_micro_batch,
             sharing_width(model, rollout),
         )
+    elif config.dtype == "bfloat16":
+        rollout.logprobs = None
     return rollout
