@@ -146,9 +146,7 @@ def flops(
     prompts = forward_flops(size, B, P, P, 1)  # once per query
     new_tokens = forward_flops(size, N, T - 1, P + T / 2, T - 1)
     return {
-        "policy: sample": prompts
-        + new_tokens
-        + scoring * (ppo and config.dtype == "bfloat16"),
+        "policy: sample": prompts + new_tokens + scoring * ppo,
         "reference": scoring * (config.beta > 0),
         "reward": forward_flops(reward, N, P + T, P + T, P + T, scalar=True)
         if reward
