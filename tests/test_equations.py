@@ -326,6 +326,7 @@ def test_aggregation(how, value, columns):
         {"loss_type": "bnpo"},
         {"loss_type": "dr_grpo"},
         {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence_token"},
         {"objective": "cispo"},
         {"entropy_coef": 0.1},
         {"use_bias_correction_kl": True},
@@ -680,6 +681,7 @@ def test_sampling_with_padding_is_sampling_without(model, tokenizer):
     [
         {},
         {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence_token"},
         {"loss_type": "dr_grpo"},
         {"objective": "cispo", "loss_type": "dapo"},
     ],

@@ -508,10 +508,10 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "reward_model_steps": [(3, LEARNED)],
     "epsilon": [0.02],
     "epsilon_high": [0.02],
-    "delta": [1.02],
+    "delta": [(1.02, {"epsilon": 0.02})],
     "objective": ["clip", "cispo"],
     "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo"],
-    "importance_sampling_level": ["token", "sequence"],
+    "importance_sampling_level": ["token", "sequence", "sequence_token"],
     "mask_truncated_completions": [(True, {"max_completion_length": 3})],
     "entropy_coef": [0.1],
     "max_completion_length": [2],
@@ -557,6 +557,7 @@ OPTIONS = {
     "ppo": SHARED
     | {
         "algorithm": ["ppo"],
+        "importance_sampling_level": ["token", "sequence_token"],
         "gamma": [0.5],
         "lam": [0.0, 1.0],
         "value_model": ["separate", "head"],
