@@ -2,6 +2,7 @@
 
 Everything in float64. Hypothesis draws the same examples each time (see conftest)."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -252,6 +253,35 @@ def test_kl_in_the_reward_adds_up(b):
         rewards.sum(1),
         torch.where(b["mask"].any(1), b["advantages"] - 0.3 * price, 0.0),
     )
+
+
+@pytest.mark.parametrize(
+    "mask", list(itertools.product([False, True], repeat=3)), ids=str
+)
+def test_gae_takes_the_masks_that_a_rollout_takes(mask):
+    "Real tokens first, then padding, no gap; a completion may be empty."
+    completion_mask = torch.tensor([mask, [True, True, False]])
+    x = torch.ones(2, 3, dtype=torch.float64)
+    refusals = 0
+    for take in (
+        lambda: gae(x, x, completion_mask),
+        lambda: Rollout(
+            [None],
+            x[:1].long(),
+            x[:1].bool(),
+            x.long(),
+            completion_mask,
+            ["?"] * 2,
+            completion_mask[:, 0],
+            2,
+        ),
+    ):
+        try:
+            take()
+        except ValueError as error:
+            assert "mask" in str(error)
+            refusals += 1
+    assert refusals == (2 if list(mask) != sorted(mask, reverse=True) else 0)
 
 
 @given(batches(), st.floats(0, 1), st.floats(0, 1))
