@@ -1003,6 +1003,9 @@ def test_padding_changes_nothing(model, tokenizer, options):
 
 def test_padding_changes_no_advantage_of_ppo(rollout):
     "Bug 14 on PPO's way: token rewards, GAE, whitening and adaptive beta."
+    moved = rollout.logprobs - 0.05 * rollout.completion_mask
+    rollout = replace(rollout, ref_logprobs=moved)  # a KL within 20 % of the target
+    target = 1.1 * 0.05 * rollout.completion_mask.sum(1).double().mean().item()
     wide, config = padded(rollout), short_config(algorithm="ppo")
     outcomes = []
     for r in (rollout, wide):
@@ -1011,7 +1014,7 @@ def test_padding_changes_no_advantage_of_ppo(rollout):
             (
                 rewards[:, :6],
                 *(x[:, :6] for x in gae_advantages(r, rewards, config)),
-                torch.tensor(next_beta(0.1, r, 6.0)),
+                torch.tensor(next_beta(0.1, r, target), dtype=DOUBLE),
             )
         )
         assert rewards[~r.completion_mask].abs().sum() == 0
