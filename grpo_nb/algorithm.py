@@ -331,7 +331,9 @@ class PPOConfig(Config):
     )
     vf_coef: PositiveFloat = option(default=1.0, help="weight of the value loss")
     cliprange_value: PositiveFloat = option(
-        default=0.2, help="how far a value may move in one step"
+        default=0.2,
+        help="beyond this distance from its old value, a value may lose its gradient "
+        "(with num_iterations > 1)",
     )
     value_learning_rate: PositiveFloat = option(
         default=1e-3, help="of the value model (AdamW)"
