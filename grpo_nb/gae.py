@@ -20,9 +20,9 @@ def gae(
 ) -> tuple[
     Float[Tensor, "N T"], Float[Tensor, "N T"]
 ]:  # (advantages, returns), 0 on padding
-    """Estimate advantages from rewards and values; returns are A + V, for the value loss.
+    """Estimate advantages from rewards and values.
 
-    Computed in float64, returned in the dtype of `rewards`.
+    Returns are A + V, for the value loss. Computed in float64, returned in the dtype of `rewards`.
 
     Raises: `ValueError` for other shapes or dtypes, a mask with a gap, gamma or lam
     outside of [0, 1], results that the dtype of `rewards` cannot hold.

@@ -370,7 +370,8 @@ _ratio_rows = [
     ),
     Check(
         "sequence ratio on tokens",
-        r"s_{i,t}=\operatorname{sg}[s_i]\,\frac{\pi_\theta(o_{i,t})}{\operatorname{sg}[\pi_\theta(o_{i,t})]}",
+        r"s_{i,t}=\operatorname{sg}[s_i]"
+        r"\frac{\pi_\theta(o_{i,t})}{\operatorname{sg}[\pi_\theta(o_{i,t})]}",
         "GSPO-token 2507.18071, eq. 14",
         "objective.ratio",
         "definition, both brackets held fixed",

@@ -152,7 +152,7 @@ def test_clip_statistics(objective, delta, rho, counted, A):
     )
 
 
-# Far away ----------------------------------------------------------------------------------------------------------------
+# Far away ------------------------------------------------------------------------------
 
 FAR = [-3e38, -1e4, -100.0, -20.0, -1.0, 0.0, 1.0, 19.9, 20.0, 20.1, 89.0, 100.0, 1e4]
 
@@ -175,7 +175,8 @@ def far_loss(log_rho, A, dtype, **options):
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 @pytest.mark.parametrize("log_rho", FAR)
 def test_the_clipped_loss_far_away(log_rho, level, dtype):
-    "Exact, in value and gradient, for |log rho| <= 20, against Python's own floats; beyond finite; an advantage of 0 is no loss at all."
+    """Exact, in value and gradient, for |log rho| <= 20, against Python's own floats;
+    beyond, finite. An advantage of 0 is no loss at all."""
     rounding = 8 * torch.finfo(dtype).eps
     for A, delta in [(1.0, None), (-1.0, None), (-1.0, 3.0), (0.0, None), (0.0, 3.0)]:
         options = {"importance_sampling_level": level, "delta": delta}
@@ -220,7 +221,8 @@ def test_k3_far_away(d):
 
 @pytest.mark.parametrize("scale", [1e18, 1e30, 1e38])
 def test_rewards_near_the_limit_of_float32(scale):
-    "Standardised rewards do not depend on their unit: GRPO's, those of steps, and whitening; GAE and the value loss where float32 holds them."
+    """Standardised rewards do not depend on their unit: GRPO's, those of steps, and
+    whitening; GAE's results are in that unit."""
     small = torch.tensor([3.0, -3.0, 1.0, 0.0, 3.0, 3.0, 2.0, -1.0])
     for options in ({}, {"scale_rewards": "batch"}, {"baseline": "leave_one_out"}):
         a, b = (
@@ -778,7 +780,8 @@ def slopes(A, level, log_rho=(0.15, 0.0, -0.1, 0.15), mask=None, **options):
 
 
 def test_each_token_has_its_own_advantage_in_gspo_token():
-    "A = (3, -1, -1, -1): the sequence's ratio s, and -s A_t as gradient; a sequence's one gradient would be the mean, 0."
+    """A = (3, -1, -1, -1): the sequence's ratio s, and -s A_t as gradient; the one
+    gradient of a sequence would be the mean, 0."""
     A, s = (3.0, -1.0, -1.0, -1.0), math.exp(0.05)
     slope, loss = slopes(A, "sequence_token")
     close(slope, [-s * a for a in A])
@@ -798,7 +801,8 @@ def test_each_token_has_its_own_advantage_in_gspo_token():
 @pytest.mark.parametrize("A", [1.5, -1.5])
 @pytest.mark.parametrize("mask", [[True] * 4, [True, True, True, False]])
 def test_gspo_token_is_gspo_where_a_completion_has_one_advantage(A, objective, mask):
-    "Equations 11 and 18 of the paper: the same loss and gradient, with advantages [N] or [N, T], clipped or not."
+    """Equations 11 and 18 of the paper: the same loss and gradient, with advantages [N]
+    or [N, T], clipped or not."""
     results = [
         slopes(a, level, mask=mask, objective=objective, **bounds)
         for level in ("sequence", "sequence_token")

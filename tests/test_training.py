@@ -37,7 +37,15 @@ from grpo_nb.training import (
     train,
     train_reward_model,
 )
-from helpers import python, read_metrics, reproducible, run, same_run, short_config
+from helpers import (
+    ROOT,
+    python,
+    read_metrics,
+    reproducible,
+    run,
+    same_run,
+    short_config,
+)
 
 ALGORITHMS = ["grpo", "ppo"]
 
@@ -460,6 +468,17 @@ def test_resume_with_other_settings_is_refused(tmp_path, other):
         "max_tokens_per_micro_batch": 500,
     }  # nor is how much fits into memory
     assert len(run(tmp_path, resume=True, **options | lean).metrics) == 2
+
+
+def test_the_chapter_names_what_is_free_to_change():
+    "Chapter 13's list is that of the code."
+    source = (ROOT / "grpo_nb" / "training.py").read_text(encoding="utf-8")
+    (free,) = re.findall(r"free = \{(.*?)\}", source, re.DOTALL)
+    chapter = json.loads((ROOT / "nbs" / "13_training.ipynb").read_text("utf-8"))
+    prose = "".join("".join(cell["source"]) for cell in chapter["cells"])
+    (sentence,) = re.findall(r"Free to change are (.*?):", prose)
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert named == set(re.findall(r'"(\w+)"', free)) - {"resume"} | {"max_steps"}
 
 
 def test_a_finished_run_is_not_resumed(finished, capsys):

@@ -150,7 +150,8 @@ def same(ours, theirs, *leaves, tolerance=1e-10):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @given(batches(), settings_of_both)
 def test_loss(loss_type, level, b, settings):
-    "Value and gradient, for every way to aggregate, all ratios, both KL gradients, all bounds, advantages per completion or (token ratio) per token."
+    """Value and gradient, for every way to aggregate, all ratios, both KL gradients, all
+    bounds, advantages per completion or (token ratio) per token."""
     if level != "token" and b["advantages"].dim() == 2:
         b["advantages"] = b["advantages"][:, 0]
     same(
