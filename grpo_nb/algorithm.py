@@ -95,7 +95,8 @@ class Config:
         default=None, help="and above at 1 + epsilon_high (default: epsilon)"
     )
     delta: Annotated[float, Field(gt=1)] | None = option(
-        default=None, help="dual clip: upper bound on rho, also where A < 0"
+        default=None,
+        help="dual clip: upper bound on rho where A < 0, at least 1 + epsilon_high",
     )
     objective: Literal["clip", "cispo"] = option(
         default="clip", help="clipped surrogate, or clipped weight"
@@ -103,8 +104,10 @@ class Config:
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(
         default="grpo", help="how token losses are averaged"
     )
-    importance_sampling_level: Literal["token", "sequence"] = option(
-        default="token", help="a ratio for each token or each sequence"
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = option(
+        default="token",
+        help="a ratio for each token, for each sequence (GSPO), or the sequence's on "
+        "each token (GSPO-token)",
     )
     mask_truncated_completions: bool = option(
         default=False, help="no loss on completions cut off by the length limit"
@@ -117,11 +120,11 @@ class Config:
         default=1.0, help="of sampling, and of every log-prob"
     )
     top_p: Share = option(
-        default=1.0, help="nucleus sampling; below 1, rho is not the exact ratio"
+        default=1.0, help="nucleus sampling; below 1, rho does not correct for the cut"
     )
     top_k: NonNegativeInt = option(
         default=0,
-        help="keep the k likeliest tokens; above 0, rho is not the exact ratio",
+        help="keep the k likeliest tokens; above 0, rho does not correct for the cut",
     )
     use_vllm: bool = option(
         default=False,
@@ -213,6 +216,7 @@ class Config:
                 f'reward_funcs may hold one "learned", got {self.reward_funcs}'
             )
         check_task(self.task)
+        self._check_objective()
         if (
             self.ref_model_sync_steps
             and not self.beta
@@ -236,8 +240,31 @@ class Config:
         resolve_device(self.device)
         if self.top_p < 1 or self.top_k > 0:
             warnings.warn(
-                f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off distribution, so rho is not the exact ratio",
+                f"top_p={self.top_p}, top_k={self.top_k}: samples come from a cut-off "
+                "distribution; rho compares the full ones (1 before an update) and "
+                "does not correct for the cut",
                 stacklevel=3,
+            )
+
+    def _check_objective(self):
+        "Refuse options of the objective that do not fit each other."
+        high = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        if self.delta is not None and self.objective == "cispo":
+            raise ValueError(
+                f'delta = {self.delta} does nothing with objective = "cispo", whose '
+                "bound is 1 + epsilon_high; delta must be None"
+            )
+        if self.delta is not None and self.delta < high:
+            raise ValueError(
+                f"delta = {self.delta} must be at least 1 + epsilon_high = {high}"
+            )
+        if self.importance_sampling_level == "sequence" and (
+            "process" in self.reward_funcs
+        ):
+            raise ValueError(
+                'importance_sampling_level = "sequence" gives all tokens of a '
+                'completion one gradient; with reward_funcs = ["process"], one '
+                'advantage per token, it must be "token" or "sequence_token"'
             )
 
 # %% ../nbs/12_algorithm.ipynb #1ec978cb
@@ -267,6 +294,13 @@ class GRPOConfig(Config):
         default=False, help="rho * k3 in the loss: an unbiased KL gradient"
     )
 
+    def _check_objective(self):
+        super()._check_objective()
+        if self.use_bias_correction_kl and not self.beta:
+            raise ValueError(
+                "use_bias_correction_kl = True has no KL to correct: beta is 0"
+            )
+
 # %% ../nbs/12_algorithm.ipynb #dc765640
 @validated_dataclass(
     config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True
@@ -283,6 +317,10 @@ class PPOConfig(Config):
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = option(
         default="bnpo", help="how token losses are averaged"
     )
+    importance_sampling_level: Literal["token", "sequence_token"] = option(
+        default="token",
+        help="a ratio for each token, or the sequence's on each token (GSPO-token)",
+    )
     gamma: Share = option(default=1.0, help="discount a token")
     lam: Annotated[float, Field(ge=0, le=1)] = option(
         default=0.95, help="GAE: 0 trusts the value model, 1 the reward"
@@ -293,7 +331,9 @@ class PPOConfig(Config):
     )
     vf_coef: PositiveFloat = option(default=1.0, help="weight of the value loss")
     cliprange_value: PositiveFloat = option(
-        default=0.2, help="how far a value may move in one step"
+        default=0.2,
+        help="beyond this distance from its old value, a value may lose its gradient "
+        "(with num_iterations > 1)",
     )
     value_learning_rate: PositiveFloat = option(
         default=1e-3, help="of the value model (AdamW)"
@@ -308,6 +348,13 @@ class PPOConfig(Config):
     kl_target: PositiveFloat | None = option(
         default=None, help="adaptive beta: nats a completion (default: beta is fixed)"
     )
+
+    def _check_objective(self):
+        super()._check_objective()
+        if self.kl_target is not None and not self.beta:
+            raise ValueError(
+                f"kl_target = {self.kl_target} has no beta to adapt: beta is 0"
+            )
 
 # %% ../nbs/12_algorithm.ipynb #d1132ad3
 RECIPES: dict[str, dict[str, Any]] = {

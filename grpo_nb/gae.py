@@ -20,9 +20,14 @@ def gae(
 ) -> tuple[
     Float[Tensor, "N T"], Float[Tensor, "N T"]
 ]:  # (advantages, returns), 0 on padding
-    """Generalised advantage estimation (Schulman et al. 2016, 1506.02438, eq. 16); returns are A + V, for the value loss.
+    """Estimate advantages from rewards and values.
 
-    Computed in float64, returned in the dtype of `rewards`. `ValueError`: other shapes or dtypes, gamma or lam outside of [0, 1]."""
+    Returns are A + V, for the value loss. Computed in float64, returned in the dtype of `rewards`.
+
+    Raises: `ValueError` for other shapes or dtypes, a mask with a gap, gamma or lam
+    outside of [0, 1], results that the dtype of `rewards` cannot hold.
+
+    Source: Schulman et al. 2016, 1506.02438, eq. 16."""
     fits = (
         rewards.shape == values.shape == mask.shape
         and mask.dim() == 2
@@ -32,6 +37,11 @@ def gae(
     if not fits:
         raise ValueError(
             f"rewards, values and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (rewards, values, mask)]}"
+        )
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        raise ValueError(
+            "mask must be padded on the right only: behind a gap, as behind the last "
+            "token, nothing more would be expected; got a row with a gap"
         )
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
@@ -45,9 +55,13 @@ def gae(
         ]  # 0 on padding: after the last token nothing more is expected
         columns.append(advantage)
     advantages = torch.stack(columns[::-1], 1) if columns else r
-    return advantages.to(rewards.dtype), torch.where(mask, advantages + v, 0.0).to(
-        rewards.dtype
-    )
+    returns = torch.where(mask, advantages + v, 0.0)
+    largest = torch.finfo(rewards.dtype).max
+    if (advantages.abs() > largest).any() or (returns.abs() > largest).any():
+        raise ValueError(
+            f"rewards and values are too large: {rewards.dtype} cannot hold their sums"
+        )
+    return advantages.to(rewards.dtype), returns.to(rewards.dtype)
 
 # %% ../nbs/08_gae.ipynb #73212f5d
 def whiten(

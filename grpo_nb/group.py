@@ -28,6 +28,19 @@ def has_variance(
     return r.nan_to_num(-torch.inf).amax(1) > r.nan_to_num(torch.inf).amin(1)
 
 # %% ../nbs/09_group.ipynb #15495ea9
+_LARGEST = torch.finfo(torch.float32).max  # squares of it still fit into float64
+
+
+def _rounded(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+    "Convert a result in float64; `ValueError` where `dtype` cannot hold it."
+    if x.abs().gt(torch.finfo(dtype).max).any():
+        raise ValueError(
+            f"rewards lie too far apart: {dtype} cannot hold advantages of up to "
+            f"{x.abs().max().item():.2g}"
+        )
+    return x.to(dtype)
+
+
 def group_advantages(
     rewards: Float[Tensor, "N"],  # groups contiguous; NaN: not scored
     num_generations: int,  # G, at least 2
@@ -35,14 +48,26 @@ def group_advantages(
     baseline: str = "mean",  # "mean" | "leave_one_out"
     eps: float = 1e-4,  # added to the standard deviation
 ) -> Float[Tensor, "N"]:
-    """Advantage of each completion relative to its group (DeepSeekMath 2402.03300, sec. 4.1.2); std with ddof 1.
+    """Compare each completion with its group; std with ddof 1.
 
-    `ValueError`: fewer than two generations (nothing to compare with), rewards as in `has_variance`, an unknown choice, a negative eps."""
+    Computed in float64, returned in the dtype of `rewards`.
+
+    Raises: `ValueError` for fewer than two generations (nothing to compare with),
+    rewards as in `has_variance`, rewards or advantages that float32 (or the dtype of
+    `rewards`) cannot hold, an unknown choice, a negative eps.
+
+    Source: DeepSeekMath 2402.03300, sec. 4.1.2."""
     if not (num_generations >= 2 and eps >= 0):
         raise ValueError(
             f"num_generations must be at least 2 (one has nothing to be compared with), eps >= 0; got {num_generations}, {eps}"
         )
     varies = has_variance(rewards, num_generations)
+    too_large = rewards[rewards.abs() > _LARGEST]
+    if len(too_large):
+        raise ValueError(
+            f"rewards must be at most {_LARGEST:.2g} in size, NaN where not scored; "
+            f"got {too_large[0].item()}"
+        )
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(
             f'scale_rewards must be "group", "batch" or "none", got {scale_rewards!r}'
@@ -59,9 +84,8 @@ def group_advantages(
         centred = centred / (_std(r, n) + eps)
     if scale_rewards == "batch":
         centred = centred / (_std(r.view(1, -1), n.sum().view(1, 1)) + eps)
-    return (
-        torch.where(scored & varies[:, None], centred, 0.0).view(-1).to(rewards.dtype)
-    )
+    centred = torch.where(scored & varies[:, None], centred, 0.0)
+    return _rounded(centred.view(-1), rewards.dtype)
 
 
 def _baseline(
@@ -108,9 +132,15 @@ def process_advantages(
     baseline: str = "mean",
     eps: float = 1e-4,  # added to the standard deviation
 ) -> Float[Tensor, "N T"]:  # T = max(n_tokens); 0 on padding
-    """Token-wise advantages from step rewards (DeepSeekMath 2402.03300, sec. 4.1.3); a completion without steps gets 0.
+    """Give each token the standardised rewards of the steps that end at or after it.
 
-    `ValueError`: fewer than two generations, lists of different lengths, a negative length, a step that ends outside of its completion."""
+    A completion without steps gets 0.
+
+    Raises: `ValueError` for fewer than two generations, lists of different lengths, a
+    negative length, a step that ends outside of its completion, rewards or advantages
+    that float32 cannot hold.
+
+    Source: DeepSeekMath 2402.03300, sec. 4.1.3."""
     N = len(n_tokens)
     if num_generations < 2:
         raise ValueError(f"num_generations must be at least 2, got {num_generations}")
@@ -126,6 +156,11 @@ def process_advantages(
         if len(rewards) != len(ends):
             raise ValueError(
                 f"step_rewards of completion {i} has {len(rewards)} steps, its step_ends {len(ends)}"
+            )
+        if any(abs(reward) > _LARGEST for reward in rewards):
+            raise ValueError(
+                f"step_rewards of completion {i} must be at most {_LARGEST:.2g} in "
+                f"size, got {rewards}"
             )
         if n < 0 or any(not 0 <= end < n for end in ends):
             raise ValueError(
@@ -143,7 +178,7 @@ def process_advantages(
         for i in range(group * num_generations, (group + 1) * num_generations):
             for end in step_ends[i]:
                 result[i, : end + 1] += next(reward)
-    return result.to(torch.get_default_dtype())
+    return _rounded(result, torch.get_default_dtype())
 
 # %% ../nbs/09_group.ipynb #4daf2978
 def advantages(

@@ -332,14 +332,19 @@ _token_rows = [
 
 # %% ../nbs/16_ledger.ipynb #bc9e74f8
 def check_ratio(level: str) -> tuple[float, float]:
-    "A quotient of probabilities; for a sequence the geometric mean of its tokens' (GSPO)."
+    """Compare with a quotient of probabilities.
+
+    For a sequence it is the geometric mean of its tokens' (GSPO)."""
     b, truth = random_batch(), []
     for new, old in zip(ragged(b.logprobs, b.mask), ragged(b.old, b.mask)):
         quotients = [x.exp() / y.exp() for x, y in zip(new, old)]
+        mean = math.prod(quotients) ** (1 / len(quotients))
         truth.append(
-            quotients
-            if level == "token"
-            else [math.prod(quotients) ** (1 / len(quotients))] * len(quotients)
+            {
+                "token": quotients,
+                "sequence": [mean for _ in new],
+                "sequence_token": [mean.item() * x.exp() / x.exp().item() for x in new],
+            }[level]
         )
     return disagreement(
         ratio(b.logprobs, b.old, b.mask, level)[b.mask], truth, [b.logprobs]
@@ -362,6 +367,15 @@ _ratio_rows = [
         "objective.ratio",
         "definition: geometric mean",
         partial(check_ratio, "sequence"),
+    ),
+    Check(
+        "sequence ratio on tokens",
+        r"s_{i,t}=\operatorname{sg}[s_i]"
+        r"\frac{\pi_\theta(o_{i,t})}{\operatorname{sg}[\pi_\theta(o_{i,t})]}",
+        "GSPO-token 2507.18071, eq. 14",
+        "objective.ratio",
+        "definition, both brackets held fixed",
+        partial(check_ratio, "sequence_token"),
     ),
 ]
 
@@ -1130,7 +1144,7 @@ def trl_loss(
 
 # %% ../nbs/16_ledger.ipynb #f7772554
 def check_trl_loss(loss_type: str) -> tuple[float, float]:
-    "The loss of `update` through a model against TRL's, in 36 settings of ratio, KL, bounds and advantages."
+    "Compare the loss of `update` with TRL's, in up to 30 settings, through a model."
     model, errors = small_policy(), []
     rollout = small_rollout(model)
     mask, totals = (
@@ -1142,13 +1156,16 @@ def check_trl_loss(loss_type: str) -> tuple[float, float]:
     )
     cispo = loss_type == "cispo"
     for level, (beta, unbiased), bounds, A in itertools.product(
-        ("token", "sequence"),
+        ("token", "sequence", "sequence_token"),
         ((0.0, False), (0.1, False), (0.1, True)),
         ({}, {"epsilon_high": 0.28}, {"delta": 1.3}),
         (rollout.advantages, per_token),
     ):
+        if level != "token" and (unbiased or A is per_token):
+            continue  # TRL means something else there
+        if cispo and "delta" in bounds:
+            continue
         shared = {
-            "importance_sampling_level": level,
             "use_bias_correction_kl": unbiased,
             "max_completion_length": 9,
             **bounds,
@@ -1157,6 +1174,7 @@ def check_trl_loss(loss_type: str) -> tuple[float, float]:
             device="cpu",
             loss_type="dapo" if cispo else loss_type,
             objective="cispo" if cispo else "clip",
+            importance_sampling_level=level,
             **shared,
         )
         ours, _ = piece_loss(
@@ -1173,6 +1191,7 @@ def check_trl_loss(loss_type: str) -> tuple[float, float]:
             A,
             mask,
             loss_type,
+            level.removesuffix("_token"),
             beta=beta,
             **shared,
         )
@@ -1186,7 +1205,7 @@ _trl_rows = [
         formula,
         source,
         "update.piece_loss",
-        "TRL: _compute_loss, 36 settings",
+        "TRL: _compute_loss, up to 30 settings",
         partial(check_trl_loss, name),
     )
     for name, formula, source in [

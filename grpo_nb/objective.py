@@ -11,13 +11,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 # %% ../nbs/10_objective.ipynb #a97d8fef
+_LARGEST = 20.0  # of log rho: e^20 = 4.9e8; beyond it rho is constant
+
+
+def _exp(log_rho: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    "exp that cannot overflow: exact up to 20, constant (no gradient) beyond."
+    return log_rho.clamp(max=_LARGEST).exp()
+
+
 def ratio(
     logprobs: Float[Tensor, "N T"],  # log pi_theta, with gradient
     old_logprobs: Float[Tensor, "N T"],  # log pi_old
     mask: Bool[Tensor, "N T"],
-    level: str = "token",  # "token" | "sequence"
+    level: str = "token",  # "token" | "sequence" | "sequence_token"
 ) -> Float[Tensor, "N T"]:  # 1 on padding for "token"
-    "rho of each token, or of its sequence (GSPO 2507.18071, eq. 7). `ValueError`: other shapes or dtypes, an unknown level."
+    """Give rho of each token, or of its sequence (GSPO 2507.18071, eq. 7 and 14).
+
+    Exact for log rho <= 20; beyond it rho stays e^20 and has no gradient.
+
+    Raises: `ValueError` for other shapes or dtypes, an unknown level."""
     fits = (
         logprobs.shape == old_logprobs.shape == mask.shape
         and mask.dim() == 2
@@ -25,70 +37,103 @@ def ratio(
     )
     if not fits:
         raise ValueError(
-            f"logprobs, old_logprobs and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (logprobs, old_logprobs, mask)]}"
+            "logprobs, old_logprobs and mask must have one shape [N, T], mask be bool; "
+            f"got {[(x.dtype, *x.shape) for x in (logprobs, old_logprobs, mask)]}"
         )
     log_rho = torch.where(mask, logprobs - old_logprobs, 0.0)
     if level == "token":
-        return log_rho.exp()
-    if level != "sequence":
-        raise ValueError(
-            f'importance_sampling_level must be "token" or "sequence", got {level!r}'
-        )
-    return (
-        (log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1))
-        .exp()
-        .expand_as(log_rho)
+        return _exp(log_rho)
+    mean = log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    if level == "sequence":
+        return _exp(mean).expand_as(log_rho)
+    if level == "sequence_token":
+        own = (log_rho - log_rho.detach()).nan_to_num()  # 0, but with its gradient
+        return _exp(mean.detach() + own)
+    raise ValueError(
+        'importance_sampling_level must be "token", "sequence" or "sequence_token", '
+        f"got {level!r}"
     )
 
 # %% ../nbs/10_objective.ipynb #d0712df2
+def _on_tokens(
+    advantages: Float[Tensor, "N"] | Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    level: str,
+) -> Float[Tensor, "N T"]:  # 0 on padding: NaN there would reach the gradient, 0 * NaN
+    "Check the shape, and that a sequence's ratio meets one advantage a sequence."
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    if advantages.shape not in (mask.shape, (len(mask), 1)):
+        raise ValueError(
+            "advantages must have shape [N] or [N, T] with N, T = "
+            f"{tuple(mask.shape)}, got {tuple(advantages.shape)}"
+        )
+    if level == "sequence" and advantages.shape[1] > 1:
+        highest = torch.where(mask, advantages, -torch.inf).amax(1)
+        lowest = torch.where(mask, advantages, torch.inf).amin(1)
+        if (highest > lowest).any():
+            raise ValueError(
+                'importance_sampling_level "sequence" gives all tokens of a completion '
+                "one gradient, so advantages must not differ within a completion; "
+                'for one advantage per token use "sequence_token"'
+            )
+    return torch.where(mask, advantages, 0.0)
+
+
 def policy_loss(
     logprobs: Float[Tensor, "N T"],  # log pi_theta, with gradient
     old_logprobs: Float[Tensor, "N T"],  # log pi_old, without
     advantages: Float[Tensor, "N"]
-    | Float[Tensor, "N T"],  # one a completion, or one a token
+    | Float[Tensor, "N T"],  # one per completion, or one per token
     mask: Bool[Tensor, "N T"],  # tokens that carry loss
     epsilon: float = 0.2,  # rho is clipped below at 1 - epsilon
     epsilon_high: float | None = None,  # and above at 1 + epsilon_high; None: epsilon
-    delta: float | None = None,  # upper bound on the unclipped rho
-    importance_sampling_level: str = "token",  # "token" | "sequence"
+    delta: float | None = None,  # "clip": upper bound on the unclipped rho
+    importance_sampling_level: str = "token",  # "token" | "sequence" | "sequence_token"
     objective: str = "clip",  # "clip" | "cispo"
 ) -> tuple[
     Float[Tensor, "N T"], dict[str, Tensor]
 ]:  # (loss to minimise, 0 on padding; statistics per token)
     """Per-token policy loss (PPO 1707.06347, eq. 7; CISPO 2506.13585, eq. 4 with an upper bound only).
 
-    The statistics are [N, T]: `rho` (with gradient), `clip_low`, `clip_high` (bool: a bound took the gradient away or capped the weight).
-    `ValueError`: other shapes or dtypes, an unknown choice, a bound on the wrong side of 1."""
+    The statistics are [N, T]: `rho` and, whatever the level, `token_rho` (both with
+    gradient), `clip_low`, `clip_high` (bool: a bound took the gradient away or capped
+    the weight).
+
+    Raises: `ValueError` for other shapes or dtypes, an unknown choice, a bound on the
+    wrong side of 1, a `delta` below 1 + `epsilon_high`, and for "sequence" with
+    advantages that differ within a completion."""
     rho = ratio(logprobs, old_logprobs, mask, importance_sampling_level)
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    if advantages.shape not in (logprobs.shape, (len(logprobs), 1)):
-        raise ValueError(
-            f"advantages must have shape [N] or [N, T] with N, T = {tuple(logprobs.shape)}, got {tuple(advantages.shape)}"
-        )
-    advantages = torch.where(
-        mask, advantages, 0.0
-    )  # else NaN under the mask would reach the gradient: 0 * NaN
+    token_rho = rho
+    if importance_sampling_level != "token":
+        token_rho = ratio(logprobs, old_logprobs, mask)
+    advantages = _on_tokens(advantages, mask, importance_sampling_level)
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
-    if not (low <= 1 <= high and (delta is None or delta >= 1)):
+    if not low <= 1 <= high:
         raise ValueError(
-            f"epsilon, epsilon_high >= 0 and delta >= 1 are allowed; got {epsilon}, {epsilon_high}, {delta}"
+            "epsilon and epsilon_high must not be negative; "
+            f"got {epsilon} and {epsilon_high}"
         )
     if objective == "clip":
+        if not (delta is None or delta >= high):
+            raise ValueError(
+                f"delta must be at least 1 + epsilon_high = {high}, got {delta}"
+            )
         bounded = rho if delta is None else rho.clamp(max=delta)
         loss = -torch.minimum(bounded * advantages, rho.clamp(low, high) * advantages)
+        clip_low = (rho < low) & (advantages < 0)
+        clip_high = (rho > high) & (advantages > 0)
+        clip_high |= (rho > (delta or torch.inf)) & (advantages < 0)
     elif objective == "cispo":
         loss = -rho.clamp(max=high).detach() * advantages * logprobs
+        clip_low, clip_high = torch.zeros_like(mask), rho > high
     else:
         raise ValueError(f'objective must be "clip" or "cispo", got {objective!r}')
     statistics = {
         "rho": rho,
-        "clip_high": mask
-        & (
-            ((rho > high) & (advantages > 0))
-            | ((rho > (delta or torch.inf)) & (advantages < 0))
-        ),
-        "clip_low": mask & (rho < low) & (advantages < 0) & (objective == "clip"),
+        "token_rho": token_rho,
+        "clip_low": mask & clip_low,
+        "clip_high": mask & clip_high,
     }
     return torch.where(mask, loss, 0.0), statistics
 

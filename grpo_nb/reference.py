@@ -38,12 +38,22 @@ def reference_logprobs(
         )
 
 # %% ../nbs/05_reference.ipynb #4a39bac0
+_LARGEST = 20.0  # of d in k3: e^20 = 4.9e8; beyond it k3 is constant
+
+
 def kl(
     logprobs: Float[Tensor, "*shape"],  # log pi of the sampled tokens
     ref_logprobs: Float[Tensor, "*shape"],  # log pi_ref of the same tokens
     estimator: str = "k3",  # "k1" | "k2" | "k3"
 ) -> Float[Tensor, "*shape"]:  # nats per token
-    "Estimates KL(pi || pi_ref) at tokens that were sampled from pi (Schulman 2020; k3 is eq. 4 of DeepSeekMath, 2402.03300)."
+    """Estimate KL(pi || pi_ref) at tokens that were sampled from pi.
+
+    k3 is exact for d <= 20; beyond, where e^d may overflow, it stays what it is at 20
+    and has no gradient.
+
+    Raises: `ValueError` for shapes that differ, an unknown estimator.
+
+    Source: Schulman 2020; k3 is eq. 4 of DeepSeekMath, 2402.03300."""
     if logprobs.shape != ref_logprobs.shape:
         raise ValueError(
             f"ref_logprobs must have the shape of logprobs {tuple(logprobs.shape)}, got {tuple(ref_logprobs.shape)}"
@@ -54,6 +64,7 @@ def kl(
     if estimator == "k2":
         return d.square() / 2
     if estimator == "k3":
+        d = d.clamp(max=_LARGEST)
         return d.expm1() - d
     raise ValueError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}')
 

@@ -65,7 +65,7 @@ def piece_loss(
         sums["kl"] = kl(logprobs, piece.ref_logprobs, "k3")
         if beta:
             loss = loss + beta * sums["kl"] * (
-                statistics["rho"]
+                statistics["token_rho"]
                 if getattr(config, "use_bias_correction_kl", False)
                 else 1.0
             )

@@ -72,7 +72,12 @@ def value_loss(
     | Tensor
     | None = None,  # tokens of the whole step, if this is a piece of it (below 1: 1); None: those of mask
 ) -> Float[Tensor, ""]:  # token mean
-    "Clipped value loss, token mean of 1/2 max((V-R)^2, (clip(V)-R)^2) (PPO2; InstructGPT 2203.02155). `ValueError`: other shapes or dtypes, a negative range."
+    """Take the token mean of 1/2 max((V-R)^2, (clip(V)-R)^2), the clipped value loss.
+
+    Raises: `ValueError` for other shapes or dtypes, a negative range, returns whose
+    squares overflow.
+
+    Source: PPO2; InstructGPT 2203.02155."""
     fits = (
         values.shape == old_values.shape == returns.shape == mask.shape
         and mask.dim() == 2
@@ -97,4 +102,10 @@ def value_loss(
         if num_tokens is None
         else torch.as_tensor(num_tokens, device=mask.device)
     )
-    return loss.sum() / count.clamp(min=1)
+    result = loss.sum() / count.clamp(min=1)
+    if result.isinf() and returns.isfinite().all() and returns.square().sum().isinf():
+        raise ValueError(
+            f"returns are too large for {returns.dtype} to hold the sum of their "
+            f"squares, got {returns.abs().max().item():.2g}; scale the rewards down"
+        )
+    return result

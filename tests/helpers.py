@@ -1,5 +1,6 @@
 "Small models and rollouts to check the library against: random weights, float64, nothing loaded from disk."
 
+import itertools
 import json
 import os
 import subprocess
@@ -159,14 +160,15 @@ def random_rollout(
 
 
 def padded(rollout, left=3, right=4, junk=7.0):
-    "The same rollout with more padding: columns of junk on the left of the prompts and on the right of the completions."
+    """The same rollout with more padding: columns of junk on the left of the prompts and
+    on the right of the completions, of each field another, so that none cancels."""
+    of_each_field = itertools.count(junk)
 
     def wider(x, n, side):
-        fill = (
-            torch.zeros(len(x), n, dtype=x.dtype)
-            if x.dtype == torch.bool
-            else torch.full((len(x), n), junk).to(x.dtype)
-        )
+        if x.dtype == torch.bool:
+            fill = torch.zeros(len(x), n, dtype=x.dtype)
+        else:
+            fill = torch.full((len(x), n), next(of_each_field)).to(x.dtype)
         return torch.cat([fill, x] if side == "left" else [x, fill], 1)
 
     changed = {

@@ -22,6 +22,7 @@ from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.training import load_rewards, train
 from grpo_nb.update import micro_batches, update
+from grpo_nb.value import value_loss
 from helpers import ROOT, character_tokenizer, random_model, read_metrics, short_config
 
 ONE = torch.ones(4)
@@ -62,7 +63,38 @@ TABLE = torch.ones(4, 3)
         ({"loss_type": "sum"}, ["loss_type", "'sum'", "'dr_grpo'"]),
         (
             {"importance_sampling_level": "word"},
-            ["importance_sampling_level", "'word'", "'token' or 'sequence'"],
+            [
+                "importance_sampling_level",
+                "'word'",
+                "'token', 'sequence' or 'sequence_token'",
+            ],
+        ),
+        (
+            {"importance_sampling_level": "sequence", "algorithm": "ppo"},
+            [
+                "importance_sampling_level",
+                "'sequence'",
+                "'token' or 'sequence_token'",
+            ],
+        ),
+        (
+            {"importance_sampling_level": "sequence", "reward_funcs": ["process"]},
+            ["importance_sampling_level", '"sequence"', '"sequence_token"', "process"],
+        ),
+        ({"delta": 1.19}, ["delta", "1.19", "1.2"]),
+        ({"delta": 1.9, "epsilon_high": 1.0}, ["delta", "1.9", "2.0"]),
+        ({"delta": 1.3, "epsilon": 0.5}, ["delta", "1.3", "1.5"]),
+        (
+            {"delta": 9.0, "objective": "cispo"},
+            ["delta", "9.0", '"cispo"', "None"],
+        ),
+        (
+            {"use_bias_correction_kl": True, "beta": 0.0},
+            ["use_bias_correction_kl", "True", "beta is 0"],
+        ),
+        (
+            {"algorithm": "ppo", "kl_target": 6.0, "beta": 0.0},
+            ["kl_target", "6.0", "beta is 0"],
         ),
         ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]),
         ({"reward_funcs": []}, ["reward_funcs", "[]", "at least 1"]),
@@ -133,7 +165,69 @@ def test_config(options, words):
             lambda: policy_loss(
                 TABLE, TABLE, ONE, TABLE > 0, importance_sampling_level="x"
             ),
-            ["importance_sampling_level", "'x'", '"token" or "sequence"'],
+            [
+                "importance_sampling_level",
+                "'x'",
+                '"token", "sequence" or "sequence_token"',
+            ],
+        ),
+        (
+            lambda: policy_loss(
+                TABLE,
+                TABLE,
+                torch.arange(12.0).view(4, 3),
+                TABLE > 0,
+                importance_sampling_level="sequence",
+            ),
+            ["importance_sampling_level", '"sequence"', "advantages", "sequence_token"],
+        ),
+        (
+            lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, delta=1.1),
+            ["delta", "1.1", "at least 1 + epsilon_high = 1.2"],
+        ),
+        (
+            lambda: policy_loss(
+                TABLE, TABLE, ONE, TABLE > 0, epsilon_high=2.0, delta=2.9
+            ),
+            ["delta", "2.9", "at least 1 + epsilon_high = 3.0"],
+        ),
+        (
+            lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, delta=math.nan),
+            ["delta", "nan", "at least 1 + epsilon_high"],
+        ),
+        (
+            lambda: gae(TABLE, TABLE, torch.tensor([[True, False, True]] * 4)),
+            ["mask", "right only", "gap"],
+        ),
+        (
+            lambda: gae(TABLE, TABLE, torch.tensor([[False, True, True]] * 4)),
+            ["mask", "right only", "gap"],
+        ),
+        (
+            lambda: gae(3e38 * TABLE, 3e38 * TABLE, TABLE > 0),
+            ["rewards and values", "torch.float32"],
+        ),
+        (
+            lambda: group_advantages(torch.tensor([0.0, math.inf]), 2),
+            ["rewards", "inf", "3.4e+38"],
+        ),
+        (
+            lambda: group_advantages(
+                torch.tensor([0.0, -1e300], dtype=torch.float64), 2
+            ),
+            ["rewards", "-1e+300", "3.4e+38"],
+        ),
+        (
+            lambda: group_advantages(torch.tensor([3e38, -3e38, -3e38]), 3, "none"),
+            ["rewards", "torch.float32", "4e+38"],
+        ),
+        (
+            lambda: process_advantages([[1.0], [math.inf]], [[0], [0]], 2, [1, 3]),
+            ["step_rewards", "completion 1", "inf", "3.4e+38"],
+        ),
+        (
+            lambda: value_loss(0 * TABLE, 0 * TABLE, 1e20 * TABLE, TABLE > 0),
+            ["returns", "torch.float32", "1e+20"],
         ),
         (lambda: aggregate(TABLE, TABLE > 0, "x"), ["loss_type", "'x'", '"dr_grpo"']),
         (

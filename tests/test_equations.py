@@ -122,6 +122,137 @@ def test_cispo_caps_the_weight_and_keeps_the_gradient(A, rho, weight):
     close(logprobs.grad.item(), -weight * A)
 
 
+@pytest.mark.parametrize("A", [2.0, -2.0])
+@pytest.mark.parametrize(
+    "objective, delta, rho, counted",
+    [
+        ("cispo", None, 0.1, (False, False)),
+        ("cispo", None, 1.2, (False, False)),
+        ("cispo", None, 1.3, (False, True)),  # capped, whatever the sign of A
+        ("cispo", 1.1, 1.15, (False, False)),  # delta belongs to "clip"
+        ("clip", None, 1.3, (False, "A > 0")),
+        ("clip", 1.5, 1.6, (False, True)),
+        ("clip", 1.5, 1.4, (False, "A > 0")),
+        ("clip", None, 0.7, ("A < 0", False)),
+    ],
+)
+def test_clip_statistics(objective, delta, rho, counted, A):
+    "A token is counted where a bound took its gradient away, or capped its weight."
+    _, statistics = policy_loss(
+        torch.tensor([[math.log(rho)]], dtype=DOUBLE),
+        torch.zeros(1, 1, dtype=DOUBLE),
+        torch.tensor([A], dtype=DOUBLE),
+        torch.ones(1, 1, dtype=torch.bool),
+        objective=objective,
+        delta=delta,
+    )
+    cases = {"A > 0": A > 0, "A < 0": A < 0, True: True, False: False}
+    assert tuple(bool(statistics[name]) for name in ("clip_low", "clip_high")) == tuple(
+        cases[x] for x in counted
+    )
+
+
+# Far away ------------------------------------------------------------------------------
+
+FAR = [-3e38, -1e4, -100.0, -20.0, -1.0, 0.0, 1.0, 19.9, 20.0, 20.1, 89.0, 100.0, 1e4]
+
+
+def far_loss(log_rho, A, dtype, **options):
+    "Loss, gradient in log pi and ratio of one token."
+    logprobs = torch.tensor([[log_rho]], dtype=dtype, requires_grad=True)
+    loss, statistics = policy_loss(
+        logprobs,
+        torch.zeros(1, 1, dtype=dtype),
+        torch.tensor([A], dtype=dtype),
+        torch.ones(1, 1, dtype=torch.bool),
+        **options,
+    )
+    loss.sum().backward()
+    return loss.item(), logprobs.grad.item(), statistics["rho"].item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, DOUBLE], ids=str)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+@pytest.mark.parametrize("log_rho", FAR)
+def test_the_clipped_loss_far_away(log_rho, level, dtype):
+    """Exact, in value and gradient, for |log rho| <= 20, against Python's own floats;
+    beyond, finite. An advantage of 0 is no loss at all."""
+    rounding = 8 * torch.finfo(dtype).eps
+    for A, delta in [(1.0, None), (-1.0, None), (-1.0, 3.0), (0.0, None), (0.0, 3.0)]:
+        options = {"importance_sampling_level": level, "delta": delta}
+        loss, slope, rho = far_loss(log_rho, A, dtype, **options)
+        assert all(map(math.isfinite, (loss, slope, rho)))
+        if A == 0:
+            assert loss == slope == 0
+        if abs(log_rho) > 20:
+            continue
+        exact = math.exp(torch.tensor(log_rho, dtype=dtype).item())
+        bounded = min(exact, delta or math.inf)
+        objective = min(bounded * A, min(max(exact, 0.8), 1.2) * A)
+        free = A * exact if objective == bounded * A and bounded == exact else 0.0
+        assert math.isclose(rho, exact, rel_tol=rounding)
+        assert math.isclose(-loss, objective, rel_tol=rounding, abs_tol=rounding)
+        assert math.isclose(-slope, free, rel_tol=rounding)
+
+
+@pytest.mark.parametrize("log_rho", FAR)
+def test_cispo_far_away(log_rho):
+    "The weight is capped as ever, however far away; the gradient lives."
+    for A in (1.0, -1.0, 0.0):
+        loss, slope, _ = far_loss(log_rho, A, torch.float32, objective="cispo")
+        weight = min(math.exp(min(log_rho, 1)), 1.2)
+        close(-slope, weight * A, 1e-6)
+        close(-loss, weight * A * log_rho, 1e-6 * max(1, abs(log_rho)))
+
+
+@pytest.mark.parametrize("d", FAR)
+def test_k3_far_away(d):
+    "The KL in the loss: exact for d <= 20, finite beyond; with rho, too."
+    logprobs = torch.tensor([-d], requires_grad=True)
+    k3 = kl(logprobs, torch.zeros(1), "k3")
+    (slope,) = torch.autograd.grad(k3.sum(), logprobs)
+    assert k3.isfinite().all() and slope.isfinite().all() and k3 >= 0
+    assert d * slope <= 0  # towards the reference, or nowhere
+    if d <= 20:
+        exact = math.expm1(torch.tensor(d).item())
+        assert math.isclose(k3.item(), exact - d, rel_tol=1e-6, abs_tol=1e-9)
+        assert math.isclose(slope.item(), -exact, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e30, 1e38])
+def test_rewards_near_the_limit_of_float32(scale):
+    """Standardised rewards do not depend on their unit: GRPO's, those of steps, and
+    whitening; GAE's results are in that unit."""
+    small = torch.tensor([3.0, -3.0, 1.0, 0.0, 3.0, 3.0, 2.0, -1.0])
+    for options in ({}, {"scale_rewards": "batch"}, {"baseline": "leave_one_out"}):
+        a, b = (
+            group_advantages(r, 4, **options, eps=0.0) for r in (small, scale * small)
+        )
+        assert a.abs().max() > 1 and b.isfinite().all()
+        close(a, b, 1e-6)
+    rows = [[float(r)] for r in small]
+    a, b = (
+        process_advantages(steps, [[0]] * 8, 4, [1] * 8, eps=0.0)
+        for steps in (rows, [[scale * r for r in row] for row in rows])
+    )
+    close(a, b, 1e-6)
+    table, mask = small.view(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    close(whiten(table, mask), whiten(scale * table, mask), 1e-5)
+    ends = torch.tensor([[0.0, 0, 0, 3], [0.0, 0, 0, -3]])
+    for x, y in zip(gae(ends, 0 * ends, mask), gae(scale * ends, 0 * ends, mask)):
+        close(x, y / scale, 1e-6)
+
+
+def test_a_large_return_has_its_gradient():
+    "1e18 squared is still a float32; what is not is refused (test_bad_input.py)."
+    values = torch.zeros(1, 2, requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    value_loss(
+        values, torch.zeros(1, 2), torch.tensor([[1e18, -1e18]]), mask
+    ).backward()
+    close(values.grad / 1e17, [[-5.0, 5.0]], 1e-6)
+
+
 # The KL ------------------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +391,72 @@ def test_kl_in_the_loss_of_grpo(tokenizer, corrected, direction):
         close(a, b, 1e-11)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_the_corrected_kl_takes_the_ratio_of_the_token(tokenizer, level):
+    """E grad (rho k3) = grad KL(pi || ref) at each token, also where the policy loss has
+    a sequence's ratio: every completion of two tokens, enumerated.
+
+    The truth is the KL of the exact distributions after each prefix, whose probability
+    is held fixed, as it is in a loss."""
+    V, totals = 6, {"num_sequences": torch.tensor(1), "num_tokens": torch.tensor(2)}
+    policy, reference = (
+        random_model("gpt2", vocabulary=V, seed=seed) for seed in (0, 1)
+    )
+    rows = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    rollout = as_rollout(tokenizer, [Query("12")], ["1"] * V**2)
+    rollout = replace(
+        rollout,
+        prompt_ids=rollout.prompt_ids.clamp(max=V - 1),
+        completion_ids=rows,
+        completion_mask=torch.ones(V**2, 2, dtype=torch.bool),
+        advantages=torch.zeros(V**2, dtype=DOUBLE),
+    )
+    rollout.logprobs = token_logprobs(policy, rollout).detach()
+    rollout.ref_logprobs = reference_logprobs(reference, rollout)
+    probability = rollout.logprobs.sum(1).exp()
+    close(probability.sum(), 1.0)
+    config = short_config(use_bias_correction_kl=True, importance_sampling_level=level)
+
+    fields = (
+        "completion_ids",
+        "completion_mask",
+        "completions",
+        "truncated",
+        "logprobs",
+        "ref_logprobs",
+        "advantages",
+    )
+
+    def terms(i):
+        row = {name: getattr(rollout, name)[i : i + 1] for name in fields}
+        one = replace(rollout, num_generations=1, **row)
+        return piece_loss(policy, one, config, 1.0, totals)[0]
+
+    expected = sum(probability[i] * terms(i) for i in range(V**2))
+    prompt = rollout.prompt_ids[:, rollout.prompt_mask[0]]
+    prefixes = [(prompt, 1.0)] + [
+        (
+            torch.cat([prompt, rows[V * i, :1][None]], 1),
+            rollout.logprobs[V * i, 0].exp(),
+        )
+        for i in range(V)
+    ]
+    truth = 0.0
+    for ids, weight in prefixes:
+        log_pi, log_ref = (
+            m.eval()(ids).logits[0, -1].log_softmax(0) for m in (policy, reference)
+        )
+        truth = truth + weight * divergence(log_pi, log_ref.detach()) / 2
+    ours, exact = (
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(x, tuple(policy.parameters()))]
+        )
+        for x in (expected, truth)
+    )
+    assert exact.norm() > 0.1
+    close(ours, exact, 1e-11)
+
+
 @pytest.mark.parametrize("objective", ["clip", "cispo"])
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     "The whole way from logits to loss, against the exact gradient: every completion of up to two tokens, enumerated."
@@ -326,6 +523,7 @@ def test_aggregation(how, value, columns):
         {"loss_type": "bnpo"},
         {"loss_type": "dr_grpo"},
         {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence_token"},
         {"objective": "cispo"},
         {"entropy_coef": 0.1},
         {"use_bias_correction_kl": True},
@@ -567,6 +765,89 @@ def test_sequence_ratio():
     close(log_rho.grad, [[-2 * math.exp(0.1) / 3] * 3 + [0]])  # d(-2 s) / d log rho_t
 
 
+def slopes(A, level, log_rho=(0.15, 0.0, -0.1, 0.15), mask=None, **options):
+    "The gradient of the summed loss of one completion in its log-probs, and the loss."
+    logprobs = torch.tensor([log_rho], dtype=DOUBLE, requires_grad=True)
+    loss, _ = policy_loss(
+        logprobs,
+        torch.zeros_like(logprobs),
+        torch.tensor([A], dtype=DOUBLE),
+        torch.ones_like(logprobs).bool() if mask is None else torch.tensor([mask]),
+        importance_sampling_level=level,
+        **options,
+    )
+    return torch.autograd.grad(loss.sum(), logprobs)[0][0], loss[0].detach()
+
+
+def test_each_token_has_its_own_advantage_in_gspo_token():
+    """A = (3, -1, -1, -1): the sequence's ratio s, and -s A_t as gradient; the one
+    gradient of a sequence would be the mean, 0."""
+    A, s = (3.0, -1.0, -1.0, -1.0), math.exp(0.05)
+    slope, loss = slopes(A, "sequence_token")
+    close(slope, [-s * a for a in A])
+    close(loss, [-s * a for a in A])
+    close(
+        slopes(A, "token")[0],
+        [-math.exp(x) * a for x, a in zip((0.15, 0, -0.1, 0.15), A)],
+    )
+    with pytest.raises(ValueError, match="sequence_token"):
+        slopes(A, "sequence")
+    # beyond the bound of the sequence's ratio the good token has no gradient left
+    slope, _ = slopes(A, "sequence_token", epsilon=0.01, epsilon_high=0.04)
+    close(slope, [0.0, s, s, s])
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
+@pytest.mark.parametrize("A", [1.5, -1.5])
+@pytest.mark.parametrize("mask", [[True] * 4, [True, True, True, False]])
+def test_gspo_token_is_gspo_where_a_completion_has_one_advantage(A, objective, mask):
+    """Equations 11 and 18 of the paper: the same loss and gradient, with advantages [N]
+    or [N, T], clipped or not."""
+    results = [
+        slopes(a, level, mask=mask, objective=objective, **bounds)
+        for level in ("sequence", "sequence_token")
+        for a in ((A,) * 4, (A, A, A, A if mask[3] else math.nan))
+        for bounds in ({}, {"epsilon": 3e-4, "epsilon_high": 4e-4})
+    ]
+    for bounds in (0, 1):
+        for slope, loss in results[2 + bounds :: 2]:
+            close(slope, results[bounds][0])
+            close(loss, results[bounds][1])
+    assert results[0][0].abs().max() > 0
+
+
+def test_the_weights_of_another_sampler_are_no_advantages(llama, rollout):
+    """GSPO with the correction for another sampler: loss and gradient by their definition.
+
+    The weight of each token multiplies its loss, -min(s A, clip(s) A), and the gradient
+    of s reaches every token of the completion."""
+    config = SimpleNamespace(
+        **vars(short_config(importance_sampling_level="sequence", epsilon=0.05))
+        | {"vllm_importance_sampling_correction": True}
+    )
+    mask = rollout.completion_mask
+    rollout.sampling_logprobs = rollout.logprobs - 0.7 * rollout.values.sin()
+    totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
+    ours, _ = piece_loss(llama, rollout, config, 0.0, totals)
+    logprobs, truth = token_logprobs(llama, rollout), 0.0
+    for i, n in enumerate(mask.sum(1).tolist()):
+        A = rollout.advantages[i].item()
+        difference = logprobs[i, :n] - rollout.logprobs[i, :n]
+        s = (difference.sum() / n).exp()
+        objective = min(s * A, s.clamp(0.95, 1.05) * A)
+        weights = (rollout.logprobs - rollout.sampling_logprobs)[i, :n].exp()
+        truth = truth - objective * weights.clamp(max=3.0).mean() / len(mask)
+    a, b = (
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(x, tuple(llama.parameters()))]
+        )
+        for x in (ours, truth)
+    )
+    close(ours.detach(), truth.detach())
+    close(a, b)
+    assert a.abs().max() > 1e-3
+
+
 # End of sequence, padding, positions -------------------------------------------------------------------------------------
 
 
@@ -680,6 +961,7 @@ def test_sampling_with_padding_is_sampling_without(model, tokenizer):
     [
         {},
         {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence_token"},
         {"loss_type": "dr_grpo"},
         {"objective": "cispo", "loss_type": "dapo"},
     ],
@@ -725,6 +1007,9 @@ def test_padding_changes_nothing(model, tokenizer, options):
 
 def test_padding_changes_no_advantage_of_ppo(rollout):
     "Bug 14 on PPO's way: token rewards, GAE, whitening and adaptive beta."
+    moved = rollout.logprobs - 0.05 * rollout.completion_mask
+    rollout = replace(rollout, ref_logprobs=moved)  # a KL within 20 % of the target
+    target = 1.1 * 0.05 * rollout.completion_mask.sum(1).double().mean().item()
     wide, config = padded(rollout), short_config(algorithm="ppo")
     outcomes = []
     for r in (rollout, wide):
@@ -733,7 +1018,7 @@ def test_padding_changes_no_advantage_of_ppo(rollout):
             (
                 rewards[:, :6],
                 *(x[:, :6] for x in gae_advantages(r, rewards, config)),
-                torch.tensor(next_beta(0.1, r, 6.0)),
+                torch.tensor(next_beta(0.1, r, target), dtype=DOUBLE),
             )
         )
         assert rewards[~r.completion_mask].abs().sum() == 0

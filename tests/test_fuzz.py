@@ -243,9 +243,9 @@ def batches(draw, *names, vectors=()):
             draw(st.lists(st.integers(0, T), min_size=N, max_size=N)), dtype=torch.long
         )[:, None]
     )
-    junk = draw(st.sampled_from([0.0, 99.0, math.nan, -math.inf]))
+    junk = st.sampled_from([0.0, 99.0, -7.0, math.nan, -math.inf])
     return (
-        {name: draw(numbers(N, T)).masked_fill(~mask, junk) for name in names}
+        {name: draw(numbers(N, T)).masked_fill(~mask, draw(junk)) for name in names}
         | {name: draw(numbers(N)) for name in vectors}
         | {"mask": mask}
     )
@@ -275,7 +275,7 @@ def spoilt(draw, arguments):
                     .view(x.shape)
                 )
         else:
-            x = draw(st.sampled_from([*ODD, "group", "sequence"]))
+            x = draw(st.sampled_from([*ODD, "group", "sequence", "sequence_token"]))
         arguments[name] = x
     return arguments
 
@@ -383,7 +383,8 @@ def filled(rows, mask):
 
 
 def exp(x):
-    return math.inf if x > 700 else math.exp(x)
+    "As in the library: constant above 20."
+    return math.exp(min(x, 20.0))
 
 
 def slow_gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -393,6 +394,7 @@ def slow_gae(rewards, values, mask, gamma=1.0, lam=0.95):
         and floats(rewards)
         and 0 <= gamma <= 1
         and 0 <= lam <= 1
+        and not (mask[:, 1:] & ~mask[:, :-1]).any()
     )
     advantages, returns = [], []
     for r, v in zip(real(rewards, mask), real(values, mask)):
@@ -405,6 +407,8 @@ def slow_gae(rewards, values, mask, gamma=1.0, lam=0.95):
         ]
         advantages.append(A)
         returns.append([a + b for a, b in zip(A, v)])
+    largest = torch.finfo(rewards.dtype).max
+    need(not any(abs(x) > largest for row in advantages + returns for x in row))
     return filled(advantages, mask), filled(returns, mask)
 
 
@@ -452,7 +456,7 @@ def slow_ratio(logprobs, old_logprobs, mask, level="token"):
     need(
         is_mask(mask)
         and logprobs.shape == old_logprobs.shape == mask.shape
-        and level in ("token", "sequence")
+        and level in ("token", "sequence", "sequence_token")
     )
     differences = [
         [x - y for x, y in zip(*rows)]
@@ -468,7 +472,7 @@ def slow_ratio(logprobs, old_logprobs, mask, level="token"):
     ).view(mask.shape)
 
 
-LEVELS = st.sampled_from(["token", "sequence"])
+LEVELS = st.sampled_from(["token", "sequence", "sequence_token"])
 
 
 @fuzz(ratio)
@@ -499,7 +503,7 @@ def slow_policy_loss(
     need(
         epsilon >= 0
         and epsilon_high >= 0
-        and (delta is None or delta >= 1)
+        and (objective == "cispo" or delta is None or delta >= 1 + epsilon_high)
         and objective in ("clip", "cispo")
     )
     N, T = mask.shape
@@ -508,6 +512,9 @@ def slow_policy_loss(
         [x] * T if advantages.dim() == 1 else x * (T if len(x) != T else 1)
         for x in advantages.tolist()
     ]
+    if importance_sampling_level == "sequence" and advantages.dim() == 2:
+        for row in real(torch.tensor(A).view(N, T), mask):
+            need(any(map(math.isnan, row)) or len(set(row)) <= 1)
     loss = torch.zeros(N, T, dtype=torch.float64)
     for i in range(N):
         for t in range(T):
@@ -661,8 +668,9 @@ def slow_kl(logprobs, ref_logprobs, estimator="k3"):
         y - x
         for x, y in zip(logprobs.flatten().tolist(), ref_logprobs.flatten().tolist())
     ]
+    k3 = [exp(x) - min(x, 20.0) - 1 for x in d]
     return torch.tensor(
-        [{"k1": -x, "k2": x * x / 2, "k3": exp(x) - x - 1}[estimator] for x in d],
+        [{"k1": -x, "k2": x * x / 2, "k3": y}[estimator] for x, y in zip(d, k3)],
         dtype=torch.float64,
     ).view(logprobs.shape)
 
@@ -715,6 +723,9 @@ def test_kl_in_reward(data):
 # The mathematics: groups -------------------------------------------------------------------------------------------------
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
 def groups_of(rewards, G):
     need(rewards.dim() == 1 and floats(rewards) and G >= 1 and len(rewards) % G == 0)
     return [rewards[i : i + G].tolist() for i in range(0, len(rewards), G)]
@@ -749,6 +760,7 @@ def slow_group_advantages(
         and baseline in ("mean", "leave_one_out")
     )
     groups = groups_of(rewards, num_generations)
+    need(not any(abs(r) > LARGEST for group in groups for r in group))
     scored = [[r for r in group if not math.isnan(r)] for group in groups]
     everything, result = [r for group in scored for r in group], []
     for group, scores in zip(groups, scored):
@@ -765,6 +777,7 @@ def slow_group_advantages(
             result.append(
                 (r - others / (len(scores) - (baseline == "leave_one_out"))) / by()
             )
+    need(not any(abs(a) > torch.finfo(rewards.dtype).max for a in result))
     return result
 
 
@@ -888,7 +901,9 @@ def test_process_advantages(data):
         ]:
             filled[0][0] = data.draw(
                 st.sampled_from(
-                    [math.nan, -1.0] if name == "one step" else [-1, 4, 10**15]
+                    [math.nan, -1.0, 1e30, math.inf]
+                    if name == "one step"
+                    else [-1, 4, 10**15]
                 )
             )
     agrees(process_advantages, arguments, slow_process_advantages)

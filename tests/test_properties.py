@@ -2,6 +2,7 @@
 
 Everything in float64. Hypothesis draws the same examples each time (see conftest)."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ OBJECTIVES = [
     {"epsilon_high": 0.5},
     {"delta": 1.3},
     {"importance_sampling_level": "sequence"},
+    {"importance_sampling_level": "sequence_token"},
     {"objective": "cispo"},
     {
         "objective": "cispo",
@@ -76,11 +78,17 @@ def far_from(x, *kinks, margin=1e-3):
 
 
 @pytest.mark.parametrize("how", LOSS_TYPES, ids=lambda how: how["loss_type"])
-@pytest.mark.parametrize("options", OBJECTIVES[:4], ids=str)
 @pytest.mark.parametrize(
-    "per_token", [False, True], ids=["A per completion", "A per token"]
+    "options, per_token",
+    [
+        (options, per_token)
+        for options in OBJECTIVES[:4]
+        for per_token in (False, True)
+        if not (per_token and "importance_sampling_level" in options)
+    ],
+    ids=str,
 )
-def test_slope_of_the_policy_loss(options, how, per_token):
+def test_slope_of_the_policy_loss(options, per_token, how):
     generator = torch.Generator().manual_seed(3)
     old, x = (
         torch.randn(4, 5, generator=generator).double(),
@@ -106,7 +114,7 @@ def test_slope_of_the_policy_loss(options, how, per_token):
     )
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 def test_slope_of_cispo(level):
     "CISPO's weight is cut off from the gradient: its slope is that of sum_t w_t log pi_t with the weights held fixed."
     old, x = (
@@ -187,13 +195,11 @@ def test_slope_of_the_log_probs(tokenizer):
 
 
 def wider(x):
-    "Two more columns: junk, or False in a mask."
-    junk = (
-        torch.full((len(x), 2), 7.0).to(x.dtype)
-        if x.dtype != torch.bool
-        else torch.zeros(len(x), 2, dtype=torch.bool)
-    )
-    return torch.cat([x, junk], 1)
+    "Two more columns: junk, of each tensor another, or False in a mask."
+    if x.dtype == torch.bool:
+        return torch.cat([x, torch.zeros(len(x), 2, dtype=torch.bool)], 1)
+    junk = 7 + x.detach().sum() % 3
+    return torch.cat([x, junk.expand(len(x), 2)], 1)
 
 
 @given(batches(), st.sampled_from(LOSS_TYPES), st.sampled_from(OBJECTIVES))
@@ -247,6 +253,35 @@ def test_kl_in_the_reward_adds_up(b):
         rewards.sum(1),
         torch.where(b["mask"].any(1), b["advantages"] - 0.3 * price, 0.0),
     )
+
+
+@pytest.mark.parametrize(
+    "mask", list(itertools.product([False, True], repeat=3)), ids=str
+)
+def test_gae_takes_the_masks_that_a_rollout_takes(mask):
+    "Real tokens first, then padding, no gap; a completion may be empty."
+    completion_mask = torch.tensor([mask, [True, True, False]])
+    x = torch.ones(2, 3, dtype=torch.float64)
+    refusals = 0
+    for take in (
+        lambda: gae(x, x, completion_mask),
+        lambda: Rollout(
+            [None],
+            x[:1].long(),
+            x[:1].bool(),
+            x.long(),
+            completion_mask,
+            ["?"] * 2,
+            completion_mask[:, 0],
+            2,
+        ),
+    ):
+        try:
+            take()
+        except ValueError as error:
+            assert "mask" in str(error)
+            refusals += 1
+    assert refusals == (2 if list(mask) != sorted(mask, reverse=True) else 0)
 
 
 @given(batches(), st.floats(0, 1), st.floats(0, 1))
@@ -317,7 +352,7 @@ def test_no_advantage_no_policy_gradient(b, options, how):
     assert loss == 0 and (torch.autograd.grad(loss, logprobs)[0] == 0).all()
 
 
-@given(batches(), st.sampled_from(OBJECTIVES[:4]))
+@given(batches(), st.sampled_from(OBJECTIVES[:5]))
 def test_the_clipped_objective_is_a_lower_bound(b, options):
     "Without a cap on rho it never promises more than the unclipped objective, and equals it at rho = 1."
     loss, statistics = policy_loss(

@@ -37,7 +37,15 @@ from grpo_nb.training import (
     train,
     train_reward_model,
 )
-from helpers import python, read_metrics, reproducible, run, same_run, short_config
+from helpers import (
+    ROOT,
+    python,
+    read_metrics,
+    reproducible,
+    run,
+    same_run,
+    short_config,
+)
 
 ALGORITHMS = ["grpo", "ppo"]
 
@@ -462,6 +470,17 @@ def test_resume_with_other_settings_is_refused(tmp_path, other):
     assert len(run(tmp_path, resume=True, **options | lean).metrics) == 2
 
 
+def test_the_chapter_names_what_is_free_to_change():
+    "Chapter 13's list is that of the code."
+    source = (ROOT / "grpo_nb" / "training.py").read_text(encoding="utf-8")
+    (free,) = re.findall(r"free = \{(.*?)\}", source, re.DOTALL)
+    chapter = json.loads((ROOT / "nbs" / "13_training.ipynb").read_text("utf-8"))
+    prose = "".join("".join(cell["source"]) for cell in chapter["cells"])
+    (sentence,) = re.findall(r"Free to change are (.*?):", prose)
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert named == set(re.findall(r'"(\w+)"', free)) - {"resume"} | {"max_steps"}
+
+
 def test_a_finished_run_is_not_resumed(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.directory.rglob("*")}
     again = train(
@@ -508,10 +527,10 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "reward_model_steps": [(3, LEARNED)],
     "epsilon": [0.02],
     "epsilon_high": [0.02],
-    "delta": [1.02],
+    "delta": [(1.02, {"epsilon": 0.02})],
     "objective": ["clip", "cispo"],
     "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo"],
-    "importance_sampling_level": ["token", "sequence"],
+    "importance_sampling_level": ["token", "sequence", "sequence_token"],
     "mask_truncated_completions": [(True, {"max_completion_length": 3})],
     "entropy_coef": [0.1],
     "max_completion_length": [2],
@@ -557,6 +576,7 @@ OPTIONS = {
     "ppo": SHARED
     | {
         "algorithm": ["ppo"],
+        "importance_sampling_level": ["token", "sequence_token"],
         "gamma": [0.5],
         "lam": [0.0, 1.0],
         "value_model": ["separate", "head"],

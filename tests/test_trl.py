@@ -30,7 +30,8 @@ from grpo_nb.policy import load_policy
 from grpo_nb.reference import kl
 from grpo_nb.task import load_task
 
-LOSS_TYPES, LEVELS = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence")
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
+LEVELS = ("token", "sequence", "sequence_token")
 
 
 @st.composite
@@ -53,15 +54,23 @@ def batches(draw):
     }
 
 
+def with_delta(settings):
+    "A dual clip stands above the upper bound."
+    high = settings["epsilon_high"]
+    bound = 1 + (settings["epsilon"] if high is None else high)
+    above = settings["delta"]
+    return settings | {"delta": None if above is None else bound + above}
+
+
 settings_of_both = st.fixed_dictionaries(
     {
         "beta": st.sampled_from([0.0, 0.04, 1.0]),
         "use_bias_correction_kl": st.booleans(),
         "epsilon": st.sampled_from([3e-4, 0.1, 0.2]),
         "epsilon_high": st.sampled_from([None, 4e-4, 0.28, 4.0]),
-        "delta": st.sampled_from([None, 1.3, 4.0]),
+        "delta": st.sampled_from([None, 0.0, 0.1, 3.0]),  # above 1 + epsilon_high
     }
-)
+).map(with_delta)
 
 
 def our_loss(
@@ -88,7 +97,7 @@ def our_loss(
     )
     if beta:
         loss = loss + beta * kl(b["logprobs"], b["ref"], "k3") * (
-            statistics["rho"] if use_bias_correction_kl else 1.0
+            statistics["token_rho"] if use_bias_correction_kl else 1.0
         )
     return aggregate(
         loss,
@@ -101,6 +110,19 @@ def our_loss(
 
 
 def their_loss(b, loss_type, level, epsilon, epsilon_high, **settings):
+    """TRL's loss. It has no "sequence_token", which equals "sequence" where a completion
+    has one advantage; and with a sequence ratio its corrected KL is another: the KL is
+    then that of its loss with token ratios and without advantages."""
+    if level != "token" and settings["beta"] and settings["use_bias_correction_kl"]:
+        bounds = (epsilon, epsilon_high)
+        without_kl = settings | {"beta": 0.0}
+        return their_loss(b, loss_type, level, *bounds, **without_kl) + their_loss(
+            b | {"advantages": torch.zeros_like(b["advantages"])},
+            loss_type,
+            "token",
+            *bounds,
+            **settings,
+        )
     if loss_type == "cispo":
         epsilon_high = 1 + (
             epsilon if epsilon_high is None else epsilon_high
@@ -112,7 +134,7 @@ def their_loss(b, loss_type, level, epsilon, epsilon_high, **settings):
         b["advantages"],
         b["mask"],
         loss_type,
-        level,
+        level.removesuffix("_token"),
         epsilon=epsilon,
         epsilon_high=epsilon_high,
         **settings,
@@ -128,7 +150,10 @@ def same(ours, theirs, *leaves, tolerance=1e-10):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @given(batches(), settings_of_both)
 def test_loss(loss_type, level, b, settings):
-    "Value and gradient, for every way to aggregate, both ratios, both KL gradients, all bounds, advantages a completion or a token."
+    """Value and gradient, for every way to aggregate, all ratios, both KL gradients, all
+    bounds, advantages per completion or (token ratio) per token."""
+    if level != "token" and b["advantages"].dim() == 2:
+        b["advantages"] = b["advantages"][:, 0]
     same(
         our_loss(b, loss_type, level, max_completion_length=7, **settings),
         their_loss(b, loss_type, level, max_completion_length=7, **settings),
@@ -143,7 +168,7 @@ def test_loss(loss_type, level, b, settings):
         {"use_bias_correction_kl": True},
         {"epsilon": 0.1},
         {"epsilon_high": 0.3},
-        {"delta": 1.1},
+        {"delta": 1.2},
         {"max_completion_length": 8},
     ],
     ids=str,
