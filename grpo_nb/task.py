@@ -580,9 +580,11 @@ def _one_answer(value) -> list[str]:
         )
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
-    is_inexact = isinstance(value, Real) and not isinstance(value, Rational)
-    if is_inexact or isinstance(value, Decimal):
-        return [_same_form(format(Decimal(str(value)), "f"))]  # no exponent
+    if isinstance(value, Decimal):
+        return [f"{value:f}"]  # without an exponent
+    if isinstance(value, Real) and not isinstance(value, Rational):  # a float
+        is_integer = value.is_integer()
+        return [str(int(value)) if is_integer else f"{Decimal(str(value)):f}"]
     text = str(value)
     return [text, text.lower()] if text in ("True", "False") else [text]
 
