@@ -438,10 +438,10 @@ class RewardModel:
         "Load one from a directory or hub id."
         try:
             options = {"trust_remote_code": False} | hub_options(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path, num_labels=1, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
         except Exception as error:
             raise ValueError(
                 f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}{near(path)}"
