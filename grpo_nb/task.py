@@ -373,9 +373,7 @@ def check_name(
     is_misspelt = "/" not in name and get_close_matches(name, known, cutoff=0.7)
     if can_be_id and not (is_file or is_local or is_misspelt):
         return
-    raise ValueError(
-        f"there is no such path, and it is no name on the hub (owner/name){near(name, known)}"
-    )
+    raise ValueError("there is no such path, and it is no name on the hub (owner/name)")
 
 
 def within_reach(name: str | Path) -> bool:
