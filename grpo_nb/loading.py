@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .task import hub_options, near
+
 # %% ../nbs/21_loading.ipynb #61376a4e
 DTYPES = {
     "float32": torch.float32,
@@ -87,17 +89,21 @@ def load_policy(
         )
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    names = ("tiny", "smollm2")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        options = hub_options(path, names)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, **options
+        )
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False
+            path, dtype=dtype, trust_remote_code=False, **options
         )  # no code that comes with a model is run
     except (
         Exception
     ) as error:  # unreadable, not there, not a language model: one message for all
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; got {str(name)!r}: {said}"
+            f"model must be 'tiny', 'smollm2', the directory of a causal language model or a hub id within reach; got {str(name)!r}: {said}{near(path, names)}"
         ) from error
     finally:
         if bars:

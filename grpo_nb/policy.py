@@ -58,7 +58,7 @@ def encode_prompts(
             ids = tokenizer(query.prompt)["input_ids"]
         elif tokenizer.chat_template is None:
             raise ValueError(
-                f"query {i} is a chat, but the tokenizer of this model has no chat template"
+                f"{query.where(i)} is a chat, but the tokenizer of this model has no chat template"
             )
         else:
             ids = tokenizer.apply_chat_template(
@@ -66,7 +66,7 @@ def encode_prompts(
             )["input_ids"]
         if not ids:
             raise ValueError(
-                f"query {i} is empty: its prompt must have at least one token, got {query.prompt!r}"
+                f"{query.where(i)} is empty: its prompt must have at least one token, got {query.prompt!r}"
             )
         rows.append(torch.tensor(ids))
     ids = pad_sequence(

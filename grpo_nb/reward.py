@@ -31,7 +31,7 @@ from transformers import (
 from .policy import as_rollout, model_inputs, padding_id, resolve_device
 from .processes import gather, my_share
 from .rollout import Rollout
-from .task import Query, Task
+from .task import Query, Task, hub_options, near
 
 # %% ../nbs/06_reward.ipynb #35138581
 RewardFunction = Callable[
@@ -437,13 +437,14 @@ class RewardModel:
     def from_pretrained(cls, path: str, device: str = "auto") -> "RewardModel":
         "Load one from a directory or hub id."
         try:
+            options = {"trust_remote_code": False} | hub_options(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, output_loading_info=True, trust_remote_code=False
+                path, num_labels=1, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             raise ValueError(
-                f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                f"reward model {str(path)!r} could not be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}{near(path)}"
             ) from error
         if info["missing_keys"]:
             raise ValueError(

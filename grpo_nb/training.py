@@ -31,7 +31,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -73,7 +73,8 @@ from .reward import bradley_terry_loss, brevity_reward, format_reward, name_of
 from .reward import overlong_reward, process_reward, score
 from .rollout import Rollout
 from .sampling import check_context, sample
-from .task import TASKS, Query, Task, check_task, load_task
+from .task import TASKS, Query, Task, as_task, check_name
+from .task import check_task, hub_options, load_task, near
 from .value import ValueModel
 
 # %% ../nbs/13_training.ipynb #e18aad1a
@@ -316,10 +317,11 @@ def load_rewards(
         if callable(name) or name in rules:
             return name if callable(name) else rules[name]()
         try:
+            check_name(name, RULES)
             return RewardModel.from_pretrained(name, device)
         except ValueError as error:
             raise ValueError(
-                f"reward_funcs must be of {', '.join(RULES)}, or the path of a reward model; {error}"
+                f"reward_funcs must be of {', '.join(RULES)}, or the path of a reward model; got {name!r}: {error}{near(name, RULES)}"
             ) from error
 
     if not names:
@@ -367,8 +369,10 @@ def load_value_model(
         "Token": AutoModelForTokenClassification,
         "Sequence": AutoModelForSequenceClassification,
     }
+    known = ("separate", "head")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        options = hub_options(name, known) | {"trust_remote_code": False}
+        config = AutoConfig.from_pretrained(name, **options)
         made_as = (config.architectures or [""])[0]
         kind = next(
             (kinds[k] for k in kinds if made_as.endswith(f"For{k}Classification")),
@@ -380,7 +384,7 @@ def load_value_model(
                 f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}"
             )
         model, info = kind.from_pretrained(
-            name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False
+            name, dtype=policy.dtype, output_loading_info=True, **options
         )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
@@ -388,7 +392,7 @@ def load_value_model(
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"value_model must be separate, head, or the path or hub id of a model that reads the policy's tokens; "
-            f"got {name!r}: {said}"
+            f"got {name!r}: {said}{near(name, known)}"
         ) from error
     return ValueModel(model.to(policy.device))
 
@@ -789,8 +793,10 @@ class Run:
         return rows.value_counts(dropna=False).reset_index()
 
 # %% ../nbs/13_training.ipynb #67cd4b5a
-def _task_of(config: Config) -> Task:
-    "The task that a config names; only those of the package have digits."
+def _task_of(config: Config, task: Task | Sequence[dict] | None = None) -> Task:
+    "The task or the rows that were passed, else what the config names (only the package's own tasks have digits)."
+    if task is not None:
+        return as_task(task)
     return load_task(
         config.task, **({"digits": config.digits} if config.task in TASKS else {})
     )
@@ -828,7 +834,7 @@ def open_run(
         | ({"task": None} if _is_own(task, saved.get("task")) else {})
         | ({"reward_funcs": None} if reward_funcs else {})
     )
-    task = task or _task_of(config)
+    task = _task_of(config, task)
     if (directory / "model" / "adapter_config.json").exists():
         _needs_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
@@ -987,7 +993,9 @@ def outer_iteration(
 # %% ../nbs/13_training.ipynb #20c44bde
 def train(
     config: Config,
-    task: Task | None = None,  # None: `config.task` by name
+    task: Task
+    | Sequence[dict]
+    | None = None,  # or rows, a Dataset, a DataFrame; None: `config.task` by name
     reward_funcs: list[RewardFunction]
     | None = None,  # None: `config.reward_funcs` by name
     progress: bool = True,  # show a bar
@@ -1003,7 +1011,7 @@ def train(
         raise ValueError(
             f"num_prompts = {config.num_prompts} must be divisible by the number of processes, {process()[1]}: each takes as many queries of a step"
         )
-    task = task or _task_of(config)
+    task = _task_of(config, task)
     _check_rule(reward_funcs or config.reward_funcs, task)
     n_rewards = len(reward_funcs or config.reward_funcs)
     if config.reward_weights and len(config.reward_weights) != n_rewards:
@@ -1204,8 +1212,10 @@ def _check_prompts(config: Config, task: Task, models: Models):
             else ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
         )
         if unread:
+            asked = part[unread[0]]
+            row = f" ({asked.source})" if asked.source else ""
             raise ValueError(
-                f"model {config.model!r} cannot read {part[unread[0]].text[:60]!r}: its tokenizer does not know all of these characters"
+                f"model {config.model!r} cannot read {asked.text[:60]!r}{row}: its tokenizer does not know all of these characters"
             )
 
 # %% ../nbs/13_training.ipynb #f29ccbe0

@@ -1,7 +1,11 @@
 """Bad input gives a clear error, which names the argument, the value and what is allowed, before any work is lost."""
 
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -575,6 +579,80 @@ def test_a_task_that_the_model_cannot_do_leaves_no_run_behind(
     with pytest.raises(ValueError, match=message):
         train(short_config(output_dir=str(tmp_path / "run"), **options), progress=False)
     train(short_config(output_dir=str(tmp_path / "run")), progress=False)
+
+
+# Names -------------------------------------------------------------------------------------------------------------------
+
+UNREACHED = """
+import json, sys, time
+slept = []
+time.sleep = slept.append
+import torch
+from grpo_nb.policy import load_policy
+from grpo_nb.reward import RewardModel
+from grpo_nb.task import load_task
+from grpo_nb.training import load_rewards, load_value_model
+add, (policy, _) = load_task("add"), load_policy("tiny", "cpu")
+loaders = {
+    "model": lambda name: load_policy(name, "cpu"),
+    "value_model": lambda name: load_value_model(name, policy),
+    "reward model": lambda name: RewardModel.from_pretrained(name, "cpu"),
+    "reward_funcs": lambda name: load_rewards([name], add, "cpu"),
+    "task": load_task,
+    "gsm8k": lambda name: load_task("gsm8k:" + name),
+}
+errors = {}
+for what, name in json.loads(sys.argv[1]):
+    try:
+        loaders[what](name)
+    except ValueError as error:
+        errors[what + " " + name] = str(error)
+print("\\n" + json.dumps([errors, slept]))
+"""
+KINDS = ("model", "value_model", "reward model", "reward_funcs", "task", "gsm8k")
+
+
+def test_a_name_that_is_nowhere_is_not_waited_for(tmp_path):
+    "No network: a path or a rule that is misspelt is refused with what is near; a name on the hub is tried once."
+    (tmp_path / "runs/0001/model").mkdir(parents=True)
+    (tmp_path / "data.jsonl").write_text("")
+    names = [(what, name) for what in KINDS for name in ("no/such", "rnus/0001/model")]
+    names += [("reward_funcs", "acuracy"), ("model", "tinny"), ("model", "gpt2")]
+    names += [("model", "runs/0002"), ("value_model", "seperate"), ("task", "ad")]
+    names += [("task", "dta.jsonl"), ("model", "~/nothing"), ("model", "./x/y")]
+    names += [("reward_funcs", "rules.py"), ("model", "a//b"), ("model", "x" * 5000)]
+    environment = {x: y for x, y in os.environ.items() if "OFFLINE" not in x}
+    done = subprocess.run(
+        [sys.executable, "-c", UNREACHED, json.dumps(names)],
+        env=environment
+        | {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    errors, slept = json.loads(done.stdout.splitlines()[-1])
+    assert slept == [] and errors.keys() == {" ".join(pair) for pair in names}
+    near = {name: x.partition("near: ")[2] for name, x in errors.items()}
+    assert near["reward_funcs acuracy"] == "accuracy" and near["model tinny"] == "tiny"
+    assert near["value_model seperate"] == "separate" and near["task ad"] == "add"
+    assert (
+        near["task dta.jsonl"] == "data.jsonl"
+        and near["model runs/0002"] == "runs/0001"
+    )
+    for what in KINDS:
+        assert near[f"{what} rnus/0001/model"] == "runs/0001/model", what
+        assert near[f"{what} no/such"] == ""
+    hub = {"model gpt2", *(f"{what} no/such" for what in KINDS)}
+    local = {
+        "reward_funcs acuracy",
+        "model runs/0002",
+        "model ./x/y",
+        "model ~/nothing",
+    }
+    for name in local | {"reward_funcs rules.py", "reward model rnus/0001/model"}:
+        assert "no such path" in errors[name], errors[name]
+    assert not any("no such path" in errors[name] for name in hub)
 
 
 # Directories -------------------------------------------------------------------------------------------------------------
