@@ -68,7 +68,7 @@ def check_context(
     i = int(lengths.argmax())
     if context is not None and lengths[i] + max_completion_length > context:
         raise ValueError(
-            f"query {i} is too long: {lengths[i]} prompt tokens + max_completion_length {max_completion_length} exceed the model's context of {context}; it begins {queries[i].text[:40]!r}"
+            f"{queries[i].where(i)} is too long: {lengths[i]} prompt tokens + max_completion_length {max_completion_length} exceed the model's context of {context}; it begins {queries[i].text[:40]!r}"
         )
 
 # %% ../nbs/04_sampling.ipynb #88f44ae7
