@@ -255,6 +255,8 @@ def breaks(*_, **__):
 def test_an_error_does_not_hide_the_one_before(tmp_path, monkeypatch, name):
     "A reward fails, and then the checkpoint, the completions or a tracker: the reward's error, with the other as its note."
 
+    ending = breaks if name == "finish" else lambda self: None
+
     class Tracker(GeneralTracker):
         name, requires_logging_directory, tracker = "mine", False, None
 
@@ -267,7 +269,7 @@ def test_an_error_does_not_hide_the_one_before(tmp_path, monkeypatch, name):
         def log(self, values, step=None):
             pass
 
-        finish = breaks if name == "finish" else lambda self: None
+        finish = ending
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Tracker)
     if name != "finish":
