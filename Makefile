@@ -34,11 +34,8 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@mkdir -p .venv/etc/ipython; echo 'c.IPKernelApp.log_level = "CRITICAL"' > .venv/etc/ipython/ipython_kernel_config.py  # no warning about TCP at each run
 	@touch $@
 
-run: setup ## train with GRPO on the embedded model, into the next free runs/NNNN (more: make run ARGS="-p algorithm ppo")
-	@mkdir -p runs; n=1; until mkdir runs/$$(printf %04d $$n) 2>/dev/null; do n=$$((n + 1)); [ $$n -lt 10000 ] || exit 1; done; \
-	run=runs/$$(printf %04d $$n); echo "run: $$run/train.ipynb"; \
-	$(BIN)/papermill --progress-bar -k python3 nbs/experiments/train.ipynb $$run/train.ipynb -p output_dir $$run $(ARGS) && \
-	echo && cat $$run/summary.txt && echo && echo "in $$run: $$(ls $$run | tr '\n' ' ')"
+run: setup ## train with GRPO on the embedded model, into the next free runs/NNNN (more: make run ARGS="-p algorithm ppo -p output_dir X")
+	@$(BIN)/python tools/run.py $(ARGS)
 
 test: setup ## run every notebook's tests, then tests/ (but tests/browser: make browser)
 	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing

@@ -102,7 +102,6 @@ TABLE = torch.ones(4, 3)
         ),
         ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]),
         ({"reward_funcs": []}, ["reward_funcs", "[]", "at least 1"]),
-        ({"reward_weights": [1.0, 2.0]}, ["reward_weights", "2", "1"]),
         ({"nonsense": 3}, ["nonsense", "3", "allowed", "num_prompts"]),
         ({"algorithm": "grpo", "lam": 0.5}, ["lam", "0.5", "only ppo"]),
         (

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from grpo_nb import training, update
 from grpo_nb.reward import accuracy_reward
@@ -241,6 +242,87 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch
     )
     run(tmp_path / "run", resume=True)
     same_run(tmp_path / "run", straight)
+
+
+# An error that comes after another -------------------------------------------------------------------------------------------
+
+
+def breaks(*_, **__):
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+@pytest.mark.parametrize("name", ["save_checkpoint", "_write_rows", "finish"])
+def test_an_error_does_not_hide_the_one_before(tmp_path, monkeypatch, name):
+    "A reward fails, and then the checkpoint, the completions or a tracker: the reward's error, with the other as its note."
+
+    ending = breaks if name == "finish" else lambda self: None
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "mine", False, None
+
+        def __init__(self, run_name):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None):
+            pass
+
+        finish = ending
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Tracker)
+    if name != "finish":
+        monkeypatch.setattr(training, name, breaks)
+    with pytest.raises(RuntimeError, match="'accuracy' raised ZeroDivision") as error:
+        run(
+            tmp_path / "run",
+            [judged(2, lambda *_: 1 / 0)],
+            save_steps=0,
+            report_to="mine",
+        )
+    notes = "\n".join(error.value.__notes__)
+    assert "RuntimeError: CUDA error: device-side assert" in notes
+    assert not (tmp_path / "run/.lock").exists()
+
+
+def test_the_command_line_shows_the_note(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        error = OSError("no space")
+        error.add_note("then: ValueError: no light")
+        raise error
+
+    monkeypatch.setattr(training, "train", fails)
+    with pytest.raises(SystemExit, match="error: no space\nthen: ValueError: no light"):
+        training.main([])
+
+
+def test_an_end_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    "Too many bad gradients, or a signal, and then a full disk: still the first is said, and that nothing was saved."
+    monkeypatch.setattr(training, "gather", lambda compute: [compute()])
+    config = short_config(max_steps=9, max_skipped_steps=2)
+    with pytest.raises(FloatingPointError, match="not finite in 2 steps") as error:
+        training._end_if_due(config, tmp_path, 5, 2, [], breaks)
+    assert "device-side assert" in error.value.__notes__[0]
+    with pytest.raises(SystemExit) as stop:
+        training._end_if_due(config, tmp_path, 5, 0, [signal.SIGTERM], breaks)
+    said = capsys.readouterr().err
+    assert stop.value.code == 143 and "stopped after step 5; then: RuntimeError" in said
+    assert "can be resumed" not in said
+
+
+def test_a_tracker_that_cannot_finish_loses_no_model(tmp_path, monkeypatch):
+    "The run is done: a warning, and the model is saved."
+
+    class Tracker:
+        def finish(self):
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(training, "_tracker", lambda *_: Tracker())
+    config = short_config(report_to=["tensorboard"])
+    with pytest.warns(UserWarning, match="tracker tensorboard could not finish"):
+        with training._trackers(config, tmp_path, 0):
+            pass
 
 
 # Rewards -----------------------------------------------------------------------------------------------------------------

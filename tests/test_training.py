@@ -272,6 +272,72 @@ def test_a_run_on_a_task_object_remembers_its_name(tmp_path):
         assert again.config.task == name and again.task is task
 
 
+def test_the_summary_names_the_task_that_was_trained_on(tmp_path):
+    "Digits are said only of a task by name: those of an object nobody knows."
+    add = load_task("add", digits=3)
+    for name, task, shown in (
+        ("by-name", None, "sums, 2 digits"),
+        ("object", add, "add"),
+        ("own", replace(add, name="my sums"), "my sums"),
+    ):
+        config = short_config(task="sums", output_dir=str(tmp_path / name))
+        found = train(config, task=task, progress=False)
+        passed = task if name == "own" else None
+        for summary in (
+            found.summary(),
+            open_run(tmp_path / name, task=passed).summary(),
+        ):
+            assert summary["task"] == shown
+        assert re.search(
+            rf"^task +{shown}$", (tmp_path / name / "summary.txt").read_text(), re.M
+        )
+
+
+def own(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def test_weights_are_counted_against_what_is_passed(tmp_path):
+    "Two functions with two weights, whatever the config names; one function alone is a list of one."
+    config = short_config(reward_weights=[0.5, 2.0], output_dir=str(tmp_path / "two"))
+    found = train(config, reward_funcs=[own, "brevity"], progress=False)
+    line = read_metrics(found.directory)[0]
+    mean = 0.5 * line["rewards/own/mean"] + 2.0 * line["rewards/brevity/mean"]
+    assert abs(line["reward"] - mean) < 1e-6
+    for functions in (None, own, [own] * 3):
+        with pytest.raises(ValueError, match="reward_weights must .* of the [13] "):
+            train(replace(config, output_dir=str(tmp_path / "x")), None, functions)
+    for functions, says in (([], "at least one"), ([own, 3], "got 3")):
+        with pytest.raises(ValueError, match=f"reward_funcs must .*{says}"):
+            train(replace(config, output_dir=str(tmp_path / "x")), None, functions)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_was_passed_is_asked_for_again(tmp_path, monkeypatch, capsys):
+    "Own functions and an own task: opening, chatting and resuming say what to pass, and import nothing."
+    task = replace(load_task("add"), name="my sums")
+    config = short_config(max_steps=2, output_dir=str(tmp_path / "run"))
+    train(config, task, own, progress=False)
+    directory = tmp_path / "run"
+    call = rf"open_run\('{directory}', reward_funcs=\[own\], task=\.\.\.\)"
+    with pytest.raises(ValueError, match=f"pass it again: {call}"):
+        open_run(directory)
+    with pytest.raises(SystemExit, match=call):
+        main(["chat", str(directory)])
+    with pytest.raises(ValueError, match=r"open_run\('[^']*', task=\.\.\.\)"):
+        open_run(directory, reward_funcs=own)
+    found = open_run(directory, task=task, reward_funcs=own)
+    assert found.rewards[0](completions=["123"], prompts=["1+1="]) == [3.0]
+    again = replace(config, resume=True, max_steps=3)
+    with pytest.raises(ValueError, match=r"train \(reward_funcs=..., task=...\)"):
+        train(again, progress=False)
+    saved = json.loads((directory / "config.json").read_text())
+    del saved["passed"]  # a run of an older version
+    (directory / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=call):
+        open_run(directory)
+
+
 # Bug 26: resume ----------------------------------------------------------------------------------------------------------
 
 RESUMED = {
@@ -854,7 +920,19 @@ def test_help_lists_every_option(algorithm, capsys):
         (["--temperature", "0"], "temperature = 0.0: .*greater than 0"),
         (["--algorithm", "dpo"], "algorithm must be one of grpo, ppo; got 'dpo'"),
         (["--algorithm", "ppo", "--num_generations", "4"], "num_generations"),
-        (["--nonsense", "1"], "nonsense"),
+        (["--lam", "0.5"], "lam = '0.5' is not a parameter of grpo; only ppo has it"),
+        (["--lam=0.5"], "lam = '0.5' is not a parameter of grpo; only ppo has it"),
+        (
+            ["--algorithm", "ppo", "--num_generations", "4"],
+            "num_generations = '4' is not a parameter of ppo; only grpo has it",
+        ),
+        (["--learning_rat", "1"], "did you mean learning_rate.*allowed: algorithm"),
+        (
+            ["--cliprange_valu", "1"],
+            r"did you mean cliprange_value \(only ppo has it\)",
+        ),
+        (["--beta", "0.1", "runs/x"], "runs/x. stands behind no option"),
+        (["--nonsense", "1"], "nonsense = '1' is not a parameter of grpo; allowed"),
         (["--max_steps", "many"], "max_steps.*many"),
         (["chat", "/nowhere"], "'/nowhere' is not a finished run"),
         (["chat"], "chat RUN"),

@@ -1,20 +1,32 @@
 "Watching a run: trackers, the function that gets every line, and the live plot."
 
+import os
 import time
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Literal
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
+import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated_dataclass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import grpo_nb.plots
 import grpo_nb.training
-from grpo_nb.algorithm import make_config
-from grpo_nb.plots import LivePlot
-from grpo_nb.training import parse_arguments, train
+from grpo_nb.algorithm import CONFIGS, STEPS, Config, PPOConfig, make_config, ppo_step
+from grpo_nb.plots import LivePlot, comparison_table, plot_comparison, plot_run
+from grpo_nb.plots import trained_parameters
+from grpo_nb.policy import load_policy
+from grpo_nb.task import load_task
+from grpo_nb.training import Run, parse_arguments, train
+from grpo_nb.value import ValueModel
 from helpers import ROOT, python, read_metrics, short_config
 
 
@@ -306,6 +318,107 @@ def test_the_live_plot_of_a_run_without_a_step(notebook):
     with LivePlot():
         pass
     assert not notebook[0]
+
+
+def synthetic(config, metrics, name="mine"):
+    "A run that was never trained: what the plots read of one."
+    table = pd.DataFrame(metrics).set_index("step")
+    policy, task = torch.nn.Linear(2, 3), replace(load_task("add"), name=name)
+    return Run(None, config, table, policy, None, task, [])
+
+
+REWARDED = [
+    {"step": step, "reward": step / 10, "kl": 0.1, "step_time": 1.0}
+    | {"num_completions": 16 * step, "peak_memory": 100.0}
+    | ({"eval/initial_reward": 0.25} if step == 1 else {})
+    | ({"eval/reward": 0.75} if step == 4 else {})
+    for step in range(1, 5)
+]
+
+
+def test_curves_of_a_task_without_a_rule():
+    "Held-out reward in the place of the accuracy, from before training on; the figure is closed, so that a notebook shows it once."
+    run = synthetic(short_config(), REWARDED)
+    fig = plot_run(run)
+    panels = {ax.get_title(loc="left"): ax for ax in fig.axes}
+    held_out = panels["held-out reward"].lines[0].get_xydata().tolist()
+    assert held_out == [[0, 0.25], [4, 0.75]] and "held-out accuracy" not in panels
+    compared = plot_comparison({"a": [run]})
+    assert "held-out reward" in {ax.get_title(loc="left") for ax in compared.axes}
+    assert plt.get_fignums() == []
+    live = LivePlot()
+    live.lines = REWARDED
+    titles = [ax.get_title(loc="left") for ax in live.figure().axes]
+    assert titles == ["reward", "held-out reward", "KL (nats a token)"]
+    row = comparison_table({"a": [run]}).loc["a"]
+    assert (row["held-out reward before"], row["held-out reward after"]) == (0.25, 0.75)
+
+
+def test_a_table_of_an_algorithm_of_ones_own():
+    "With a config that has no value model, with one that has, and beside GRPO."
+
+    @validated_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+    class Plain(Config):
+        algorithm: Literal["plain"] = "plain"
+
+    @validated_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+    class Critic(PPOConfig):
+        algorithm: Literal["critic"] = "critic"
+
+    runs = {
+        name: [synthetic(config, REWARDED)]
+        for name, config in {"plain": Plain(), "grpo": short_config()}.items()
+    }
+    table = comparison_table(runs)
+    assert table["trained parameters"].tolist() == [9, 9]
+    assert table.loc["plain", "completions sampled"] == 64
+    policy = load_policy("tiny", "cpu")[0]
+    count = sum(p.numel() for p in policy.parameters())
+    run = replace(synthetic(Critic(), REWARDED), policy=policy)
+    assert trained_parameters(run) == count + sum(
+        p.numel() for p in ValueModel(policy).parameters()
+    )
+
+
+def test_an_algorithm_of_ones_own_runs(tmp_path, monkeypatch):
+    "Registered in CONFIGS and STEPS: trained, compared, and with the value model that its config has."
+
+    @validated_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+    class Critic(PPOConfig):
+        algorithm: Literal["critic"] = "critic"
+
+    monkeypatch.setitem(CONFIGS, "critic", Critic)
+    monkeypatch.setitem(STEPS, "critic", ppo_step)
+    config = short_config(algorithm="critic", output_dir=str(tmp_path / "run"))
+    found = train(config, progress=False)
+    table = comparison_table({"mine": [found]})
+    own = sum(p.numel() for p in ValueModel(found.policy).parameters())
+    policy = sum(p.numel() for p in found.policy.parameters())
+    assert table.loc["mine", "trained parameters"] == policy + own > policy
+    assert "value_loss" in found.metrics
+
+
+def test_a_cell_that_ends_in_a_plot_shows_one_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    setup = """
+from grpo_nb.plots import plot_comparison, plot_run
+from helpers import short_config
+from test_watching import REWARDED, synthetic
+run = synthetic(short_config(), REWARDED)"""
+    sources = [setup, "plot_run(run)", "plot_comparison({'a': [run]})"]
+    sources.append("fig = plot_run(run)\nfig")
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "in.ipynb")
+    done = papermill.execute_notebook(
+        tmp_path / "in.ipynb",
+        tmp_path / "out.ipynb",
+        kernel_name="python3",
+        progress_bar=False,
+        log_output=False,
+    )
+    shown = [str(cell.outputs).count("'image/png'") for cell in done.cells]
+    assert shown == [0, 1, 1, 1]
 
 
 def test_the_live_plot_elsewhere(tmp_path):
