@@ -371,8 +371,8 @@ def load_value_model(
     }
     known = ("separate", "head")
     try:
-        options = hub_options(name, known) | {"trust_remote_code": False}
-        config = AutoConfig.from_pretrained(name, **options)
+        options = hub_options(name, known)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         made_as = (config.architectures or [""])[0]
         kind = next(
             (kinds[k] for k in kinds if made_as.endswith(f"For{k}Classification")),
@@ -384,7 +384,11 @@ def load_value_model(
                 f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}"
             )
         model, info = kind.from_pretrained(
-            name, dtype=policy.dtype, output_loading_info=True, **options
+            name,
+            dtype=policy.dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
