@@ -437,10 +437,16 @@ class RewardModel:
     def from_pretrained(cls, path: str, device: str = "auto") -> "RewardModel":
         "Load one from a directory or hub id."
         try:
-            options = {"trust_remote_code": False} | hub_options(path)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            options = hub_options(path)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False, **options
+            )
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, output_loading_info=True, **options
+                path,
+                num_labels=1,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
             )
         except Exception as error:
             raise ValueError(
