@@ -24,8 +24,8 @@ MODULES = (  # chapters 2 to 12
 )
 TESTS = (  # what is quick; none of them trains for long or starts a process
     *("test_bad_input", "test_coming_from_trl", "test_data", "test_equations"),
-    *("test_faults", "test_models", "test_properties", "test_rows", "test_sampler"),
-    *("test_sampling", "test_stages", "test_task", "test_trl"),
+    *("test_faults", "test_models", "test_properties", "test_recipes", "test_rows"),
+    *("test_sampler", "test_sampling", "test_stages", "test_task", "test_trl"),
 )
 
 
