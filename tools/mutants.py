@@ -274,6 +274,7 @@ def prepare() -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "MPLBACKEND": "agg",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # seconds of each child, and none is used
     }
     for name in PRELOADED:
         importlib.import_module(name)

@@ -292,7 +292,7 @@ def either(
 # -- What may be mutated ----------------------------------------------------------------
 
 
-MESSAGES = {"debug", "info", "log", "print", "warn", "warning"}
+MESSAGES = {"debug", "info", "print", "warn", "warning"}  # calls of these
 
 
 def is_text(node: ast.AST) -> bool:
@@ -302,13 +302,12 @@ def is_text(node: ast.AST) -> bool:
 
 def is_message(node: ast.AST) -> bool:
     "What only a person reads: the text of an error, a warning, a log line, a help."
-    if isinstance(node, ast.JoinedStr | ast.Raise):
+    if isinstance(node, ast.JoinedStr):
         return True
     if isinstance(node, ast.keyword):
         return node.arg in TEXTS
     function = node.func if isinstance(node, ast.Call) else None
-    called = getattr(function, "attr", getattr(function, "id", ""))
-    return called in MESSAGES and getattr(function, "attr", "") != "log"
+    return getattr(function, "attr", getattr(function, "id", "")) in MESSAGES
 
 
 def is_early_return(node: ast.AST) -> bool:
@@ -317,8 +316,10 @@ def is_early_return(node: ast.AST) -> bool:
 
 def expressions(node: ast.AST) -> Iterator[ast.AST]:
     "A statement, and what is computed in it: no annotation, decorator or message."
-    yield node
     if is_message(node):
+        return
+    yield node
+    if isinstance(node, ast.Raise):
         return
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "msg", "handlers"):
