@@ -16,7 +16,7 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-vllm bench claims mutants lab docs preview browser screenshots export format check clean
+.PHONY: help setup run test test-vllm test-oldest test-newest bench claims mutants lab docs preview browser screenshots export format check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,25 @@ test: setup ## run every notebook's tests, then tests/ (but tests/browser: make 
 test-vllm: .venv-vllm/.installed ## run tests/test_vllm.py with vLLM on the CPU, in an environment of its own (.venv-vllm)
 	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) VLLM_NO_USAGE_STATS=1 $(VLLM)/python -m pytest tests/test_vllm.py -q $(ARGS)
 
+# Both ends of the ranges in settings.ini. What is tested is the library alone: no notebook, no page, no tool.
+ENDS_EXTRAS := smollm2,data,math,gym,peft,test
+ENDS_TESTS := $(patsubst %,tests/test_%.py,bad_input coming_from_trl data equations faults fuzz models processes properties recipes rows sampler sampling stages task training trl)
+define test_end
+@[ -x .venv-$(1)/bin/python ] || $(PYTHON) -m venv .venv-$(1)
+@echo "installing the $(1) packages that settings.ini allows into .venv-$(1) (6 GB with torch for CUDA, some minutes)"
+@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check setuptools wheel
+@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(2) -e '.[$(ENDS_EXTRAS)]'
+@.venv-$(1)/bin/python tools/version_ends.py installed $(ENDS_EXTRAS)
+OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) .venv-$(1)/bin/python -m pytest $(ENDS_TESTS) -q -n $(WORKERS) --dist loadfile $(ARGS)
+endef
+
+test-oldest: ## run the library's tests with the lowest versions that settings.ini allows, in an environment of its own (.venv-oldest)
+	@mkdir -p build; $(PYTHON) tools/version_ends.py lowest $(ENDS_EXTRAS) > build/oldest.txt
+	$(call test_end,oldest,-c build/oldest.txt)
+
+test-newest: ## the same with the highest (.venv-newest)
+	$(call test_end,newest,--upgrade --upgrade-strategy eager)
+
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
 
@@ -72,7 +91,7 @@ claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and 
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 	@$(if $(SMOKE),,$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(CLAIMS:%=nbs/experiments/claims/%.ipynb) nbs/experiments/claims/index.ipynb && $(BIN)/nbdev_clean)
 
-mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--jobs 2")
+mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--random 40 --seed 1", "--jobs 2")
 	$(BIN)/python tools/mutants.py $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab
@@ -107,6 +126,6 @@ browser: setup ## open every page of the site in Chromium, wide and narrow, ligh
 screenshots: ## the same, and a picture of every page in screenshots/
 	GRPO_NB_SCREENSHOTS=screenshots $(MAKE) browser
 
-clean: ## remove what can be made again: builds and caches (not .venv, .venv-vllm, not runs/)
+clean: ## remove what can be made again: builds and caches (not .venv and its like, not runs/)
 	rm -rf build dist *.egg-info _proc .pytest_cache .hypothesis
 	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf
