@@ -16,7 +16,7 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-vllm bench claims mutants lab docs preview browser screenshots export format check clean
+.PHONY: help setup run test test-vllm test-oldest test-newest bench claims mutants lab docs preview browser screenshots export format check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,28 @@ test: setup ## run every notebook's tests, then tests/ (but tests/browser: make 
 test-vllm: .venv-vllm/.installed ## run tests/test_vllm.py with vLLM on the CPU, in an environment of its own (.venv-vllm)
 	OMP_NUM_THREADS=$(CPUS) $(TEST_ENV) VLLM_NO_USAGE_STATS=1 $(VLLM)/python -m pytest tests/test_vllm.py -q $(ARGS)
 
+# Both ends of the ranges in settings.ini, for the library alone: what needs papermill, Jupyter, pages or tools is left out.
+# The newest transformers may want a PEFT that is not out yet: what trains adapters is tested in .venv and .venv-oldest.
+ENDS_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bad_input bench evidence mutants notebooks package pictures security sweep tools vllm watching),$(wildcard tests/test_*.py))
+OLDEST := smollm2,data,math,gym,peft,test
+NEWEST := smollm2,data,math,gym,test
+NO_PEFT := -k "not adapter and not peft and not lora and not wrong_value_models and not comparison_counts"
+define test_end
+@[ -x .venv-$(1)/bin/python ] || $(PYTHON) -m venv .venv-$(1)
+@echo "installing the $(1) packages that settings.ini allows into .venv-$(1) (6 GB with torch for CUDA, some minutes)"
+@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check setuptools wheel
+@.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(3) -e '.[$(2)]'
+@.venv-$(1)/bin/python tools/version_ends.py installed $(2)
+OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) .venv-$(1)/bin/python -m pytest $(ENDS_TESTS) -q -n $(WORKERS) --dist loadfile $(4) $(ARGS)
+endef
+
+test-oldest: ## run the library's tests with the lowest versions that settings.ini allows, in an environment of its own (.venv-oldest)
+	@mkdir -p build; $(PYTHON) tools/version_ends.py lowest $(OLDEST) > build/oldest.txt
+	$(call test_end,oldest,$(OLDEST),-c build/oldest.txt)
+
+test-newest: ## the same with the highest (.venv-newest)
+	$(call test_end,newest,$(NEWEST),--upgrade --upgrade-strategy eager,$(NO_PEFT))
+
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
 
@@ -69,7 +91,7 @@ claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and 
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 	@$(if $(SMOKE),,$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(CLAIMS:%=nbs/experiments/claims/%.ipynb) nbs/experiments/claims/index.ipynb && $(BIN)/nbdev_clean)
 
-mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--jobs 2")
+mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--random 40 --seed 1", "--jobs 2")
 	$(BIN)/python tools/mutants.py $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab
@@ -104,6 +126,6 @@ browser: setup ## open every page of the site in Chromium, wide and narrow, ligh
 screenshots: ## the same, and a picture of every page in screenshots/
 	GRPO_NB_SCREENSHOTS=screenshots $(MAKE) browser
 
-clean: ## remove what can be made again: builds and caches (not .venv, .venv-vllm, not runs/)
+clean: ## remove what can be made again: builds and caches (not .venv and its like, not runs/)
 	rm -rf build dist *.egg-info _proc .pytest_cache .hypothesis
 	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf

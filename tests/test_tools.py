@@ -14,6 +14,7 @@ from urllib.request import urlopen
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from watchdog.events import FileModifiedEvent, FileMovedEvent, FileOpenedEvent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ import build_docs
 import check_docs
 import preview
 import readme
+import version_ends
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,28 @@ def test_every_requirement_is_pinned_within_its_range(settings):
     ):  # vLLM has an environment of its own
         for r in map(Requirement, settings[key].split()):
             assert pins[canonicalize_name(r.name)] in r.specifier, r
+
+
+def test_lowest_versions_are_the_lower_ends():
+    "Each requirement once; without a lower end there is nothing to try."
+    lines = version_ends.requirements(["peft", "test", "bench"])
+    assert "trl>=1.16,<1.17" in lines and len(set(lines)) == len(lines)
+    lowest = dict(version_ends.lowest(line).split("==") for line in lines)
+    for requirement in map(Requirement, lines):
+        version = lowest[requirement.name]
+        assert version in requirement.specifier, requirement
+        below = Version(version).release[:-1] + (Version(version).release[-1] - 1,)
+        if below[-1] >= 0:
+            assert ".".join(map(str, below)) not in requirement.specifier
+    with pytest.raises(ValueError, match="^tqdm has no lower end in settings.ini$"):
+        version_ends.lowest("tqdm")
+
+
+def test_installed_versions_are_told():
+    assert (
+        version_ends.installed("torch>=2.9") == f"torch {distribution('torch').version}"
+    )
+    assert version_ends.installed("no-such>=1") == "no-such is not installed"
 
 
 @pytest.mark.parametrize(
