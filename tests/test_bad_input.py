@@ -469,7 +469,8 @@ def test_reward_functions_may_return(tokenizer, scores):
     rollout = as_rollout(tokenizer, [Query("1+2=")], ["3", "4", "5"])
     score(rollout, [lambda **_: scores])
     expected = [math.nan if x is None else float(x) for x in scores]
-    torch.testing.assert_close(rollout.rewards, torch.tensor(expected), equal_nan=True)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(rollout.rewards, expected, equal_nan=True)
 
 
 def test_a_reward_function_that_fails_late_loses_nothing(tmp_path):

@@ -6,8 +6,11 @@ as a double sum, a decoder that goes step by step. Bugs 26 (resume) and 28 (ever
 import copy
 import itertools
 import math
+import threading
+import warnings
 from dataclasses import replace
-from statistics import stdev
+from functools import partial
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +31,14 @@ from grpo_nb.reference import (
     reference_logprobs,
     token_rewards,
 )
-from grpo_nb.reward import RewardModel, bradley_terry_loss, combine, judge, score
+from grpo_nb.reward import (
+    RewardModel,
+    bradley_terry_loss,
+    combine,
+    judge,
+    names_of,
+    score,
+)
 from grpo_nb.sampling import draw, generate, sample
 from grpo_nb.task import Query
 from grpo_nb.training import rollout_metrics, table
@@ -1514,6 +1524,125 @@ def test_reward_functions_see_what_trl_gives_them(tokenizer):
     assert seen["completions"][0] == [{"role": "assistant", "content": "3"}]
 
 
+def prompt_and_answer(prompts, completions, completion_ids, answer, call, **_):
+    "Changes everything that it is given."
+    for i, prompt in enumerate(prompts):
+        prompt += completions[i]
+        completions[i] = prompt[-1].pop("content")
+        completion_ids[i].clear()
+        answer[i].append("4")
+        call[i]["seen"] = True
+    prompts.reverse()
+    return [float(len(a)) for a in answer]
+
+
+async def later(**columns):
+    return prompt_and_answer(**columns)
+
+
+def test_a_reward_function_may_change_what_it_is_given(tokenizer):
+    "Neither the queries, nor what the next function or the next call sees, nor the completions of one group beside each other."
+    chat = [{"role": "user", "content": "1+2="}]
+    queries = [
+        Query(chat, {"answer": ["3"], "call": {}}),
+        Query(chat, {"answer": ["5"]}),
+    ]
+    queries[1].columns["call"] = queries[0].columns["call"]
+    rollout = replace(
+        as_rollout(tokenizer, [Query("1+2="), Query("1+4=")], list("3456")),
+        queries=queries,
+    )
+    untouched, ids = copy.deepcopy(queries), rollout.completion_ids.clone()
+    functions = [prompt_and_answer, later, prompt_and_answer]
+    for _ in range(2):
+        assert judge(functions, rollout) == [[2.0] * 4] * 3
+        assert rollout.queries == untouched and rollout.completions == list("3456")
+        assert rollout.completion_ids.equal(ids)
+
+
+def test_what_cannot_be_copied_is_passed_on(tokenizer):
+    lock, seen = threading.Lock(), []
+
+    def keeps(lock, **_):
+        seen.extend(lock)
+        return [0.0] * len(lock)
+
+    rollout = as_rollout(tokenizer, [Query("1+2=", {"lock": lock})], ["3", "4"])
+    score(rollout, [keeps])
+    assert seen == [lock, lock]
+
+
+def test_functions_of_one_name(tokenizer):
+    "Each has a metric of its own; a name that one function has alone stays its own."
+    one, other, third = (lambda n: lambda **_: [n] * 2)(1), lambda **_: [2, 3], len
+    rollout = as_rollout(tokenizer, [Query("1+2=")], ["3", "4"])
+    assert score(rollout, [one, other, partial(one)]) == {
+        "rewards/<lambda>/mean": 1.0,
+        "rewards/<lambda>_2/mean": 2.5,
+        "rewards/<lambda>_3/mean": 1.0,
+    }
+
+    def len_2(**_):
+        return [0, 0]
+
+    assert names_of([third, len_2, third, third]) == ["len", "len_2", "len_3", "len_4"]
+    with pytest.raises(TypeError, match="'<lambda>_2' returned 'x'"):
+        score(rollout, [one, lambda **_: ["x", 0]])
+
+
+def test_rewards_are_combined_in_float64(tokenizer):
+    "16777217 is not 16777216; sums beyond float32 have a mean and a spread; what is no number is refused by name."
+    rollout, metrics = scored_rollout(
+        tokenizer, lambda **_: [2**24 + 1, 2**24], lambda **_: [0.1, 0.2], n=2
+    )
+    assert rollout.rewards.tolist() == [2**24 + 1.1, 2**24 + 0.2]
+    assert list(metrics.values()) == [2**24 + 0.5, pytest.approx(0.15, rel=1e-15)]
+    A = group_box(rollout, short_config())
+    close(A.double(), [0.7071, -0.7071], 2e-4)
+    assert A.dtype == torch.float32  # of the log-probs
+
+    huge = lambda **_: [3e38, 0, -3e38]
+    rollout, _ = scored_rollout(tokenizer, huge, huge)
+    assert rollout.rewards.tolist() == [6e38, 0, -6e38]
+    close(group_box(rollout, short_config()).double(), [1, 0, -1], 1e-6)
+
+    def honest(**_):
+        return [1, 0, 1]
+
+    def enormous(**_):
+        return [1, 0, 3e38]
+
+    words = (
+        r"rewards of honest, enormous for completion 2, \[1.0, 3e\+38\].*no finite sum"
+    )
+    with pytest.raises(ValueError, match=words):
+        scored_rollout(tokenizer, honest, enormous, weights=[1.0, 1e300])
+    with pytest.raises(ValueError, match="0, 1 for completion 0"):
+        combine(torch.tensor([[3e38, 3e38]]))  # its result is float32
+    with pytest.raises(ValueError, match="completion 1.*no finite sum"):
+        combine(torch.tensor([[1.0], [math.inf]]), [0.0])
+
+    def opposed(**_):
+        return [[(0, 3e38), (1, -3e38)]] * 3
+
+    with pytest.raises(ValueError, match="step rewards of opposed"):
+        scored_rollout(tokenizer, opposed, weights=[1e300])
+
+
+def test_nothing_judged_is_told(tokenizer):
+    "By the names of the functions, with what they returned in the metrics as before."
+
+    def silent(**_):
+        return [None] * 3
+
+    with pytest.warns(UserWarning, match="silent, silent_2 judged no completion"):
+        rollout, metrics = scored_rollout(tokenizer, silent, silent)
+    assert not rollout.scored.any() and rollout_metrics(rollout)["reward"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scored_rollout(tokenizer, silent, lambda **_: [None, 0, None])
+
+
 def test_bradley_terry_loss():
     "-log sigmoid of the margin: margins 0 and log 3 -> mean of log 2 and log 4/3."
     close(
@@ -1666,6 +1795,8 @@ def test_rewards_of_a_step():
         1e-6,
     )
     close(metrics["reward_std"], stdev([0.7] * 3 + [1, 0, 1, 1, 1, 0]), 1e-6)
+    within = [0, stdev([1, 0, 1]), 0]  # of the last group one is scored: no spread
+    close(metrics["reward_std_within_groups"], fmean(within), 1e-6)
 
 
 def test_entropy_bonus(llama, rollout):

@@ -105,6 +105,7 @@ from grpo_nb.reward import (
     format_reward,
     judge,
     name_of,
+    names_of,
     overlong_reward,
     process_reward,
     score,
@@ -941,7 +942,7 @@ def test_adapt_beta(data):
 
 
 def slow_combine(scores, weights=None):
-    need(scores.dim() == 2 and floats(scores))
+    need(scores.dim() == 2 and floats(scores) and not scores.isinf().any())
     weights = [1.0] * scores.shape[1] if weights is None else weights
     need(len(weights) == scores.shape[1] and all(math.isfinite(w) for w in weights))
     judged = [
@@ -1585,6 +1586,7 @@ ADD = load_task("add")
     process_reward,
     text_of,
     name_of,
+    names_of,
     load_rewards,
 )
 @given(
@@ -1628,6 +1630,7 @@ def test_rules(texts, limit, cache, chat, name):
         assert all(isinstance(x, float) and low <= x <= high for x in scores) and (
             not f or len(scores) == len(texts) and isinstance(name_of(f), str)
         )
+        assert not f or names_of([f, f]) == [name_of(f), f"{name_of(f)}_2"]
     assert (
         accuracy_reward(ADD)(**given)
         == [float(text == "3") for text in texts]
@@ -1702,7 +1705,7 @@ def test_scores(rollout, data):
         torch.testing.assert_close(
             fresh.rewards,
             torch.tensor(
-                [(weights or [1.0])[0] * x for x in returned], dtype=torch.float32
+                [(weights or [1.0])[0] * x for x in returned], dtype=torch.float64
             ),
         )
     for rewards, ends, n in zip(

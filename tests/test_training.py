@@ -769,7 +769,7 @@ def test_models_from_directories(tmp_path, finished, tokenizer):
         prompts=list(again.completions["query"]),
         completions=list(again.completions["completion"]),
     )
-    assert abs(line["rewards/reward_model/mean"] - sum(scores) / len(scores)) < 1e-5
+    assert abs(line["rewards/judge/mean"] - sum(scores) / len(scores)) < 1e-5
     right = again.task.is_right(first["completion"], again.task.parse(first["query"]))
     assert abs(first["reward"] - 0.5 * scores[0] - right) < 1e-5
 
