@@ -185,14 +185,16 @@ def advantages(
     rollout,  # a `Rollout` with `rewards`, or with `step_rewards` and `step_ends`
     config,  # `scale_rewards`, `baseline`
 ) -> Float[Tensor, "N"] | Float[Tensor, "N T"]:
-    "The box of the figure: outcome supervision, or process supervision where the rollout has step rewards."
+    """The box of the figure: outcome supervision, or process supervision where the rollout has step rewards.
+
+    Rewards may be float64; advantages have the default dtype, as the log-probs that they multiply."""
     if rollout.step_rewards is None:
         return group_advantages(
             rollout.rewards,
             rollout.num_generations,
             config.scale_rewards,
             config.baseline,
-        )
+        ).to(torch.get_default_dtype())
     result = process_advantages(
         rollout.step_rewards,
         rollout.step_ends,
@@ -202,7 +204,7 @@ def advantages(
         config.baseline,
     )
     return F.pad(result, (0, rollout.completion_mask.shape[1] - result.shape[1])).to(
-        rollout.rewards
+        rollout.rewards.device
     )
 
 # %% ../nbs/09_group.ipynb #b1461991

@@ -122,10 +122,19 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
             (~scored).view(-1, rollout.num_generations).all(1).sum().item()
         )
     if rollout.num_generations > 1:
+        metrics["reward_std_within_groups"] = _std_within_groups(rollout)
         metrics["frac_reward_zero_std"] = 1 - informative(rollout).float().mean().item()
     if rollout.sampling_logprobs is not None and rollout.logprobs is not None:
         metrics |= _mismatch(rollout)
     return metrics
+
+
+def _std_within_groups(rollout: Rollout) -> float | None:
+    "Standard deviation of the rewards of a group, mean over the groups with two scores or more."
+    groups = rollout.rewards.view(-1, rollout.num_generations).unbind()
+    scored = [group[~group.isnan()] for group in groups]
+    spreads = [rewards.std().item() for rewards in scored if len(rewards) > 1]
+    return math.fsum(spreads) / len(spreads) if spreads else None
 
 
 def _mismatch(rollout: Rollout) -> dict[str, float]:
@@ -641,8 +650,8 @@ def load_value_model(
     }
     known = ("separate", "head")
     try:
-        options = hub_options(name, known) | {"trust_remote_code": False}
-        config = AutoConfig.from_pretrained(name, **options)
+        options = hub_options(name, known)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         made_as = (config.architectures or [""])[0]
         kind = next(
             (kinds[k] for k in kinds if made_as.endswith(f"For{k}Classification")),
@@ -654,7 +663,11 @@ def load_value_model(
                 f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}"
             )
         model, info = kind.from_pretrained(
-            name, dtype=policy.dtype, output_loading_info=True, **options
+            name,
+            dtype=policy.dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
@@ -1159,9 +1172,9 @@ def preference_pairs(
         answers = dict.fromkeys(
             rollout.completions[i * G : (i + 1) * G]
         )  # distinct, in order
+        verdicts = {o: bool(is_right(o, copy.deepcopy(query))) for o in answers}
         right, wrong = (
-            [o for o in answers if bool(is_right(o, query)) == side]
-            for side in (True, False)
+            [o for o in answers if verdicts[o] == side] for side in (True, False)
         )
         pairs += [
             (query, right[j % len(right)], o) for j, o in enumerate(wrong) if right
@@ -1602,6 +1615,14 @@ def step_queries(
     return task.queries("train", n, seed=seed * 1_000_003 + step)
 
 
+def _check_reward_models(models: Models, queries: list[Query], longest: int):
+    "Refuse queries that a reward model cannot read with a completion of the longest length."
+    for f in models.rewards:
+        f = f.func if isinstance(f, partial) else f
+        if isinstance(f, RewardModel):
+            f.check(queries, longest)
+
+
 def _check_prompts(config: Config, task: Task, models: Models):
     "Refuse queries that this model cannot read, on the first ones of training and of evaluation or all rows of a table, before anything is written."
     queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries(
@@ -1620,6 +1641,7 @@ def _check_prompts(config: Config, task: Task, models: Models):
         queries[start : start + 1000] for start in range(0, len(queries), 1000)
     ):
         ids, mask = encode_prompts(tokenizer, part)
+        _check_reward_models(models, part, config.max_completion_length)
         for model in [models.policy] + (
             [models.value.trunk] if models.value is not None else []
         ):
