@@ -18,7 +18,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .policy import autocast_as_it_is, encode_prompts, eos_token_ids, in_pieces
-from .policy import padding_id, shares_prompt, sharing_width, token_logprobs
+from .policy import check_tokens, padding_id, shares_prompt, sharing_width
+from .policy import takes_padding, token_logprobs
 from .processes import all_rows, my_share, whole
 from .rollout import Rollout
 from .task import Query
@@ -84,49 +85,57 @@ def sample(
     top_k: int = 0,  # 1: greedy
     generator: torch.Generator
     | None = None,  # on the model's device; None: torch's global one
+    max_num_seqs: int | None = None,  # completions decoded at once; None: all
 ) -> Rollout:  # with `logprobs`; N = B * G rows, groups contiguous
     """Draw `num_generations` completions of each query: q -> o_1 ... o_G.
 
-    A model without a cache of keys and values passes whole sequences, with a warning. `ValueError`: no queries, an empty prompt, one that does not fit, a number out of range."""
+    A model without a cache of keys and values passes whole sequences, with a warning.
+    Raises: `ValueError`: no queries, an empty prompt, one that does not fit, a token that the model does not have, a number out of range."""
     for name, value, good in [
         ("num_generations", num_generations, num_generations >= 1),
         ("temperature", temperature, temperature > 0),
         ("max_completion_length", max_completion_length, max_completion_length >= 1),
         ("top_p", top_p, 0 < top_p <= 1),
         ("top_k", top_k, top_k >= 0),
+        ("max_num_seqs", max_num_seqs, max_num_seqs is None or max_num_seqs >= 1),
     ]:
         if not good:
             raise ValueError(
-                f"{name} is out of range: {value} (num_generations, max_completion_length >= 1; temperature > 0; 0 < top_p <= 1; top_k >= 0)"
+                f"{name} is out of range: {value} (num_generations, max_completion_length, max_num_seqs >= 1; temperature > 0; 0 < top_p <= 1; top_k >= 0)"
             )
     prompt_ids, prompt_mask = (
         x.to(model.device) for x in encode_prompts(tokenizer, queries)
     )
     check_context(model, queries, prompt_mask.sum(1), max_completion_length)
-    eos, mine = (
-        eos_token_ids(model, tokenizer),
-        my_share(len(queries)),
-    )  # of several processes, each draws for its queries
+    check_tokens(model, prompt_ids, prompt_mask, "query", tokenizer)
+    eos = eos_token_ids(model, tokenizer)
+    own = my_share(len(queries))  # of several processes, each draws for its queries
+    own_mask = prompt_mask[own]
+    own_ids = prompt_ids[own].masked_fill(~own_mask, 0)  # an id that every model has
     try:
         with (
             whole(model),
             autocast_as_it_is(model.device, cache_enabled=True),
         ):  # if one is on: weights are rounded once, not for each token
-            ids, logprobs = _decode(
-                model.eval(),
-                prompt_ids[mine],
-                prompt_mask[mine],
-                num_generations,
-                max_completion_length,
-                temperature,
-                top_p,
-                top_k,
-                eos,
-                generator,
-            )
+            parts = [
+                _decode(
+                    model.eval(),
+                    own_ids[prompts],
+                    own_mask[prompts],
+                    G,
+                    max_completion_length,
+                    temperature,
+                    top_p,
+                    top_k,
+                    eos,
+                    generator,
+                )
+                for prompts, G in _at_once(len(own_ids), num_generations, max_num_seqs)
+            ]
     finally:
         torch.clear_autocast_cache()  # or the next sampling would find these weights, not what an update has made of them
-    ids, logprobs = all_rows(ids, -1), all_rows(logprobs)
+    ids, logprobs = zip(*parts)
+    ids, logprobs = all_rows(_stacked(ids, -1), -1), all_rows(_stacked(logprobs, 0))
     mask = ids >= 0
     return Rollout(
         queries,
@@ -141,6 +150,26 @@ def sample(
         num_generations=num_generations,
         logprobs=logprobs,
     )
+
+# %% ../nbs/04_sampling.ipynb #08196ff3
+def _at_once(
+    B: int, G: int, max_num_seqs: int | None
+) -> list[tuple[slice, int]]:  # (prompts, completions of each)
+    "Which completions are decoded together: whole groups, or parts of one that is too large."
+    B = max(B, 1)  # a process without a query has one part, too, of no rows
+    limit = max_num_seqs or B * G
+    if limit >= G:
+        return [(slice(b, b + limit // G), G) for b in range(0, B, limit // G)]
+    parts = [min(limit, G - g) for g in range(0, G, limit)]
+    return [(slice(b, b + 1), g) for b in range(B) for g in parts]
+
+
+def _stacked(
+    parts: list[Float[Tensor, "n t"]], fill: float
+) -> Float[Tensor, "N T"]:  # fill: behind the end of a shorter part
+    "Rows under each other, in order; a single part as it is."
+    T = max(x.shape[1] for x in parts)
+    return torch.cat([F.pad(x, (0, T - x.shape[1]), value=fill) for x in parts])
 
 # %% ../nbs/04_sampling.ipynb #6b22bb6f
 def _similar(
@@ -253,6 +282,24 @@ def _prefill(model, ids, mask, G, more):
         G, 0
     ), cache
 
+# %% ../nbs/04_sampling.ipynb #6f69dab6
+def _uncached(model, ids, mask, pads):
+    "Logits of the token after each row, [N, V], without a cache: all rows, or each length alone."
+    if pads:
+        return model(
+            ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits[:, -1]
+    lengths = mask.sum(1)
+    order, parts = lengths.argsort(stable=True), []
+    for length in lengths.unique().tolist():
+        alike = ids[lengths == length, -length:]
+        parts.append(model(alike, use_cache=False, logits_to_keep=1).logits[:, -1])
+    return torch.cat(parts)[order.argsort()]
+
 # %% ../nbs/04_sampling.ipynb #31c849bf
 def _decode(
     model,
@@ -289,29 +336,22 @@ def _decode(
         shares_prompt(model, P + max_length),
     )  # ready: it takes a mask as it is, [N, 1, 1, L], and need not make one for each token
 
-    def plain(t):  # the whole sequence again
-        mask = seen[alive, : P + t]
-        return model(
-            torch.cat([prompt_ids.repeat_interleave(G, 0), ids], 1)[alive, : P + t],
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1,
-        ).logits[:, -1]
-
-    logits, cache = _prefill(model, prompt_ids, prompt_mask, G, max_length) or (
-        None,
-        None,
-    )
-    if cache is None:
+    logits, cache, pads = None, None, takes_padding(model)
+    if pads:
+        logits, cache = _prefill(model, prompt_ids, prompt_mask, G, max_length) or (
+            None,
+            None,
+        )
+    if pads and cache is None:
         warnings.warn(
             f"{type(model).__name__} keeps no cache of keys and values; each token passes the whole sequence through it",
             stacklevel=4,
         )
     for t in range(max_length):
-        distribution = (
-            (plain(t) if cache is None else logits).to(logprobs.dtype) / temperature
-        ).log_softmax(-1)
+        if cache is None:
+            rows = torch.cat([prompt_ids.repeat_interleave(G, 0), ids], 1)
+            logits = _uncached(model, rows[alive, : P + t], seen[alive, : P + t], pads)
+        distribution = (logits.to(logprobs.dtype) / temperature).log_softmax(-1)
         token = draw(distribution, top_p, top_k, generator)
         ids[alive, t], logprobs[alive, t] = (
             token,
