@@ -66,6 +66,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .algorithm import CONFIGS, STEPS, Config, Models, make_config
 from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
 from .group import informative
+from .loading import check_causal, check_weights
 from .processes import all_rows, cut_like, full, gather, join_launch
 from .processes import known_to_all, on_main, process, shard, sharded
 from .reward import RewardFunction, RewardModel, accuracy_reward
@@ -380,10 +381,14 @@ def load_value_model(
                 f"its vocabulary has {sizes[0]} tokens, the policy's {sizes[1]}"
             )
         model, info = kind.from_pretrained(
-            name, dtype=policy.dtype, output_loading_info=True, trust_remote_code=False
+            name,
+            dtype=policy.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            trust_remote_code=False,
         )
-        if info["missing_keys"]:
-            raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
+        check_weights(model, info)
+        check_causal(model)
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
