@@ -132,8 +132,13 @@ def check_causal(model: PreTrainedModel):
     size = model.config.get_text_config().vocab_size
     ids = torch.arange(1, 6, device=model.device).repeat(2, 1) % size
     ids[1, -1] = (ids[1, -1] + 1) % size
-    with torch.no_grad():
-        states = model.eval().base_model(input_ids=ids)[0][:, :-1]
+    try:
+        with torch.no_grad():
+            states = model.eval().base_model(input_ids=ids)[0][:, :-1]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return  # a model that cannot be called like this says so where it is used
     apart = (states[0] - states[1]).abs().max() / states.abs().max()
     if not apart <= {torch.float64: 1e-4, torch.float32: 1e-4}.get(model.dtype, 1e-2):
         raise ValueError(
