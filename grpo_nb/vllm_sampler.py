@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .algorithm import Config
-from .policy import encode_prompts, eos_token_ids, padding_id
+from .policy import check_tokens, encode_prompts, eos_token_ids, padding_id
 from .processes import process
 from .rollout import Rollout
 from .sampling import check_context
@@ -68,6 +68,8 @@ def start_engine(
         "max_model_len": -1,
         "disable_log_stats": True,
     }  # -1: what fits into memory
+    if config.max_num_seqs is not None:
+        ours["max_num_seqs"] = config.max_num_seqs
     with (
         tempfile.TemporaryDirectory() as directory,
         torch.autocast(policy.device.type, enabled=False),
@@ -158,6 +160,7 @@ class VLLMSampler:
         top_p: float = 1.0,
         top_k: int = 0,
         generator: torch.Generator | None = None,
+        max_num_seqs: int | None = None,  # of the config, which the engine has
     ) -> Rollout:
         "Draw as `sample` does; `sampling_logprobs` are of the distribution drawn from. `ValueError`: what does not fit; `RuntimeError`: the engine has ended."
         if self.llm is None:
@@ -169,6 +172,7 @@ class VLLMSampler:
             eos_token_ids(model, tokenizer),
         )
         check_context(model, queries, prompt_mask.sum(1), max_completion_length)
+        check_tokens(model, prompt_ids, prompt_mask, "query", tokenizer)
         longest = int(prompt_mask.sum(1).max()) + max_completion_length
         if longest > self.room:
             raise ValueError(
