@@ -192,6 +192,10 @@ class Config:
     max_tokens_per_micro_batch: PositiveInt = option(
         default=8192, help="tokens of one forward pass, padding included"
     )
+    max_num_seqs: PositiveInt | None = option(
+        default=None,
+        help="completions decoded at once, of a step and of an evaluation (default: all)",
+    )
     gradient_checkpointing: bool = option(
         default=False,
         help="compute layers again in the backward pass: less memory, more time",

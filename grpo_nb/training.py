@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -68,19 +69,23 @@ from transformers import (
     TrainerState,
     get_scheduler,
 )
+from transformers.integrations import peft as peft_integration
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import check_peft_version
 
 from .algorithm import CONFIGS, STEPS, Config, Models, PPOConfig
 from .algorithm import expand_path, make_config
-from .policy import cache_directory, encode_prompts, load_policy, resolve_dtype
+from .policy import cache_directory, check_tokens, encode_prompts, load_policy
+from .policy import resolve_dtype
 from .group import informative
+from .loading import check_causal, check_weights
 from .processes import all_rows, cut_like, full, gather, join_launch
 from .processes import known_to_all, on_main, process, shard, sharded
 from .reward import RewardFunction, RewardModel, accuracy_reward
 from .reward import bradley_terry_loss, brevity_reward, format_reward, name_of
 from .reward import overlong_reward, process_reward, score
 from .rollout import Rollout
-from .sampling import check_context, sample
+from .sampling import check_context, lacks_memory, sample
 from .task import TASKS, Query, Task, as_task, check_name
 from .task import check_task, hub_options, load_task, near
 from .value import ValueModel
@@ -94,6 +99,7 @@ def evaluate(
     max_completion_length: int = 16,
     judge: Callable[[Rollout], object]
     | None = None,  # fills `rollout.rewards`; None: the rule of the task
+    max_num_seqs: int | None = None,  # completions decoded at once; None: all
 ) -> float:  # share of right answers, in [0, 1]; with a judge the mean reward
     "Greedy accuracy on held-out queries, or their mean reward; the same queries every time. `ValueError`: neither rule nor judge."
     if task.is_right is None and judge is None:
@@ -101,7 +107,15 @@ def evaluate(
             f"task {task.name!r} has no rule for a right answer: judge must fill the rewards, got None"
         )
     queries = list({query.text: query for query in task.queries("heldout", n)}.values())
-    rollout = sample(policy, tokenizer, queries, 1, max_completion_length, top_k=1)
+    rollout = sample(
+        policy,
+        tokenizer,
+        queries,
+        1,
+        max_completion_length,
+        top_k=1,
+        max_num_seqs=max_num_seqs,
+    )
     if judge is None:
         return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
     judge(rollout)
@@ -611,12 +625,23 @@ def load_rewards(
 
 # %% ../nbs/13_training.ipynb #c5e7a002
 def _needs_peft(what: str):
+    "`ImportError` if PEFT is not there, or too old for this transformers."
     if importlib.util.find_spec("peft") is None:
         raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
+    needed = peft_integration.MIN_PEFT_VERSION
+    try:
+        check_peft_version(needed)
+    except ValueError:
+        raise ImportError(
+            f"{what} needs PEFT >= {needed} for transformers {version('transformers')}, "
+            f'found {version("peft")}: pip install "peft>={needed}"'
+        ) from None
 
 
 def add_adapters(policy: PreTrainedModel, config: Config):
-    "From now on train adapters, not weights (LoRA, 2106.09685); `ValueError` if the policy has no layers of these names."
+    """From now on train adapters, not weights (LoRA, 2106.09685).
+
+    Raises: `ValueError`: a name of no layer, or of two that share their weight."""
     from peft import LoraConfig
 
     base, names = Path(policy.name_or_path), config.lora_target_modules
@@ -631,12 +656,33 @@ def add_adapters(policy: PreTrainedModel, config: Config):
         target_modules=layers,
         task_type="CAUSAL_LM",
     )
+    refused = f"lora_target_modules = {names} does not fit {type(policy).__name__}"
+    if isinstance(layers, list):
+        modules = [name for name, _ in policy.named_modules()]
+        unknown = [
+            x for x in layers if not any(f".{m}".endswith(f".{x}") for m in modules)
+        ]
+        if unknown:
+            raise ValueError(f"{refused}: it has no layer {', '.join(unknown)}")
     try:
         policy.add_adapter(lora)
     except ValueError as error:
+        raise ValueError(f"{refused}: {error}") from error
+    if twice := _adapted_twice(policy):
         raise ValueError(
-            f"lora_target_modules = {names} does not fit {type(policy).__name__}: {error}"
-        ) from error
+            f"{refused}: {' and '.join(twice)} share one weight, and an adapter for "
+            f"each of them cannot be saved; name one of them"
+        )
+
+
+def _adapted_twice(policy: PreTrainedModel) -> list[str]:
+    "Names of the layers with adapters that have the same weight, if there are such."
+    adapted = {}
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix(".base_layer.weight")
+            adapted.setdefault(id(parameter), []).append(layer)
+    return next((names for names in adapted.values() if len(names) > 1), [])
 
 # %% ../nbs/13_training.ipynb #c5e7a006
 def load_value_model(
@@ -666,11 +712,12 @@ def load_value_model(
             name,
             dtype=policy.dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
             trust_remote_code=False,
             **options,
         )
-        if info["missing_keys"]:
-            raise ValueError(f"it lacks {', '.join(sorted(info['missing_keys']))}")
+        check_weights(model, info)
+        check_causal(model)
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -1070,6 +1117,7 @@ class Run:
             self.config.max_completion_length,
             self.config.temperature,
             generator=generator,
+            max_num_seqs=self.config.max_num_seqs,
         )
         if query:
             score(rollout, self.rewards, self.config.reward_weights)
@@ -1250,6 +1298,7 @@ def outer_iteration(
             config.max_completion_length,
             config.temperature,
             generator=generator,
+            max_num_seqs=config.max_num_seqs,
         )
         fresh += preference_pairs(rollout, task.is_right)
     sampled = len(queries) * num_answers
@@ -1579,6 +1628,7 @@ def _check_same(directory: Path, record: dict):
         "eval_steps",
         "save_steps",
         "max_tokens_per_micro_batch",
+        "max_num_seqs",
         "gradient_checkpointing",
         "report_to",
         "passed",
@@ -1642,6 +1692,7 @@ def _check_prompts(config: Config, task: Task, models: Models):
     ):
         ids, mask = encode_prompts(tokenizer, part)
         _check_reward_models(models, part, config.max_completion_length)
+        check_tokens(models.policy, ids, mask, lambda i: part[i].where(i), tokenizer)
         for model in [models.policy] + (
             [models.value.trunk] if models.value is not None else []
         ):
@@ -1874,10 +1925,10 @@ def _explained(
     error: Exception, config: Config, step: int, directory: Path
 ) -> Exception:
     "The error itself, or for a lack of memory one that says what to change."
-    if not isinstance(error, torch.OutOfMemoryError) and not re.search(
-        "allocate memory|out of memory", str(error)
-    ):
+    if not lacks_memory(error):
         return error
+    if "max_num_seqs" in str(error):  # of sampling, which knows its own remedy
+        return MemoryError(f"step {step}: {error}; {directory} can be resumed with it")
     return MemoryError(
         f"out of memory in step {step} with max_tokens_per_micro_batch = {config.max_tokens_per_micro_batch}: try {max(1, config.max_tokens_per_micro_batch // 2)}, "
         f"or gradient_checkpointing=True; {directory} can be resumed with it"
@@ -1984,6 +2035,7 @@ def _steps(
         config.eval_size,
         config.max_completion_length,
         judge,
+        config.max_num_seqs,
     )
 
     def save(last):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .policy import in_pieces, shared_rows
+from .policy import in_pieces, rows_alone
 from .rollout import Rollout
 
 # %% ../nbs/07_value.ipynb #9a2ebbdf
@@ -42,9 +42,8 @@ class ValueModel(nn.Module):
 
     def forward(self, rollout: Rollout) -> Float[Tensor, "N T"]:
         "Value before each completion token, in units of reward; 0 on padding. Dropout is off."
-        inputs, before = shared_rows(
-            rollout, None
-        )  # before: where what is known before each completion token stands
+        # before: where what is known before each completion token stands
+        inputs, before = rows_alone(rollout)
         values = self.head(
             self.eval().trunk.eval()(**inputs).last_hidden_state.flatten(0, 1)[before]
         ).squeeze(-1)

@@ -172,7 +172,7 @@ class VLLMSampler:
             eos_token_ids(model, tokenizer),
         )
         check_context(model, queries, prompt_mask.sum(1), max_completion_length)
-        check_tokens(model, prompt_ids, prompt_mask, "query", tokenizer)
+        check_tokens(model, prompt_ids, prompt_mask, tokenizer=tokenizer)
         longest = int(prompt_mask.sum(1).max()) + max_completion_length
         if longest > self.room:
             raise ValueError(
