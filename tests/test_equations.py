@@ -1553,6 +1553,13 @@ def test_a_reward_function_may_change_what_it_is_given(tokenizer):
         queries=queries,
     )
     untouched, ids = copy.deepcopy(queries), rollout.completion_ids.clone()
+
+    def appends(answer, **_):
+        answer[0].append("4")
+        return [0.0] * 4
+
+    judge([appends], rollout)
+    assert rollout.queries == untouched
     functions = [prompt_and_answer, later, prompt_and_answer]
     for _ in range(2):
         assert judge(functions, rollout) == [[2.0] * 4] * 3
