@@ -724,3 +724,11 @@ def test_papermill_parameters(tmp_path, monkeypatch, parameters, words):
     for word in words:
         assert word in said, said
     assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_reward_model_is_not_made_of_a_policy_with_adapters():
+    "Its weights would be named after the adapters, not after the trunk."
+    policy = random_model("llama")
+    policy.peft_config = {}
+    with pytest.raises(ValueError, match="policy has adapters .*before they are added"):
+        RewardModel.from_policy(policy, character_tokenizer())

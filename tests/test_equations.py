@@ -1661,6 +1661,14 @@ def test_bradley_terry_loss():
     )
 
 
+@pytest.mark.parametrize(
+    "chosen, rejected", [((2,), (3,)), ((2, 1), (2, 1)), ((0,),) * 2]
+)
+def test_bradley_terry_loss_of_what_are_no_pairs(chosen, rejected):
+    with pytest.raises(ValueError, match="chosen and rejected must be .*, K > 0; got"):
+        bradley_terry_loss(torch.zeros(chosen), torch.zeros(rejected))
+
+
 def test_the_reward_model_reads_the_last_real_token(tokenizer):
     "Bugs 13, 14 in the reward model: the score of an answer does not depend on what it is batched with."
     from transformers import LlamaConfig, LlamaForSequenceClassification

@@ -522,6 +522,27 @@ def test_micro_batches_fit(lengths, budget, hidden):
         assert len(groups) == 1 or inputs["input_ids"].numel() <= budget
 
 
+@pytest.mark.parametrize("budget", range(5, 30))
+@given(st.lists(st.integers(1, 6), min_size=5, max_size=5))
+def test_micro_batches_of_two_processes_fit(budget, lengths):
+    "As many pieces in each, every group in one of them, and each share in its budget."
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    prompts = torch.ones(5, 2, dtype=torch.bool)
+    rollout = Rollout(
+        [None] * 5, prompts.long(), prompts, mask.long(), mask, ["?"] * 5, mask[:, 0], 1
+    )
+    shares = []
+    for rank in (0, 1):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("grpo_nb.policy.process", lambda: (rank, 2))
+            shares.append(micro_batches(rollout, budget))
+    assert len(shares[0]) == len(shares[1])
+    assert sorted(sum(shares[0] + shares[1], [])) == [0, 1, 2, 3, 4]
+    for groups in shares[0] + shares[1]:
+        padded = 2 + max((lengths[g] for g in groups), default=0)
+        assert len(groups) <= 1 or len(groups) * padded <= budget
+
+
 def test_select_cuts_whole_groups(rollout):
     "Every field of the chosen groups, in that order; nothing of the others; padding trimmed to what is left."
     part = rollout.select([2, 0])

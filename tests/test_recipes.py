@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 
@@ -78,3 +79,13 @@ def test_recipes_are_what_the_chapter_says():
         for cap in re.findall(r"\(cap (\d+)\)", row):
             assert float(cap) == 1 + config.epsilon_high
     assert found == set(STATED)
+
+
+def test_only_a_cut_off_distribution_is_warned_of():
+    "top_p = 1 and top_k = 0 cut nothing off, and nothing is said."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_config(top_p=1.0, top_k=0)
+    for cut in ({"top_p": 0.99}, {"top_k": 1}):
+        with pytest.warns(UserWarning, match="top_p"):
+            make_config(**cut)
