@@ -69,8 +69,10 @@ from grpo_nb.cost import (
 from grpo_nb.evidence import Claim, difference, interval, iqm, pass_at_k, verdicts
 from grpo_nb.figure import boxes, draw_figure
 from grpo_nb.objective import aggregate, policy_loss, ratio
+from grpo_nb.loading import check_causal, check_weights
 from grpo_nb.policy import (
     as_rollout,
+    check_tokens,
     completions_per_row,
     encode_prompts,
     eos_token_ids,
@@ -83,9 +85,11 @@ from grpo_nb.policy import (
     padding_id,
     resolve_device,
     resolve_dtype,
+    rows_alone,
     shared_rows,
     shares_prompt,
     sharing_width,
+    takes_padding,
     token_logprobs,
 )
 from grpo_nb.reference import (
@@ -112,7 +116,7 @@ from grpo_nb.reward import (
     text_of,
 )
 from grpo_nb.rollout import Rollout, join, loss_mask, select
-from grpo_nb.sampling import check_context, generate, sample
+from grpo_nb.sampling import check_context, generate, lacks_memory, sample
 from grpo_nb.sweep import cell_name, grid, sweep
 from grpo_nb.task import (
     MAX_EXPRESSION,
@@ -1241,8 +1245,10 @@ def one_by_one(rollout, temperature):
     in_order,
     model_inputs,
     shared_rows,
+    rows_alone,
     first_of_equal,
     shares_prompt,
+    takes_padding,
     sharing_width,
     micro_batches,
     ValueModel,
@@ -1718,6 +1724,8 @@ def test_scores(rollout, data):
     sample,
     generate,
     check_context,
+    check_tokens,
+    lacks_memory,
     encode_prompts,
     as_rollout,
     padding_id,
@@ -1929,7 +1937,15 @@ def test_command_lines(words):
             assert str(end.value.code).startswith("error: ")
 
 
-@fuzz(resolve_device, resolve_dtype, fetch_smollm2, load_policy, times=1)
+@fuzz(
+    resolve_device,
+    resolve_dtype,
+    fetch_smollm2,
+    load_policy,
+    check_weights,
+    check_causal,
+    times=1,
+)
 @given(ANYTHING.filter(lambda x: x is not None))
 def test_names(x):
     "Devices, dtypes, sources and models that do not exist."
