@@ -28,7 +28,7 @@ def has_variance(
     return r.nan_to_num(-torch.inf).amax(1) > r.nan_to_num(torch.inf).amin(1)
 
 # %% ../nbs/09_group.ipynb #15495ea9
-_LARGEST = torch.finfo(torch.float32).max  # squares of it still fit into float64
+_LARGEST = 1e150  # squares of it still fit into float64
 
 
 def _rounded(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
@@ -53,8 +53,8 @@ def group_advantages(
     Computed in float64, returned in the dtype of `rewards`.
 
     Raises: `ValueError` for fewer than two generations (nothing to compare with),
-    rewards as in `has_variance`, rewards or advantages that float32 (or the dtype of
-    `rewards`) cannot hold, an unknown choice, a negative eps.
+    rewards as in `has_variance`, rewards whose squares float64 cannot hold, advantages
+    that the dtype of `rewards` cannot hold, an unknown choice, a negative eps.
 
     Source: DeepSeekMath 2402.03300, sec. 4.1.2."""
     if not (num_generations >= 2 and eps >= 0):
@@ -137,8 +137,8 @@ def process_advantages(
     A completion without steps gets 0.
 
     Raises: `ValueError` for fewer than two generations, lists of different lengths, a
-    negative length, a step that ends outside of its completion, rewards or advantages
-    that float32 cannot hold.
+    negative length, a step that ends outside of its completion, rewards whose squares
+    float64 cannot hold, advantages that the default dtype cannot hold.
 
     Source: DeepSeekMath 2402.03300, sec. 4.1.3."""
     N = len(n_tokens)

@@ -984,9 +984,9 @@ def test_combine(data):
 
 def slow_bradley_terry(chosen, rejected):
     need(chosen.dim() == 1 and chosen.shape == rejected.shape and len(chosen) > 0)
-    return sum(
-        math.log1p(exp(y - x)) for x, y in zip(chosen.tolist(), rejected.tolist())
-    ) / len(chosen)
+    gaps = [y - x for x, y in zip(chosen.tolist(), rejected.tolist())]
+    softplus = [math.log1p(math.exp(gap)) if gap < 700 else gap for gap in gaps]
+    return sum(softplus) / len(chosen)
 
 
 @fuzz(bradley_terry_loss)
@@ -1831,9 +1831,8 @@ def checked(make):
         try:
             config = make()
         except ValueError as error:
-            assert any(
-                name in str(error) for name in [*FIELDS, "is not a parameter"]
-            ), error
+            general = ["is not a parameter", "stands behind no option"]
+            assert any(name in str(error) for name in [*FIELDS, *general]), error
             return
         assert make_config(**json.loads(json.dumps(asdict(config)))) == config
         assert not [

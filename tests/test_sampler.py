@@ -38,6 +38,7 @@ def elsewhere(
     top_p=1.0,
     top_k=0,
     generator=None,
+    max_num_seqs=None,
     off=1.3,
 ):
     "A sampler that is wrong on purpose: it draws at another temperature. Its log-probs are those that it drew with."
@@ -51,6 +52,7 @@ def elsewhere(
         top_p,
         top_k,
         generator,
+        max_num_seqs,
     )
     return replace(drawn, sampling_logprobs=drawn.logprobs, logprobs=None)
 
@@ -322,9 +324,11 @@ def test_generate_asks_the_sampler_for_what_the_config_says(tiny):
         return sample(*arguments)
 
     generator, queries = torch.Generator(), [Query("1+2=")]
-    config = make_config(device="cpu", max_completion_length=5, temperature=0.5)
+    config = make_config(
+        device="cpu", max_completion_length=5, temperature=0.5, max_num_seqs=2
+    )
     generate(*tiny, queries, 3, config, generator, noted)
-    assert asked == [(*tiny, queries, 3, 5, 0.5, 1.0, 0, generator)]
+    assert asked == [(*tiny, queries, 3, 5, 0.5, 1.0, 0, generator, 2)]
 
 
 # In a run ------------------------------------------------------------------------------------------------------------------

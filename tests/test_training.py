@@ -544,7 +544,9 @@ def test_the_chapter_names_what_is_free_to_change():
     prose = "".join("".join(cell["source"]) for cell in chapter["cells"])
     (sentence,) = re.findall(r"Free to change are (.*?):", prose)
     named = set(re.findall(r"`(\w+)`", sentence))
-    assert named == set(re.findall(r'"(\w+)"', free)) - {"resume"} | {"max_steps"}
+    assert named == set(re.findall(r'"(\w+)"', free)) - {"resume", "passed"} | {
+        "max_steps"
+    }
 
 
 def test_a_finished_run_is_not_resumed(finished, capsys):
@@ -615,6 +617,7 @@ SHARED = {  # field: values that are not the default, or (value, other options t
     "device": ["auto", "cpu"],
     "dtype": ["float32", "bfloat16"],
     "max_tokens_per_micro_batch": [1],
+    "max_num_seqs": [3],
     "reference_dtype": ["float32", "bfloat16"],
     "gradient_checkpointing": [True],
     "resume": [True],
