@@ -62,7 +62,7 @@ def group_advantages(
             f"num_generations must be at least 2 (one has nothing to be compared with), eps >= 0; got {num_generations}, {eps}"
         )
     varies = has_variance(rewards, num_generations)
-    too_large = rewards[rewards.abs() > _LARGEST]
+    too_large = rewards[rewards.double().abs() > _LARGEST]
     if len(too_large):
         raise ValueError(
             f"rewards must be at most {_LARGEST:.2g} in size, NaN where not scored; "
