@@ -16,7 +16,6 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence

@@ -13,7 +13,6 @@ __all__ = ['OURS', 'SCHEMA', 'ROW_GROUP', 'RULES', 'SMOLLM2_WHEEL', 'SMOLLM2_GGU
 # %% ../nbs/13_training.ipynb #3cc6756c
 import argparse
 import copy
-import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -1139,17 +1138,6 @@ def _task_of(config: Config, task: Task | Sequence[dict] | None = None) -> Task:
     )
 
 
-def _is_own(task: Task | None, name: str) -> bool:
-    "Was a task passed whose saved name no config could have?"
-    if task is None:
-        return False
-    try:
-        check_task(name)
-    except ValueError:
-        return True
-    return False
-
-
 def open_run(
     directory: str | Path,
     device: str = "cpu",
@@ -1172,7 +1160,7 @@ def open_run(
     _check_passed(f"open_run({str(directory)!r}", saved, task, reward_funcs)
     saved.pop("num_processes", None)  # of the launch, not of the config
     own_task = "task" in saved.pop("passed", {}) or task is not None
-    if _is_own(task, saved.get("task")):
+    if task is not None and not _has_loader(saved.get("task")):
         saved.pop("task", None)
     if reward_funcs:
         saved.pop("reward_funcs", None)
