@@ -24,11 +24,11 @@ from trl.rewards import (
     think_format_reward,
 )
 
-from grpo_nb.ledger import silence
+from grpo_nb.evidence.ledger import silence
 from grpo_nb.policy import as_rollout
 from grpo_nb.reward import judge, name_of, score
 from grpo_nb.task import Query
-from grpo_nb.training import train
+from grpo_nb.run.training import train
 from helpers import character_tokenizer, read_metrics, short_config
 
 

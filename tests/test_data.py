@@ -37,7 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_nb.algorithm import make_config
-from grpo_nb.plots import plot_run
+from grpo_nb.evidence.plots import plot_run
 from grpo_nb.reward import accuracy_reward, process_reward
 from grpo_nb.sampling import sample
 from grpo_nb.task import (
@@ -53,7 +53,7 @@ from grpo_nb.task import (
     same_number,
     task_from_rows,
 )
-from grpo_nb.training import chat, evaluate, main, open_run, train
+from grpo_nb.run.training import chat, evaluate, main, open_run, train
 from helpers import ROOT, python, read_metrics, reproducible, short_config
 
 SUMS = [
@@ -723,7 +723,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     flags = "--max_steps 1 --num_prompts 4 --num_generations 4 --eval_size 5 --device cpu --output_dir out".split()
     done = python(
         "-m",
-        "grpo_nb.training",
+        "grpo_nb.run.training",
         "--task",
         "rows.jsonl",
         *flags,

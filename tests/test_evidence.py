@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_nb import evidence
-from grpo_nb.evidence import (
+from grpo_nb.evidence import statistics
+from grpo_nb.evidence.statistics import (
     Claim,
     difference,
     interval,

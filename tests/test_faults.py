@@ -16,10 +16,11 @@ import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from grpo_nb import training, update
+from grpo_nb import update
+from grpo_nb.run import training
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
-from grpo_nb.training import checkpoints, is_whole
+from grpo_nb.run.training import checkpoints, is_whole
 from helpers import read_metrics, same_run, short_config
 from helpers import run as run_with
 
@@ -84,7 +85,7 @@ def child(directory, tmp_path, before=""):
     config = asdict(short_config(**OPTIONS, output_dir=str(directory))) | {
         "resume": (directory / "config.json").exists()
     }
-    code = f"import json, os, signal, sys\nfrom grpo_nb import training\nfrom grpo_nb.algorithm import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
+    code = f"import json, os, signal, sys\nfrom grpo_nb.run import training\nfrom grpo_nb.algorithm import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
     threads = {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",

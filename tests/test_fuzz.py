@@ -38,16 +38,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_nb
-from grpo_nb import (
-    gae as gae_stage,
-    group as group_stage,
-    ledger,
-    plots,
-    processes,
-    sweep as sweeping,
-    training,
-    vllm_sampler,
-)
+from grpo_nb import gae as gae_stage, group as group_stage, sweep as sweeping
+from grpo_nb.engine import distributed, vllm_sampler
+from grpo_nb.evidence import ledger, plots
+from grpo_nb.run import training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
     dynamic_sampling,
@@ -57,7 +51,7 @@ from grpo_nb.group import (
     process_advantages,
 )
 from grpo_nb.algorithm import CONFIGS, Config, GRPOConfig, PPOConfig, make_config
-from grpo_nb.cost import (
+from grpo_nb.evidence.cost import (
     Size,
     cost_table,
     flops,
@@ -66,7 +60,14 @@ from grpo_nb.cost import (
     parameters,
     training_bytes,
 )
-from grpo_nb.evidence import Claim, difference, interval, iqm, pass_at_k, verdicts
+from grpo_nb.evidence.statistics import (
+    Claim,
+    difference,
+    interval,
+    iqm,
+    pass_at_k,
+    verdicts,
+)
 from grpo_nb.figure import boxes, draw_figure
 from grpo_nb.objective import aggregate, policy_loss, ratio
 from grpo_nb.loading import check_causal, check_weights
@@ -117,7 +118,7 @@ from grpo_nb.reward import (
 )
 from grpo_nb.rollout import Rollout, join, loss_mask, select
 from grpo_nb.sampling import check_context, generate, lacks_memory, sample
-from grpo_nb.sweep import cell_name, grid, sweep
+from grpo_nb.evidence.sweep import cell_name, grid, sweep
 from grpo_nb.task import (
     MAX_EXPRESSION,
     TASKS,
@@ -131,7 +132,7 @@ from grpo_nb.task import (
     sums,
     target,
 )
-from grpo_nb.training import (
+from grpo_nb.run.training import (
     Run,
     build_models,
     build_schedulers,
@@ -1062,7 +1063,7 @@ rollouts = rollout_fields().map(lambda x: Rollout(**x))
 
 
 def is_rollout(f):
-    "The rules of chapter 02, read aloud."
+    "The rules of chapter 2, read aloud."
     tensors = [name for name, x in f.items() if isinstance(x, torch.Tensor)]
     B, G = len(f["queries"]), f["num_generations"]
     if not (isinstance(G, int) and G >= 1 and B >= 1):
@@ -2381,14 +2382,15 @@ EXCEPTIONS = (
         "draws what a run holds",
     )
     | dict.fromkeys(
-        [f"ledger.{name}" for name in ledger.__all__], "the instruments of the tests"
+        [f"evidence.ledger.{name}" for name in ledger.__all__],
+        "the instruments of the tests",
     )
     | dict.fromkeys(
-        [f"processes.{name}" for name in processes.__all__],
+        [f"engine.distributed.{name}" for name in distributed.__all__],
         "alone the identity, together in test_processes.py",
     )
     | dict.fromkeys(
-        [f"vllm_sampler.{name}" for name in vllm_sampler.__all__],
+        [f"engine.vllm_sampler.{name}" for name in vllm_sampler.__all__],
         "needs vLLM: test_vllm.py",
     )
 )
@@ -2397,13 +2399,11 @@ EXCEPTIONS = (
 def test_every_public_function_is_here():
     "Fuzzed above, or excepted for a reason; no exception is older than its function."
     public = {
-        f"{module.name}.{name}"
-        for module in pkgutil.iter_modules(grpo_nb.__path__)
-        if module.name != "_modidx"
-        for name in importlib.import_module(f"grpo_nb.{module.name}").__all__
-        if callable(
-            thing := getattr(importlib.import_module(f"grpo_nb.{module.name}"), name)
-        )
+        f"{module.name.removeprefix('grpo_nb.')}.{name}"
+        for module in pkgutil.walk_packages(grpo_nb.__path__, "grpo_nb.")
+        if not module.ispkg and not module.name.endswith("._modidx")
+        for name in importlib.import_module(module.name).__all__
+        if callable(thing := getattr(importlib.import_module(module.name), name))
         and (inspect.isfunction(thing) or inspect.isclass(thing))
     }
     covered = {name.removeprefix("grpo_nb.") for name in COVERED}

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_nb import ledger, reference
-from grpo_nb.ledger import (
+from grpo_nb import reference
+from grpo_nb.evidence import ledger
+from grpo_nb.evidence.ledger import (
     CHECKS,
     Check,
     OracleMissing,
@@ -202,7 +203,7 @@ def test_markdown():
 def test_nan_in_one_of_many_settings_is_seen(monkeypatch):
     "Python's max would lose it: a row that tries many settings must not."
     pytest.importorskip("trl")
-    from grpo_nb import ledger
+    from grpo_nb.evidence import ledger
 
     right, calls = ledger.piece_loss, []
 

@@ -17,15 +17,16 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from grpo_nb import reference, training
+from grpo_nb import reference
+from grpo_nb.run import training
 from grpo_nb.algorithm import make_config
-from grpo_nb.plots import trained_parameters
+from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import TINY, load_policy, shared_rows, shares_prompt, token_logprobs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import (
+from grpo_nb.run.training import (
     build_models,
     checkpoints,
     load_value_model,
@@ -740,7 +741,7 @@ def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
     train(parse_arguments(flags), progress=False)
     spoken = python(
         "-m",
-        "grpo_nb.training",
+        "grpo_nb.run.training",
         "chat",
         tmp_path / "there/run",
         cwd=tmp_path / "elsewhere",

@@ -108,7 +108,9 @@ def test_api_reference_is_up_to_date():
         for o in outputs
         if "text/markdown" in o.get("data", {})
     )
-    for path in sorted((ROOT / "grpo_nb").glob("[a-z]*.py")):
+    for path in sorted((ROOT / "grpo_nb").rglob("[a-z]*.py")):
+        module = path.relative_to(ROOT / "grpo_nb").with_suffix("")
+        name = str(module).replace("/", ".")
         for thing in ast.parse(path.read_text()).body:
             if not isinstance(
                 thing, (ast.FunctionDef, ast.ClassDef)
@@ -117,11 +119,11 @@ def test_api_reference_is_up_to_date():
             about = (ast.get_docstring(thing) or "").splitlines()[0].replace("|", "\\|")
             row = re.search(
                 rf"^\| \[`{thing.name}`\].*$",
-                page.partition(f"## {path.stem}\n")[2],
+                page.partition(f"## {name}\n")[2],
                 re.M,
             )
             assert row and about in row[0], (
-                f"run nbs/api.ipynb again: {path.stem}.{thing.name}"
+                f"run nbs/api.ipynb again: {name}.{thing.name}"
             )
 
 

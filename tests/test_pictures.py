@@ -23,7 +23,7 @@ VERSIONS = ["5.8", "6.4"]  # near those of JupyterLab 4 (5.6) and of the site (6
 
 def specification(chapter):
     "The one interactive picture of a chapter, as saved; a static one for where nothing can move is beside it."
-    cells = json.loads((ROOT / f"nbs/{chapter}.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / f"nbs/1_figure/{chapter}.ipynb").read_text())["cells"]
     (data,) = [
         output["data"]
         for cell in cells

@@ -12,9 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_nb import training
-from grpo_nb.processes import all_rows, gather, known_to_all, my_share, on_main, process
-from grpo_nb.training import checkpoints, open_run, train
+from grpo_nb.run import training
+from grpo_nb.engine.distributed import (
+    all_rows,
+    gather,
+    known_to_all,
+    my_share,
+    on_main,
+    process,
+)
+from grpo_nb.run.training import checkpoints, open_run, train
 from helpers import ROOT, read_metrics, reproducible, short_config
 
 FSDP = {
@@ -88,7 +95,7 @@ def line(directory, options):
     "The command line of a run."
     return [
         "-m",
-        "grpo_nb.training",
+        "grpo_nb.run.training",
         *(
             str(x)
             for name, value in {"output_dir": directory, **options}.items()

@@ -1,4 +1,4 @@
-"The recipes: what each changes, against the papers and against the table of chapter 12."
+"The recipes: what each changes, against the papers and against the table of chapter 13."
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_recipe_changes_what_it_says_and_nothing_else(recipe):
     assert changed == CHANGED[recipe]
 
 
-STATED = {  # what the table of recipes in chapter 12 says, and the options that it is
+STATED = {  # what the table of recipes in chapter 13 says, and the options that it is
     r"β = ([\d.]+)": "beta",
     r"G = (\d+)": "num_generations",
     r"clip-higher \(([\d.]+)\)": "epsilon_high",
@@ -56,7 +56,7 @@ STATED = {  # what the table of recipes in chapter 12 says, and the options that
 
 def test_recipes_are_what_the_chapter_says():
     "Each number in the table of recipes is that of the config."
-    cells = json.loads((ROOT / "nbs/12_algorithm.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "nbs/1_figure/13_algorithm.ipynb").read_text())["cells"]
     (page,) = (
         text
         for text in ("".join(cell["source"]) for cell in cells)

@@ -6,7 +6,7 @@ import torch
 from grpo_nb import gae
 from grpo_nb.algorithm import STEPS, make_config
 from grpo_nb.task import load_task
-from grpo_nb.training import build_models
+from grpo_nb.run.training import build_models
 
 TASK = load_task("add")
 

@@ -14,9 +14,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_nb import training
+from grpo_nb.run import training
 from grpo_nb.algorithm import make_config
-from grpo_nb.training import make_directory, prepare_directory, read_completions, train
+from grpo_nb.run.training import (
+    make_directory,
+    prepare_directory,
+    read_completions,
+    train,
+)
 from helpers import ROOT, run, short_config
 
 sys.path.append(str(ROOT / "tools"))
@@ -25,7 +30,7 @@ import run as make_run  # noqa: E402  tools/run.py
 TRAIN = """
 import json, sys, time
 from grpo_nb.algorithm import make_config
-from grpo_nb.training import train
+from grpo_nb.run.training import train
 options, start = json.loads(sys.argv[1]), float(sys.argv[2])
 config = make_config(**options)
 time.sleep(max(0, start - time.time()))
@@ -93,7 +98,7 @@ def test_a_lock_is_gone_with_its_process(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from grpo_nb.training import _lock
+from grpo_nb.run.training import _lock
 _lock(Path({str(tmp_path)!r}))
 print("locked", flush=True)
 time.sleep(100)"""
@@ -286,7 +291,7 @@ def test_an_interrupted_run_opens(tmp_path):
     "Killed after a checkpoint: its completions are there, all together; another run is refused."
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     code = f"""
-from grpo_nb.training import train
+from grpo_nb.run.training import train
 from helpers import short_config
 def stop(line):
     if line["step"] == 3:

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_nb import training, vllm_sampler
+from grpo_nb.engine import vllm_sampler
+from grpo_nb.run import training
 from grpo_nb.algorithm import STEPS, make_config
 from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.sampling import generate, sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import build_models, rollout_metrics, train
+from grpo_nb.run.training import build_models, rollout_metrics, train
 from grpo_nb.update import piece_loss, update
 from helpers import (
     VOCABULARY,
@@ -171,7 +172,7 @@ def test_weights_are_bounded(llama, tokenizer, cap):
 def test_against_trl(llama, rollout, monkeypatch, beta, loss_type):
     "Value and gradient of the corrected loss are those of TRL: the weight is at the policy loss, not at the KL."
     pytest.importorskip("trl")
-    from grpo_nb.ledger import import_trl, trl_loss
+    from grpo_nb.evidence.ledger import import_trl, trl_loss
 
     rollout = replace(
         rollout,

@@ -14,7 +14,7 @@ import torch
 from grpo_nb.policy import TINY, load_policy
 from grpo_nb.reward import RewardModel
 from grpo_nb.task import Query, evaluate_expression, load_task
-from grpo_nb.training import open_run, train, write_atomically
+from grpo_nb.run.training import open_run, train, write_atomically
 from helpers import ROOT, short_config
 
 SOURCES = [
@@ -132,7 +132,7 @@ def test_nothing_that_a_notebook_reads_is_executed(path):
     "Cell by cell; lines for IPython (%, !) are left out, and `!` is not used at all."
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type != "code" or "text that we wrote ourselves" in cell.source:
-            continue  # chapter 01 compares its parser with eval
+            continue  # chapter 1 compares its parser with eval
         lines = cell.source.splitlines()
         shell = [
             line for line in lines if re.match(r"\s*!(?!=)", line)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_nb import algorithm, training
+from grpo_nb import algorithm
+from grpo_nb.run import training
 from grpo_nb.algorithm import RECIPES, STEPS
 from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import whiten
@@ -37,7 +38,7 @@ from grpo_nb.reward import (
 )
 from grpo_nb.rollout import join
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import build_models, outer_iteration, preference_pairs, train
+from grpo_nb.run.training import build_models, outer_iteration, preference_pairs, train
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 
-from grpo_nb.sweep import cell_name, grid, sweep
+from grpo_nb.evidence.sweep import cell_name, grid, sweep
 
 PARAMETERS = "x = 1\nhow = None\noutput_dir = None"
 WORK = """

@@ -383,12 +383,12 @@ def test_preview_serves_the_site_and_stops_at_an_interrupt():
 @pytest.mark.parametrize(
     "event, counts",
     [
-        (FileModifiedEvent("nbs/08_gae.ipynb"), True),
-        (FileMovedEvent("nbs/.~08_gae.ipynb", "nbs/08_gae.ipynb"), True),
+        (FileModifiedEvent("nbs/1_figure/08_gae.ipynb"), True),
+        (FileMovedEvent("nbs/.~08_gae.ipynb", "nbs/1_figure/08_gae.ipynb"), True),
         (FileModifiedEvent("nbs/styles.css"), True),
-        (FileOpenedEvent("nbs/08_gae.ipynb"), False),
+        (FileOpenedEvent("nbs/1_figure/08_gae.ipynb"), False),
         (FileModifiedEvent("nbs/.ipynb_checkpoints/08_gae-checkpoint.ipynb"), False),
-        (FileModifiedEvent("nbs/08_gae.ipynb.swp"), False),
+        (FileModifiedEvent("nbs/1_figure/08_gae.ipynb.swp"), False),
     ],
 )
 def test_preview_notices_a_changed_source(event, counts):

@@ -1,6 +1,6 @@
 """TRL as an oracle: values and gradients of the loss on random batches, advantages, and steps of its trainer repeated.
 
-What the two define differently is set alike: see the table in chapter 16. Rows without a token that carries loss are left out,
+What the two define differently is set alike: see the table in chapter 44. Rows without a token that carries loss are left out,
 because TRL keeps them in N."""
 
 import math
@@ -15,7 +15,7 @@ pytest.importorskip("trl")
 
 from grpo_nb.algorithm import make_config
 from grpo_nb.group import group_advantages
-from grpo_nb.ledger import (
+from grpo_nb.evidence.ledger import (
     check_one_step,
     disagreement,
     near_reward,
@@ -245,7 +245,7 @@ def test_micro_batches(loss_type, b, settings):
 
 
 def test_bnpo_in_pieces_is_another_quantity():
-    "Chapter 16, exercise 2: tokens (0, 0, 0) and (1) in two pieces are 1/2 in TRL, 1/4 here."
+    "Chapter 44, exercise 2: tokens (0, 0, 0) and (1) in two pieces are 1/2 in TRL, 1/4 here."
     x, mask = (
         torch.tensor([[0.0, 0, 0], [1, 0, 0]]).double(),
         torch.tensor([[True] * 3, [True, False, False]]),

@@ -20,7 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from grpo_nb import sampling, training
+from grpo_nb import sampling
+from grpo_nb.run import training
 from grpo_nb.algorithm import make_config
 from grpo_nb.policy import (
     as_rollout,
@@ -34,7 +35,7 @@ from grpo_nb.policy import (
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import evaluate, load_value_model, open_run, train
+from grpo_nb.run.training import evaluate, load_value_model, open_run, train
 from grpo_nb.value import ValueModel
 from helpers import EOS, PAD, VOCABULARY, character_tokenizer, random_model
 

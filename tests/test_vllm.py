@@ -14,13 +14,13 @@ pytest.importorskip("vllm")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_nb import vllm_sampler
+from grpo_nb.engine import vllm_sampler
 from grpo_nb.algorithm import make_config
 from grpo_nb.policy import encode_prompts, eos_token_ids, token_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.training import train
-from grpo_nb.vllm_sampler import VLLMSampler
+from grpo_nb.run.training import train
+from grpo_nb.engine.vllm_sampler import VLLMSampler
 from helpers import character_tokenizer, read_metrics, reproducible
 
 TOLERANCE = 2e-4  # nats, of a float32 log-prob at temperatures from 0.5: the largest seen is 2e-5

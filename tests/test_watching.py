@@ -18,14 +18,14 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated_dataclass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import grpo_nb.plots
-import grpo_nb.training
+import grpo_nb.evidence.plots
+import grpo_nb.run.training
 from grpo_nb.algorithm import CONFIGS, STEPS, Config, PPOConfig, make_config, ppo_step
-from grpo_nb.plots import LivePlot, comparison_table, plot_comparison, plot_run
-from grpo_nb.plots import trained_parameters
+from grpo_nb.evidence.plots import LivePlot, comparison_table, plot_comparison, plot_run
+from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import load_policy
 from grpo_nb.task import load_task
-from grpo_nb.training import Run, parse_arguments, train
+from grpo_nb.run.training import Run, parse_arguments, train
 from grpo_nb.value import ValueModel
 from helpers import ROOT, python, read_metrics, short_config
 
@@ -122,9 +122,9 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path, save_steps):
 def test_a_tracker_that_is_not_there(tmp_path, name, monkeypatch):
     "Refused, with what there is, before anything is loaded or written."
     monkeypatch.setattr(
-        grpo_nb.training, "get_available_trackers", lambda: ["tensorboard"]
+        grpo_nb.run.training, "get_available_trackers", lambda: ["tensorboard"]
     )
-    monkeypatch.setattr(grpo_nb.training, "build_models", None)
+    monkeypatch.setattr(grpo_nb.run.training, "build_models", None)
     with pytest.raises(
         ValueError, match=rf"report_to = \['{name}'\] cannot be used; .*: tensorboard$"
     ):
@@ -212,8 +212,8 @@ def test_a_tracker_of_ones_own(tmp_path, memory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_has_trackers(tmp_path, memory, monkeypatch, rank):
-    monkeypatch.setattr(grpo_nb.training, "process", lambda: (rank, 2))
-    with grpo_nb.training._trackers(
+    monkeypatch.setattr(grpo_nb.run.training, "process", lambda: (rank, 2))
+    with grpo_nb.run.training._trackers(
         short_config(report_to=["memory"]), tmp_path, 0
     ) as track:
         track({"step": 1, "reward": 1.0})
@@ -258,9 +258,9 @@ def notebook(monkeypatch):
         return SimpleNamespace(update=lambda picture: shown.append(("same", picture)))
 
     monkeypatch.setattr(IPython.display, "display", display)
-    monkeypatch.setattr(grpo_nb.plots, "_in_a_notebook", lambda: True)
+    monkeypatch.setattr(grpo_nb.evidence.plots, "_in_a_notebook", lambda: True)
     monkeypatch.setattr(
-        grpo_nb.plots, "time", SimpleNamespace(monotonic=lambda: clock.now)
+        grpo_nb.evidence.plots, "time", SimpleNamespace(monotonic=lambda: clock.now)
     )
     return shown, clock
 
@@ -402,7 +402,7 @@ def test_a_cell_that_ends_in_a_plot_shows_one_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.delenv("MPLBACKEND", raising=False)
     setup = """
-from grpo_nb.plots import plot_comparison, plot_run
+from grpo_nb.evidence.plots import plot_comparison, plot_run
 from helpers import short_config
 from test_watching import REWARDED, synthetic
 run = synthetic(short_config(), REWARDED)"""
@@ -423,7 +423,7 @@ run = synthetic(short_config(), REWARDED)"""
 
 def test_the_live_plot_elsewhere(tmp_path):
     "In a script nothing is drawn, printed or imported."
-    script = f"import sys; from grpo_nb.plots import LivePlot\nwith LivePlot(seconds=1e-9) as plot:\n    for line in {LINES}: plot(line)\nprint(plot._handle, 'IPython' in sys.modules, len(plot.lines))"
+    script = f"import sys; from grpo_nb.evidence.plots import LivePlot\nwith LivePlot(seconds=1e-9) as plot:\n    for line in {LINES}: plot(line)\nprint(plot._handle, 'IPython' in sys.modules, len(plot.lines))"
     done = python("-c", script, cwd=tmp_path, path=ROOT)
     assert done.returncode == 0 and done.stdout.split() == ["None", "False", "50"], (
         done.stderr
@@ -434,7 +434,7 @@ def test_the_live_plot_under_papermill(tmp_path, monkeypatch):
     "The executed notebook holds one picture, the last."
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     code = f"""
-from grpo_nb.plots import LivePlot
+from grpo_nb.evidence.plots import LivePlot
 from IPython.display import Image
 import io
 with LivePlot(seconds=1e-9) as plot:

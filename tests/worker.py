@@ -11,10 +11,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from grpo_nb import algorithm, gae, processes, training
+from grpo_nb import algorithm, gae
+from grpo_nb.engine import distributed
+from grpo_nb.run import training
 from grpo_nb.algorithm import Models, make_config
 from grpo_nb.policy import micro_batches
-from grpo_nb.processes import full, process, shard
+from grpo_nb.engine.distributed import full, process, shard
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
 from grpo_nb.update import update
@@ -153,7 +155,7 @@ def updates():
 
     step = given_step()
     alone, stepped = list(compute(False)), step()
-    processes.join_launch()
+    distributed.join_launch()
     worst = [close(a, b, i) for i, (a, b) in enumerate(zip(alone, compute(cut)))]
     for x, y in zip(stepped[1:], (again := step())[1:]):
         assert x.equal(

@@ -41,14 +41,13 @@ PICTURE = re.compile(
     r'<img\b([^>]*?) src="data:image/(png|jpeg|gif|svg\+xml);base64,([^"]+)"([^>]*)>'
 )
 NUMBER = re.compile(
-    r"(^|/)\d+[a-zA-Z0-9]*_(?=[^/]*$)"
-)  # nbdev drops the `03_` of `03_policy` from page names
+    r"(^|/)\d+[a-zA-Z0-9]*_"
+)  # nbdev drops the `03_` of `03_policy` from page names; here that of folders goes, too
 
 
 def page_name(path: str) -> str:
-    "`a/03_policy.ipynb` -> `a/policy.ipynb`, as nbdev names the page."
-    folder, name = posixpath.split(path)
-    return posixpath.join(folder, NUMBER.sub("", name).lower())
+    "`1_figure/03_policy.ipynb` -> `figure/policy.ipynb`: the address of a page has no numbers."
+    return NUMBER.sub(r"\1", path).lower()
 
 
 def prepare(work: Path) -> Path:
@@ -141,17 +140,16 @@ def mend_pages(site: Path) -> None:
                 for output in cell.get("outputs", [])
                 if "text/markdown" in output.get("data", {})
             ):
-                text = own_source(
-                    "".join(data["text/markdown"]), NUMBER.sub(r"\1", path.stem)
-                )
+                page = page_name(path.relative_to(site).as_posix())
+                text = own_source("".join(data["text/markdown"]), module_of(page))
                 data["text/markdown"] = relink(
                     re.sub(r"```.*?```", signature, text, flags=re.S)
                 )
         mend_interactive(notebook)
         path.unlink()
-        (site / page_name(path.relative_to(site).as_posix())).write_text(
-            json.dumps(notebook)
-        )
+        page = site / page_name(path.relative_to(site).as_posix())
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(json.dumps(notebook))
     sidebar = site / "sidebar.yml"
     sidebar.write_text(
         re.sub(r"[\w/.-]+\.ipynb", lambda m: page_name(m[0]), sidebar.read_text())
@@ -183,9 +181,14 @@ def signature(code: re.Match) -> str:
     )
 
 
+def module_of(page: str) -> str:
+    "`engine/packing.ipynb` -> `engine/packing`; the modules of the figure lie at the top."
+    return page.removesuffix(".ipynb").removeprefix("figure/")
+
+
 def own_source(text: str, module: str) -> str:
     "nbdev looks a name up by the name alone; where two modules have one, the page of a module means its own."
-    link = re.search(r"/grpo_nb/(\w+)\.py#L\d+", text)
+    link = re.search(r"/grpo_nb/([\w/]+)\.py#L\d+", text)
     name = re.search(r"^#+ +(\w+)$", text, re.M)
     path = ROOT / "grpo_nb" / f"{module}.py"
     if not link or not name or link[1] == module or not path.exists():
@@ -279,7 +282,7 @@ def mend_site(out: Path, base: str) -> None:
     def doclink(
         m,
     ):  # nbdev links every name, also a method or a private one, which have no heading: then to their class or page
-        name, anchor = m[2], m[3] or ""
+        name, anchor = page_name(m[2]), m[3] or ""
         while anchor and anchor not in ids.get(name, ()):
             anchor = anchor.rpartition(".")[0]
         return f"{m[1]}{up}{name}" + (f"#{anchor}" if anchor else "")

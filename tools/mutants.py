@@ -232,7 +232,10 @@ def parser() -> argparse.ArgumentParser:
         "--modules",
         nargs="+",
         metavar="NAME",
-        choices=sorted(path.stem for path in (ROOT / "grpo_nb").glob("[!_]*.py")),
+        choices=sorted(
+            str(path.relative_to(ROOT / "grpo_nb").with_suffix("")).replace("/", ".")
+            for path in (ROOT / "grpo_nb").rglob("[!_]*.py")
+        ),
         default=random_mutants.MODULES,
         help="draw from these (default: those of chapters 2 to 12)",
     )

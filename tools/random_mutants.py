@@ -427,10 +427,8 @@ def draw(root: Path, modules: tuple[str, ...], n: int, seed: int) -> list[Mutant
     order = random.Random(seed)
     waiting = [
         mutants
-        for module in modules
-        for mutants in mutants_of(
-            f"grpo_nb/{module}.py", (root / f"grpo_nb/{module}.py").read_text()
-        )
+        for path in (f"grpo_nb/{name.replace('.', '/')}.py" for name in modules)
+        for mutants in mutants_of(path, (root / path).read_text())
     ]
     drawn = []
     while waiting and len(drawn) < n:
@@ -484,7 +482,8 @@ class Trace:
         seconds = time.monotonic() - self.began
         lines = {}
         for file, line in self.seen:
-            lines.setdefault(f"grpo_nb/{Path(file).name}", []).append(line)
+            name = Path(file).relative_to(self.library)
+            lines.setdefault(f"grpo_nb/{name}", []).append(line)
         self.result[nodeid] = {"seconds": seconds, "lines": lines}
 
     def pytest_sessionfinish(self):
