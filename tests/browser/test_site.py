@@ -110,7 +110,7 @@ def test_dark_mode_is_remembered(open_page):
     assert not window.evaluate(DARK)
     window.locator(".quarto-color-scheme-toggle").click()
     window.wait_for_function(DARK)
-    for name in ("gae.html", "experiments/train.html", "index.html"):
+    for name in ("figure/gae.html", "experiments/train.html", "index.html"):
         window = open_page(name)
         window.wait_for_function(DARK)
         background = window.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -120,7 +120,7 @@ def test_dark_mode_is_remembered(open_page):
 
 
 def test_folded_answers_unfold(open_page):
-    window = open_page("gae.html")
+    window = open_page("figure/gae.html")
     answer = window.locator(
         "details", has=window.get_by_text("Answer", exact=True)
     ).nth(1)

@@ -9,10 +9,10 @@ from grpo_nb.gae import gae
 from grpo_nb.group import group_advantages
 
 PAGES = {
-    "group.html": 7,
-    "gae.html": 3,
-    "objective.html": 2,
-    "reference.html": 1,
+    "figure/group.html": 7,
+    "figure/gae.html": 3,
+    "figure/objective.html": 2,
+    "figure/reference.html": 1,
 }  # sliders
 MOVE = """([name, value]) => {
   const label = [...document.querySelectorAll(".vega-bind label")].find((label) => label.firstChild.textContent === name);
@@ -51,7 +51,7 @@ def test_only_pages_with_a_picture_load_the_scripts(site):
 
 
 def test_moved_rewards_give_the_advantages_of_the_library(open_page):
-    window = opened(open_page, "group.html")
+    window = opened(open_page, "figure/group.html")
     for name, value in [("r2", 0.45), ("r6", 0.8), ("V", 0.25)]:
         assert float(window.evaluate(MOVE, [name, value])) == value
     r = torch.tensor([1, 0.45, 0, 1, 0, 0.8], dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_moved_rewards_give_the_advantages_of_the_library(open_page):
 
 
 def test_moved_lambda_gives_the_advantages_of_the_library(open_page):
-    window = opened(open_page, "gae.html")
+    window = opened(open_page, "figure/gae.html")
     V = torch.tensor(
         [window.evaluate(NUMBERS, "R")], dtype=torch.float64
     ) - torch.tensor([window.evaluate(NUMBERS, "A")], dtype=torch.float64)
