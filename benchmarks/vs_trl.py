@@ -339,6 +339,7 @@ class Ours:
 
     def __init__(self, setting, directory, device, checkpointing=False):
         from grpo_nb import algorithm
+        from grpo_nb.run import options
         from grpo_nb.run import training
 
         self.step, self.meter, self.algorithm = (
@@ -346,7 +347,7 @@ class Ours:
             Meter(device),
             algorithm,
         )
-        self.config = algorithm.make_config(
+        self.config = options.make_config(
             algorithm="grpo",
             model=str(directory),
             num_prompts=setting.num_prompts,

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.policy import encode_prompts, token_logprobs
 from grpo_nb.rollout import Rollout
 from grpo_nb.task import Query

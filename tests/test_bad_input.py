@@ -15,7 +15,7 @@ import papermill
 import pytest
 import torch
 
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss

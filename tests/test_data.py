@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import plot_run
 from grpo_nb.reward import accuracy_reward, process_reward
 from grpo_nb.sampling import sample

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_nb.algorithm import STEPS, Models
+from grpo_nb.algorithm import STEPS
+from grpo_nb.models import Models
 from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import advantages as group_box

@@ -85,7 +85,7 @@ def child(directory, tmp_path, before=""):
     config = asdict(short_config(**OPTIONS, output_dir=str(directory))) | {
         "resume": (directory / "config.json").exists()
     }
-    code = f"import json, os, signal, sys\nfrom grpo_nb.run import training\nfrom grpo_nb.algorithm import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
+    code = f"import json, os, signal, sys\nfrom grpo_nb.run import training\nfrom grpo_nb.run.options import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
     threads = {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",

@@ -50,7 +50,7 @@ from grpo_nb.group import (
     informative,
     process_advantages,
 )
-from grpo_nb.algorithm import CONFIGS, Config, GRPOConfig, PPOConfig, make_config
+from grpo_nb.run.options import CONFIGS, Config, GRPOConfig, PPOConfig, make_config
 from grpo_nb.evidence.cost import (
     Size,
     cost_table,
@@ -2360,10 +2360,10 @@ EXCEPTIONS = (
         "training.add_adapters": "takes a model and a checked config; test_models.py",
         "training.load_value_model": "wrong models in test_models.py",
         "training.token_classifier": "takes a value model; test_models.py",
-        "algorithm.option": "of transformers",
-        "algorithm.expand_path": "any text is a path; test_run_directory.py",
+        "run.options.option": "of transformers",
+        "run.options.expand_path": "any text is a path; test_run_directory.py",
         "training.make_directory": "makes what `prepare_directory` chose",
-        "algorithm.Models": "holds models",
+        "models.Models": "holds models",
         "algorithm.ppo_step": "the stages above, in order",
         "algorithm.grpo_step": "the stages above, in order",
         "training.evaluate": "`sample` and a task",

@@ -19,7 +19,7 @@ from transformers import (
 
 from grpo_nb import reference
 from grpo_nb.run import training
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import TINY, load_policy, shared_rows, shares_prompt, token_logprobs
 from grpo_nb.reference import reference_logprobs

@@ -10,7 +10,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from grpo_nb.algorithm import CONFIGS
+from grpo_nb.run.options import CONFIGS
 from helpers import ROOT, read_metrics
 
 NOTEBOOKS = sorted(

@@ -36,7 +36,7 @@ for module in pkgutil.walk_packages(grpo_nb.__path__, "grpo_nb."): importlib.imp
 
 TRAIN = """
 import sys, grpo_nb
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.run.training import train
 run = train(make_config(max_steps=1, num_prompts=2, num_generations=2, eval_size=2, device="cpu", output_dir="run"), progress=False)
 print(grpo_nb.__file__, len(run.metrics))

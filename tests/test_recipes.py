@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from grpo_nb.algorithm import RECIPES, make_config
+from grpo_nb.run.options import RECIPES, make_config
 from helpers import ROOT
 
 NO_KL = {"beta": 0.0}
@@ -56,7 +56,7 @@ STATED = {  # what the table of recipes in chapter 13 says, and the options that
 
 def test_recipes_are_what_the_chapter_says():
     "Each number in the table of recipes is that of the config."
-    cells = json.loads((ROOT / "nbs/1_figure/13_algorithm.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "nbs/2_run/20_options.ipynb").read_text())["cells"]
     (page,) = (
         text
         for text in ("".join(cell["source"]) for cell in cells)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from grpo_nb import gae
-from grpo_nb.algorithm import STEPS, make_config
+from grpo_nb.algorithm import STEPS
+from grpo_nb.run.options import make_config
 from grpo_nb.task import load_task
 from grpo_nb.run.training import build_models
 

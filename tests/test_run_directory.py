@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_nb.run import training
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.run.training import (
     make_directory,
     prepare_directory,
@@ -29,7 +29,7 @@ import run as make_run  # noqa: E402  tools/run.py
 
 TRAIN = """
 import json, sys, time
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.run.training import train
 options, start = json.loads(sys.argv[1]), float(sys.argv[2])
 config = make_config(**options)

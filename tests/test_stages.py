@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_nb import algorithm
 from grpo_nb.run import training
-from grpo_nb.algorithm import RECIPES, STEPS
+from grpo_nb.algorithm import STEPS
+from grpo_nb.run.options import RECIPES
 from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import whiten
 from grpo_nb.group import advantages as group_box

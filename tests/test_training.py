@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from grpo_nb.run import training
-from grpo_nb.algorithm import CONFIGS, RECIPES, make_config
+from grpo_nb.run.options import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
 from grpo_nb.run.training import (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("trl")
 
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.group import group_advantages
 from grpo_nb.evidence.ledger import (
     check_one_step,

@@ -22,7 +22,7 @@ from transformers import (
 
 from grpo_nb import sampling
 from grpo_nb.run import training
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.policy import (
     as_rollout,
     check_tokens,

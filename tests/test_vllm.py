@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_nb.engine import vllm_sampler
-from grpo_nb.algorithm import make_config
+from grpo_nb.run.options import make_config
 from grpo_nb.policy import encode_prompts, eos_token_ids, token_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task

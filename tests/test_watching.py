@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import grpo_nb.evidence.plots
 import grpo_nb.run.training
-from grpo_nb.algorithm import CONFIGS, STEPS, Config, PPOConfig, make_config, ppo_step
+from grpo_nb.algorithm import STEPS, ppo_step
+from grpo_nb.run.options import CONFIGS, Config, PPOConfig, make_config
 from grpo_nb.evidence.plots import LivePlot, comparison_table, plot_comparison, plot_run
 from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import load_policy

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..algorithm import Config
+from ..run.options import Config
 from ..policy import check_tokens, encode_prompts, eos_token_ids, padding_id
 from .distributed import process
 from ..rollout import Rollout

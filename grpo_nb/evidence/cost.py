@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..algorithm import Config
+from ..run.options import Config
 from ..policy import LOGITS, completions_per_row
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #2cc5d5ce

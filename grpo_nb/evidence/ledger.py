@@ -36,7 +36,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import group
-from ..algorithm import GRPOConfig, make_config
+from ..run.options import GRPOConfig, make_config
 from ..gae import gae, whiten
 from ..group import group_advantages, process_advantages
 from ..objective import aggregate, policy_loss, ratio

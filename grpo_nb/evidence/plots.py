@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..algorithm import PPOConfig
+from ..run.options import PPOConfig
 from ..policy import token_logprobs
 from ..reference import kl
 from ..rollout import Rollout

@@ -72,8 +72,10 @@ from transformers.integrations import peft as peft_integration
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import check_peft_version
 
-from ..algorithm import CONFIGS, STEPS, Config, Models, PPOConfig
-from ..algorithm import expand_path, make_config
+from ..algorithm import STEPS
+from ..models import Models
+from .options import CONFIGS, Config, PPOConfig
+from .options import expand_path, make_config
 from ..policy import cache_directory, check_tokens, encode_prompts, load_policy
 from ..policy import resolve_dtype
 from ..group import informative
