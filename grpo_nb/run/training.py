@@ -73,6 +73,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import check_peft_version
 
 from ..algorithm import STEPS
+from ..engine.models import EngineModels
 from ..models import Models
 from .options import CONFIGS, Config, PPOConfig
 from .options import expand_path, make_config
@@ -794,13 +795,14 @@ def build_models(
         )
     if config.use_peft:
         add_adapters(policy, config)  # last: what was copied has none
-    models = Models(
+    models = EngineModels(
         policy,
         tokenizer,
         adam(policy, config.learning_rate),
         rewards,
         reference,
         value,
+        generator=_generator(config, policy.device),
         beta=config.beta,
         learned=next((f for f, name in zip(rewards, names) if name == "learned"), None),
     )
@@ -1357,7 +1359,7 @@ def train(
         models = build_models(config, task, trainer.bound(reward_funcs))
         _check_prompts(config, task, models)
         schedulers = build_schedulers(config, models)
-        generator = _generator(config, models.policy.device)
+        generator = models.generator
         renewed = _renewed(config, models)
         done = _Done()
         if config.resume:
@@ -1966,7 +1968,7 @@ def _one_step(
         step,
     )
     with _or_saved(None if outer else save, config, models, generator, step, directory):
-        return *STEPS[config.algorithm](models, queries, config, generator), outer
+        return *STEPS[config.algorithm](models, queries, config), outer
 
 # %% ../../nbs/2_run/24_training.ipynb #7e9a1004
 def _end_if_due(config, directory, step, skipped, signals, save):
