@@ -15,6 +15,7 @@ import papermill
 import pytest
 import torch
 
+from grpo_nb.engine.models import EngineModels
 from grpo_nb.run.options import make_config
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import group_advantages, process_advantages
@@ -367,14 +368,18 @@ def test_a_rollout_checks_its_shapes(rollout):
 
 def test_an_update_needs_advantages(llama, rollout):
     with pytest.raises(ValueError, match="rollout.advantages is None"):
-        update(llama, None, replace(rollout, advantages=None), short_config())
+        update(
+            EngineModels(llama, None, None),
+            replace(rollout, advantages=None),
+            short_config(),
+        )
 
 
 def test_an_update_with_a_beta_needs_the_reference(llama, rollout):
     "Else the KL would be left out of the loss without a word."
     bare = replace(rollout, advantages=torch.zeros(len(rollout)), ref_logprobs=None)
     with pytest.raises(ValueError, match="rollout.ref_logprobs is None.*beta=0"):
-        update(llama, None, bare, short_config(), beta=0.1)
+        update(EngineModels(llama, None, None), bare, short_config(), beta=0.1)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         token_logprobs(llama, rollout, 0)
 
@@ -525,7 +530,9 @@ def test_a_model_without_a_pad_token_is_no_obstacle(kind):
         )
         rollout.advantages = torch.arange(6.0) - 2.5
         metrics = update(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), rollout, short_config()
+            EngineModels(model, None, torch.optim.SGD(model.parameters(), lr=0.1)),
+            rollout,
+            short_config(),
         )
         outcomes.append(
             (

@@ -398,14 +398,14 @@ def test_dropping_is_by_group_and_for_every_function(tmp_path):
 
 def broken(monkeypatch, calls):
     "The loss of these calls is multiplied with infinity: its gradient is no number."
-    piece_loss, count = update.piece_loss, []
+    batch_loss, count = update.batch_loss, []
 
     def inner(*arguments):
-        loss, sums = piece_loss(*arguments)
+        loss, sums = batch_loss(*arguments)
         count.append(1)
         return loss * (math.inf if len(count) in calls else 1.0), sums
 
-    monkeypatch.setattr(update, "piece_loss", inner)
+    monkeypatch.setattr(update, "batch_loss", inner)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_nb
+from grpo_nb.engine.models import EngineModels
 from grpo_nb import gae as gae_stage, group as group_stage, sweep as sweeping
 from grpo_nb.engine import distributed, vllm_sampler
 from grpo_nb.evidence import ledger, plots
@@ -153,7 +154,8 @@ from grpo_nb.run.training import (
     table,
     train,
 )
-from grpo_nb.update import piece_loss, update
+from grpo_nb.engine.models import EngineModels
+from grpo_nb.update import batch_loss, update
 from grpo_nb.value import ValueModel, predict_values, value_loss
 from helpers import (
     CHARACTERS,
@@ -1389,7 +1391,7 @@ def test_stages(f, data):
     assert kept is rollout
 
 
-@fuzz(update, piece_loss, times=1)
+@fuzz(update, batch_loss, times=1)
 @given(rollout_fields(T_min=1), st.sampled_from([0.0, 0.1, -0.1, math.nan]), st.data())
 def test_update(f, beta, data):
     "One step on any rollout: finite weights afterwards, or a refusal before."
@@ -1405,14 +1407,17 @@ def test_update(f, beta, data):
     found = outcome(
         update,
         {
-            "policy": model,
-            "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+            "models": EngineModels(
+                model, None, torch.optim.SGD(model.parameters(), 0.1)
+            ),
             "rollout": rollout,
             "config": config,
             "beta": beta,
         },
     )
-    refused = empty == "advantages" or beta != 0 and empty == "ref_logprobs"
+    refused = (
+        empty in ("advantages", "logprobs") or beta != 0 and empty == "ref_logprobs"
+    )
     assert (found is None) == refused
     assert all(p.isfinite().all() for p in model.parameters())
     if refused or math.isnan(beta):
@@ -1788,7 +1793,9 @@ def test_sampling(queries, data):
     )
     assert again is None or len(again) % len(queries) == 0
     assert len(
-        generate(LLAMA, TOKENIZER, queries, 1, short_config(max_completion_length=2))
+        EngineModels(LLAMA, TOKENIZER).sample(
+            queries, 1, short_config(max_completion_length=2)
+        )
     ) == len(queries)
 
 

@@ -24,7 +24,8 @@ def steps_without_reward(n=2, **parameters):
     generator = torch.Generator().manual_seed(0)
     for step in range(n):
         queries = TASK.queries("train", config.num_prompts, seed=step)
-        yield STEPS[config.algorithm](models, queries, config, generator)
+        models.generator = generator
+        yield STEPS[config.algorithm](models, queries, config)
 
 
 @pytest.mark.parametrize(

@@ -249,9 +249,8 @@ def test_a_step_in_bfloat16_reaches_every_weight():
         lambda module, arguments, output: rounded.append(output.dtype)
     )
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        grpo_step(
-            models, task.queries("train", 4), config, torch.Generator().manual_seed(1)
-        )
+        models.generator = torch.Generator().manual_seed(1)
+        grpo_step(models, task.queries("train", 4), config)
         assert not torch.is_autocast_cache_enabled()
     hook.remove()
     assert torch.bfloat16 in rounded
@@ -325,9 +324,8 @@ def test_inside_an_autocast_of_ones_own(tiny):
     )
     models = build_models(config, task)
     with torch.autocast("cpu", torch.bfloat16):
-        ppo_step(
-            models, task.queries("train", 8), config, torch.Generator().manual_seed(0)
-        )
+        models.generator = torch.Generator().manual_seed(0)
+        ppo_step(models, task.queries("train", 8), config)
     for model in (models.policy, models.value):
         assert all(p.grad is not None for p in model.parameters())
 
@@ -415,9 +413,8 @@ def test_gradient_checkpointing(tiny):
         models.policy.model.layers[0].mlp.register_forward_pre_hook(
             lambda *_: calls.append(torch.is_grad_enabled())
         )
-        _, metrics = grpo_step(
-            models, task.queries("train", 4), config, torch.Generator().manual_seed(1)
-        )
+        models.generator = torch.Generator().manual_seed(1)
+        _, metrics = grpo_step(models, task.queries("train", 4), config)
         seen[lean] = (
             metrics,
             sum(calls),

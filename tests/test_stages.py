@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from grpo_nb.engine.models import EngineModels
 from grpo_nb import algorithm
 from grpo_nb.run import training
 from grpo_nb.algorithm import STEPS
@@ -451,12 +452,11 @@ def test_a_head_on_the_trunk_adds_its_gradient_to_the_policy(tokenizer):
             max_tokens_per_micro_batch=budget,
         )
         update(
-            policy,
-            optimizers[0],
+            EngineModels(
+                policy, None, optimizers[0], value=value, value_optimizer=optimizers[1]
+            ),
             rollout,
             config,
-            value_model=value,
-            value_optimizer=optimizers[1],
         )
         return gradient(policy).clone(), gradient(value).clone()
 
@@ -573,8 +573,9 @@ def test_outer_iteration():
         p.requires_grad
         for p in (*models.reference.parameters(), *models.rewards[0].model.parameters())
     )
+    models.generator = generator
     STEPS["grpo"](
-        models, task.queries("train", 4), config, generator
+        models, task.queries("train", 4), config
     )  # the renewed boxes go on working
 
 
@@ -640,7 +641,7 @@ def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
 
         return spy
 
-    monkeypatch.setattr(algorithm, "generate", spied(algorithm.generate))  # of a step
+    monkeypatch.setattr(EngineModels, "sample", spied(EngineModels.sample))
     monkeypatch.setattr(
         training, "sample", spied(training.sample)
     )  # of preferences and of evaluations
