@@ -18,7 +18,8 @@ from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import model_inputs, shared_rows, token_logprobs
 from grpo_nb.reference import kl, kl_in_reward
 from grpo_nb.rollout import Rollout
-from grpo_nb.update import micro_batches, update
+from grpo_nb.policy import micro_batches
+from grpo_nb.update import update
 from grpo_nb.value import value_loss
 from helpers import gradient, random_model, random_rollout, short_config
 
