@@ -33,7 +33,7 @@ from grpo_nb.training import (
     parse_arguments,
     train,
 )
-from grpo_nb.value import ValueModel, predict_values
+from grpo_nb.value import predict_values
 from helpers import (
     EOS,
     PAD,

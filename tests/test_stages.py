@@ -675,7 +675,7 @@ def test_more_steps_later_is_more_steps_at_once(tmp_path):
     )
     for name, steps in {"once": [4], "twice": [2, 4]}.items():
         for n in steps:
-            run = train(
+            train(
                 short_config(
                     **options,
                     max_steps=n,
