@@ -4,11 +4,7 @@ Bug 26 (resume) and bug 28 (every documented option runs) are here; the others a
 
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 import typing
 from dataclasses import asdict, fields, replace
@@ -45,6 +41,7 @@ from helpers import (
     run,
     same_run,
     short_config,
+    start_process,
 )
 
 ALGORITHMS = ["grpo", "ppo"]
@@ -475,24 +472,17 @@ def test_resume_after_a_kill(tmp_path, straight):
         ).items()
         if value is not None and not isinstance(value, list)
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_nb.training", *flags],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    process = start_process(main, flags, log=tmp_path / "log")
     deadline = time.monotonic() + 100
     while (
         not checkpoints(directory)
-        and process.poll() is None
+        and process.is_alive()
         and time.monotonic() < deadline
     ):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(directory), process.stderr.read()
-    process.stderr.close()
+    process.kill()
+    process.join()
+    assert checkpoints(directory), (tmp_path / "log").read_text()
     run(directory, **LONG, **RESUMED["grpo"], resume=True)
     same_run(directory, straight("grpo"))
 
