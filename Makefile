@@ -39,7 +39,7 @@ run: setup ## train with GRPO on the embedded model, into the next free runs/NNN
 
 test: setup ## run every notebook's tests, then tests/ (but tests/browser: make browser)
 	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
-	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --ignore tests/browser $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal --ignore tests/browser $(ARGS)
 
 # vLLM has an environment of its own: its build for CPUs, the newest that there is, pins an older transformers than this library needs,
 # so that is installed over it. Its torchvision, torchaudio and torchcodec are built for CUDA, and nothing here uses them.
@@ -66,7 +66,7 @@ define test_end
 @.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check setuptools wheel
 @.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(3) -e '.[$(2)]'
 @.venv-$(1)/bin/python tools/version_ends.py installed $(2)
-OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) .venv-$(1)/bin/python -m pytest $(ENDS_TESTS) -q -n $(WORKERS) --dist loadfile $(4) $(ARGS)
+OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) .venv-$(1)/bin/python -m pytest $(ENDS_TESTS) -q -n $(WORKERS) --dist worksteal $(4) $(ARGS)
 endef
 
 test-oldest: ## run the library's tests with the lowest versions that settings.ini allows, in an environment of its own (.venv-oldest)
