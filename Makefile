@@ -79,16 +79,17 @@ test-newest: ## the same with the highest (.venv-newest)
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
 
-# A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores.
+# A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores:
+# runs of one claim, or in a smoke run, where each claim has few, claims.
 CLAIMS ?= $(basename $(notdir $(wildcard nbs/experiments/claims/[0-9]*.ipynb)))
 claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and verdicts in benchmarks/claims/ (SMOKE=1: in miniature; CLAIMS=02_explore: that one)
-	@mkdir -p runs/claims; $(if $(SMOKE),rm -rf runs/claims/smoke-*;) failed=; \
-	for name in $(CLAIMS); do \
-	  echo "=== $$name"; began=$$SECONDS; \
-	  OMP_NUM_THREADS=1 $(BIN)/papermill --progress-bar -k python3 --cwd nbs/experiments/claims nbs/experiments/claims/$$name.ipynb \
-	    runs/claims/$(if $(SMOKE),smoke-)$$name.ipynb -p $(if $(SMOKE),smoke,rerun) True -p jobs $(CPUS) $(ARGS) || failed="$$failed $$name"; \
-	  echo "$$name: $$((SECONDS - began)) s"; \
-	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+	@mkdir -p runs/claims; $(if $(SMOKE),rm -rf runs/claims/smoke-*;) \
+	printf '%s\n' $(CLAIMS) | xargs -P $(if $(SMOKE),$(CPUS),1) -I {} bash -c ' \
+	  echo "=== {}"; began=$$SECONDS; \
+	  OMP_NUM_THREADS=1 $(BIN)/papermill $(if $(SMOKE),--no-progress-bar,--progress-bar) -k python3 --cwd nbs/experiments/claims nbs/experiments/claims/{}.ipynb \
+	    runs/claims/$(if $(SMOKE),smoke-){}.ipynb -p $(if $(SMOKE),smoke,rerun) True -p jobs $(if $(SMOKE),1,$(CPUS)) $(ARGS) \
+	    || { echo "failed: {}" >&2; exit 1; }; \
+	  echo "{}: $$((SECONDS - began)) s"'
 	@$(if $(SMOKE),,$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(CLAIMS:%=nbs/experiments/claims/%.ipynb) nbs/experiments/claims/index.ipynb && $(BIN)/nbdev_clean)
 
 mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--random 40 --seed 1", "--jobs 2")
