@@ -1,16 +1,11 @@
 "What goes wrong while training: killed processes, damaged checkpoints, full disks, failing rewards, gradients that are no numbers, signals, memory."
 
 import errno
-import json
 import math
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -21,7 +16,7 @@ from grpo_nb.run import training
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
 from grpo_nb.run.training import checkpoints, is_whole
-from helpers import read_metrics, same_run, short_config
+from helpers import read_metrics, same_run, short_config, start_process
 from helpers import run as run_with
 
 OPTIONS = {
@@ -80,23 +75,42 @@ def stopped(tmp_path):
 # Killed ------------------------------------------------------------------------------------------------------------------
 
 
-def child(directory, tmp_path, before=""):
-    "The same run in a process of its own; `before` is done there first."
-    config = asdict(short_config(**OPTIONS, output_dir=str(directory))) | {
-        "resume": (directory / "config.json").exists()
-    }
-    code = f"import json, os, signal, sys\nfrom grpo_nb.run import training\nfrom grpo_nb.run.options import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
-    threads = {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }  # as here; with two, the last bits are others
-    return subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(config)],
-        cwd=tmp_path,
-        env=os.environ | threads,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def train_or_resume(directory, damage=None):
+    "The same run, resumed where it has begun; `damage` is done first."
+    if damage is not None:
+        damage()
+    resume = (directory / "config.json").exists()
+    run(directory, resume=resume)
+
+
+def half_a_checkpoint():
+    "Dies with half of the third checkpoint's tensors on the disk."
+    save = training.save_file
+
+    def half(tensors, path):
+        save(tensors, path)
+        if "checkpoint-3" in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training.save_file = half
+
+
+def no_rename():
+    "Dies with all of the third checkpoint on the disk, and not its name."
+    rename = training._replace_directory
+
+    def replace(scratch, target):
+        if "checkpoint-3" in str(target):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(scratch, target)
+
+    training._replace_directory = replace
+
+
+def stamp(path):
+    "When a file was last written; 0 if it is not there."
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
@@ -105,52 +119,35 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
     while kills < KILLS and runs <= KILLS:
         directory, runs = tmp_path / f"run-{runs}", runs + 1
         while kills < KILLS and not (directory / "model").exists():
-            process = child(directory, tmp_path)
-            while process.poll() is None and not (directory / "config.json").exists():
-                time.sleep(0.01)
-            before = (
-                (directory / "metrics.jsonl").stat().st_mtime_ns
-                if (directory / "metrics.jsonl").exists()
-                else 0
-            )
+            written = stamp(directory / "metrics.jsonl")
+            process = start_process(train_or_resume, directory, log=tmp_path / "log")
             deadline = time.monotonic() + 60
             while (
-                process.poll() is None
+                process.is_alive()
                 and time.monotonic() < deadline
-                and (
-                    not (directory / "metrics.jsonl").exists()
-                    or (directory / "metrics.jsonl").stat().st_mtime_ns == before
-                )
+                and stamp(directory / "metrics.jsonl") == written
             ):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.4))
             process.kill()
-            said = process.communicate()[1].decode()
-            assert "Error" not in said, said
-            kills += process.returncode == -signal.SIGKILL
+            process.join()
+            said = (tmp_path / "log").read_text()
+            assert process.exitcode in (0, -signal.SIGKILL) and "Error" not in said, (
+                said
+            )
+            kills += process.exitcode == -signal.SIGKILL
         run(directory, resume=True)
         same_run(directory, straight)
         assert not list(directory.glob(".*.tmp"))
     assert kills == KILLS
 
 
-@pytest.mark.parametrize("where", ["in the tensors", "before the rename"])
-def test_killed_in_the_middle_of_a_checkpoint(tmp_path, straight, where):
+@pytest.mark.parametrize("damage", [half_a_checkpoint, no_rename])
+def test_killed_in_the_middle_of_a_checkpoint(tmp_path, straight, damage):
     "Half of a checkpoint's tensors are on the disk, or all of it and not its name: the one before is used."
-    before = {
-        "in the tensors": """
-        def half(tensors, path):
-            save(tensors, path)
-            if "checkpoint-3" in str(path): os.truncate(path, os.path.getsize(path) // 2); os.kill(os.getpid(), signal.SIGKILL)
-        save, training.save_file = training.save_file, half""",
-        "before the rename": """
-        def replace(scratch, target):
-            if "checkpoint-3" in str(target): os.kill(os.getpid(), signal.SIGKILL)
-            rename(scratch, target)
-        rename, training._replace_directory = training._replace_directory, replace""",
-    }[where]
-    process = child(tmp_path / "run", tmp_path, before)
-    assert process.communicate(timeout=120) and process.returncode == -signal.SIGKILL
+    process = start_process(train_or_resume, tmp_path / "run", damage)
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [1, 2] and list(
         (tmp_path / "run").glob(".checkpoint-3.tmp")
     )

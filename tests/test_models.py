@@ -28,23 +28,23 @@ from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import (
     build_models,
+    chat,
     checkpoints,
     load_value_model,
     open_run,
     parse_arguments,
     train,
 )
-from grpo_nb.value import ValueModel, predict_values
+from grpo_nb.value import predict_values
 from helpers import (
     EOS,
     PAD,
-    ROOT,
     VOCABULARY,
     character_tokenizer,
-    python,
     random_rollout,
     read_metrics,
     reproducible,
+    start_process,
 )
 
 SMALL = {
@@ -718,6 +718,11 @@ def test_adapters_resume(tmp_path, options):
     assert names and all("lora_" in name for name in names)
 
 
+def talk(directory):
+    "Open a run, and ask one question."
+    chat(open_run(directory), ["3+4="])
+
+
 @pytest.mark.parametrize("path", ["tiny", "mine"])
 def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
     "The embedded model, or one that was named by a relative path: the run opens, and talks, in another process and another directory."
@@ -739,16 +744,10 @@ def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
     )
     monkeypatch.chdir(tmp_path / "there")
     train(parse_arguments(flags), progress=False)
-    spoken = python(
-        "-m",
-        "grpo_nb.run.training",
-        "chat",
-        tmp_path / "there/run",
-        cwd=tmp_path / "elsewhere",
-        stdin="3+4=\n\n",
-        path=ROOT,
-    )
-    assert spoken.returncode == 0 and "reward" in spoken.stdout, spoken.stderr
+    place, log = tmp_path / "elsewhere", tmp_path / "log"
+    process = start_process(talk, tmp_path / "there/run", cwd=place, log=log)
+    process.join(timeout=120)
+    assert process.exitcode == 0 and "reward" in log.read_text(), log.read_text()
     assert (
         json.loads((tmp_path / "there/run/model/adapter_config.json").read_text())["r"]
         == 16

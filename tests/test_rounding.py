@@ -19,7 +19,7 @@ def nothing(prompts, **columns):
 
 def steps_without_reward(n=2, **parameters):
     "The rollout and the metrics of each of n steps."
-    config = make_config(device="cpu", num_prompts=32, **parameters)
+    config = make_config(device="cpu", num_prompts=16, **parameters)
     models = build_models(config, TASK, [nothing])
     generator = torch.Generator().manual_seed(0)
     for step in range(n):

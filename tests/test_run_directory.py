@@ -4,15 +4,16 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from papermill import cli as command_line
 
 from grpo_nb.run import training
 from grpo_nb.run.options import make_config
@@ -22,41 +23,32 @@ from grpo_nb.run.training import (
     read_completions,
     train,
 )
-from helpers import ROOT, run, short_config
+from helpers import PROCESSES, ROOT, run, short_config, start_process
 
 sys.path.append(str(ROOT / "tools"))
 import run as make_run  # noqa: E402  tools/run.py
 
-TRAIN = """
-import json, sys, time
-from grpo_nb.run.options import make_config
-from grpo_nb.run.training import train
-options, start = json.loads(sys.argv[1]), float(sys.argv[2])
-config = make_config(**options)
-time.sleep(max(0, start - time.time()))
-try:
-    print("done", train(config, progress=False).directory)
-except ValueError as error:
-    print("refused", error)
-"""
+
+def train_at_once(barrier, options):
+    config = make_config(**options)
+    barrier.wait()
+    try:
+        print("done", train(config, progress=False).directory)
+    except ValueError as error:
+        print("refused", error)
 
 
 def two_at_once(tmp_path, **options):
     "Two processes that call `train` at the same moment: what each has printed, and its id."
     options |= {"num_prompts": 4, "num_generations": 4, "eval_size": 5, "device": "cpu"}
-    arguments = [json.dumps(options), str(time.time() + 8)]
+    barrier, logs = PROCESSES.Barrier(2, timeout=60), [tmp_path / "a", tmp_path / "b"]
     both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN, *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
+        start_process(train_at_once, barrier, options, cwd=tmp_path, log=log)
+        for log in logs
     ]
-    return [(one.communicate(timeout=200)[0], one.pid) for one in both]
+    for one in both:
+        one.join(timeout=200)
+    return [(log.read_text(), one.pid) for log, one in zip(logs, both)]
 
 
 # One at a time -----------------------------------------------------------------------------------------------------------
@@ -93,27 +85,22 @@ def test_a_number_that_is_taken_meanwhile(tmp_path, monkeypatch):
     assert make_directory(config, chosen) == Path("runs/0002")
 
 
+def hold(directory, locked):
+    "Lock a directory, and keep it until killed."
+    training._lock(directory)
+    locked.set()
+    time.sleep(100)
+
+
 def test_a_lock_is_gone_with_its_process(tmp_path):
     "Killed, it leaves the file and not the lock; a lock that is held names its process."
-    code = f"""
-import time
-from pathlib import Path
-from grpo_nb.run.training import _lock
-_lock(Path({str(tmp_path)!r}))
-print("locked", flush=True)
-time.sleep(100)"""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == "locked\n"
+    locked = PROCESSES.Event()
+    holder = start_process(hold, tmp_path, locked)
+    assert locked.wait(timeout=60)
     with pytest.raises(ValueError, match=f"in use by process {holder.pid} on "):
         training._lock(tmp_path)
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    holder.stdout.close()
+    holder.kill()
+    holder.join()
     assert (tmp_path / ".lock").exists()
     with training._locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
@@ -287,23 +274,20 @@ def test_a_save_does_not_grow_with_the_run(tmp_path):
     assert peaks[200] < 1.5 * peaks[20] and sizes[200] < 1.1 * sizes[20]
 
 
+def train_until_killed(directory):
+    def stop(line):
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    config = short_config(output_dir=str(directory), max_steps=4, save_steps=1)
+    train(config, progress=False, on_step=stop)
+
+
 def test_an_interrupted_run_opens(tmp_path):
     "Killed after a checkpoint: its completions are there, all together; another run is refused."
-    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    code = f"""
-from grpo_nb.run.training import train
-from helpers import short_config
-def stop(line):
-    if line["step"] == 3:
-        {kill}
-train(short_config(output_dir="run", max_steps=4, save_steps=1), progress=False, on_step=stop)"""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL
+    process = start_process(train_until_killed, tmp_path / "run")
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     names = {path.name for path in (tmp_path / "run").glob("completions*")}
     assert names == {"completions-1.parquet", "completions-2.parquet"}
     assert read_completions(tmp_path / "run")["step"].tolist() == [1] * 16 + [2] * 16
@@ -323,6 +307,11 @@ def papermill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked, real = [], make_run.papermill
 
+    def here(command):
+        assert command[:3] == [sys.executable, "-m", "papermill"]
+        command_line.papermill.main(command[3:], standalone_mode=False)
+        return SimpleNamespace(returncode=0)
+
     def pretend(output, arguments):
         if "--prepare-only" in arguments:
             return real(output, arguments)
@@ -333,6 +322,7 @@ def papermill(tmp_path, monkeypatch):
         (where / "summary.txt").write_text(f"this is {found['output_dir']}\n")
         return 0
 
+    monkeypatch.setattr(make_run, "subprocess", SimpleNamespace(run=here))
     monkeypatch.setattr(make_run, "papermill", pretend)
     return asked
 
@@ -374,7 +364,8 @@ def test_make_run_keeps_the_notebook_of_a_run(tmp_path, papermill, capsys):
     assert len(papermill) == 1
 
 
-def test_make_run_with_a_wrong_option(tmp_path, papermill):
+def test_make_run_with_a_wrong_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         make_run.main(["--nonsense"])
     assert stop.value.code == 2 and not any(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_nb.engine.models import EngineModels
-from grpo_nb import algorithm
+
 from grpo_nb.run import training
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import RECIPES
@@ -678,7 +678,7 @@ def test_more_steps_later_is_more_steps_at_once(tmp_path):
     )
     for name, steps in {"once": [4], "twice": [2, 4]}.items():
         for n in steps:
-            run = train(
+            train(
                 short_config(
                     **options,
                     max_steps=n,

@@ -399,27 +399,55 @@ def test_an_algorithm_of_ones_own_runs(tmp_path, monkeypatch):
     assert "value_loss" in found.metrics
 
 
-def test_a_cell_that_ends_in_a_plot_shows_one_picture(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    monkeypatch.delenv("MPLBACKEND", raising=False)
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    "The cells of a notebook that papermill has run: plots, the live plot, and its figure drawn again."
+    folder = tmp_path_factory.mktemp("executed")
     setup = """
-from grpo_nb.evidence.plots import plot_comparison, plot_run
+from grpo_nb.evidence.plots import LivePlot, plot_comparison, plot_run
+from IPython.display import Image
 from helpers import short_config
-from test_watching import REWARDED, synthetic
+from test_watching import LINES, REWARDED, synthetic
+import io
 run = synthetic(short_config(), REWARDED)"""
     sources = [setup, "plot_run(run)", "plot_comparison({'a': [run]})"]
     sources.append("fig = plot_run(run)\nfig")
+    sources.append("""
+with LivePlot(seconds=1e-9) as plot:
+    for line in LINES[:8]: plot(line)
+png = io.BytesIO(); plot.figure().savefig(png)
+Image(png.getvalue())""")
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "in.ipynb")
-    done = papermill.execute_notebook(
-        tmp_path / "in.ipynb",
-        tmp_path / "out.ipynb",
-        kernel_name="python3",
-        progress_bar=False,
-        log_output=False,
-    )
-    shown = [str(cell.outputs).count("'image/png'") for cell in done.cells]
-    assert shown == [0, 1, 1, 1]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "in.ipynb")
+    with pytest.MonkeyPatch.context() as patched:
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        patched.setenv("PYTHONPATH", paths)
+        patched.delenv("MPLBACKEND", raising=False)
+        done = papermill.execute_notebook(
+            folder / "in.ipynb",
+            folder / "out.ipynb",
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+        )
+    return [
+        [
+            output["data"]["image/png"]
+            for output in cell.outputs
+            if "image/png" in output.get("data", {})
+        ]
+        for cell in done.cells
+    ]
+
+
+def test_a_cell_that_ends_in_a_plot_shows_one_picture(executed):
+    assert [len(pictures) for pictures in executed[:4]] == [0, 1, 1, 1]
+
+
+def test_the_live_plot_under_papermill(executed):
+    "The executed notebook holds one picture, the last."
+    pictures = executed[4]
+    assert len(pictures) == 2 and pictures[0] == pictures[1]
 
 
 def test_the_live_plot_elsewhere(tmp_path):
@@ -429,41 +457,3 @@ def test_the_live_plot_elsewhere(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == ["None", "False", "50"], (
         done.stderr
     )
-
-
-def test_the_live_plot_under_papermill(tmp_path, monkeypatch):
-    "The executed notebook holds one picture, the last."
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    code = f"""
-from grpo_nb.evidence.plots import LivePlot
-from IPython.display import Image
-import io
-with LivePlot(seconds=1e-9) as plot:
-    for line in {LINES[:8]}: plot(line)
-png = io.BytesIO(); plot.figure().savefig(png)
-Image(png.getvalue())"""
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(code)],
-            metadata={
-                "kernelspec": {
-                    "name": "python3",
-                    "display_name": "python3",
-                    "language": "python",
-                }
-            },
-        ),
-        tmp_path / "in.ipynb",
-    )
-    (cell,) = papermill.execute_notebook(
-        tmp_path / "in.ipynb",
-        tmp_path / "out.ipynb",
-        progress_bar=False,
-        log_output=False,
-    ).cells
-    pictures = [
-        output["data"]["image/png"]
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) == 2 and pictures[0] == pictures[1]

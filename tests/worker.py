@@ -15,7 +15,6 @@ from grpo_nb.engine.models import EngineModels
 from grpo_nb import algorithm, gae
 from grpo_nb.engine import distributed
 from grpo_nb.run import training
-from grpo_nb.models import Models
 from grpo_nb.run.options import make_config
 from grpo_nb.policy import micro_batches
 from grpo_nb.engine.distributed import full, process, shard
