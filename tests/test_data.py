@@ -53,7 +53,8 @@ from grpo_nb.task import (
     same_number,
     task_from_rows,
 )
-from grpo_nb.run.training import chat, evaluate, main, open_run, train
+from grpo_nb.run.command_line import chat, main
+from grpo_nb.run.training import evaluate, open_run, train
 from helpers import ROOT, python, read_metrics, reproducible, short_config
 
 SUMS = [
@@ -723,7 +724,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     flags = "--max_steps 1 --num_prompts 4 --num_generations 4 --eval_size 5 --device cpu --output_dir out".split()
     done = python(
         "-m",
-        "grpo_nb.run.training",
+        "grpo_nb",
         "--task",
         "rows.jsonl",
         *flags,

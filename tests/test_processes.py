@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_nb.run import training
+from grpo_nb.run import build, training
 from grpo_nb.engine.distributed import (
     all_rows,
     gather,
@@ -21,7 +21,8 @@ from grpo_nb.engine.distributed import (
     on_main,
     process,
 )
-from grpo_nb.run.training import checkpoints, open_run, train
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.training import open_run, train
 from helpers import ROOT, read_metrics, reproducible, short_config
 
 FSDP = {
@@ -95,7 +96,7 @@ def line(directory, options):
     "The command line of a run."
     return [
         "-m",
-        "grpo_nb.run.training",
+        "grpo_nb",
         *(
             str(x)
             for name, value in {"output_dir": directory, **options}.items()
@@ -241,11 +242,9 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch):
     "The main one those of a run of one process."
     seeds = []
     for rank in range(3):
-        monkeypatch.setattr(training, "process", lambda: (rank, 3))
+        monkeypatch.setattr(build, "process", lambda: (rank, 3))
         seeds.append(
-            training._generator(
-                short_config(seed=5), torch.device("cpu")
-            ).initial_seed()
+            build._generator(short_config(seed=5), torch.device("cpu")).initial_seed()
         )
     assert seeds[0] == 5 and len(set(seeds)) == 3
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_nb import algorithm
-from grpo_nb.run import training
+from grpo_nb.run import iterative, training
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import RECIPES
 from grpo_nb.gae import advantages as gae_advantages
@@ -39,7 +39,9 @@ from grpo_nb.reward import (
 )
 from grpo_nb.rollout import join
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import build_models, outer_iteration, preference_pairs, train
+from grpo_nb.run.build import build_models
+from grpo_nb.run.iterative import outer_iteration, preference_pairs
+from grpo_nb.run.training import train
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (
@@ -641,9 +643,8 @@ def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
         return spy
 
     monkeypatch.setattr(algorithm, "generate", spied(algorithm.generate))  # of a step
-    monkeypatch.setattr(
-        training, "sample", spied(training.sample)
-    )  # of preferences and of evaluations
+    for room in (training, iterative):  # of evaluations and of preferences
+        monkeypatch.setattr(room, "sample", spied(room.sample))
     options = (
         {
             "num_generations": 4,

@@ -27,16 +27,10 @@ from grpo_nb.run import training
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
-from grpo_nb.run.training import (
-    chat,
-    checkpoints,
-    evaluate,
-    main,
-    open_run,
-    parse_arguments,
-    train,
-    train_reward_model,
-)
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.command_line import chat, main, parse_arguments
+from grpo_nb.run.iterative import train_reward_model
+from grpo_nb.run.training import evaluate, open_run, train
 from helpers import (
     ROOT,
     python,
@@ -476,7 +470,7 @@ def test_resume_after_a_kill(tmp_path, straight):
         if value is not None and not isinstance(value, list)
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_nb.run.training", *flags],
+        [sys.executable, "-m", "grpo_nb", *flags],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -537,10 +531,10 @@ def test_resume_with_other_settings_is_refused(tmp_path, other):
 
 
 def test_the_chapter_names_what_is_free_to_change():
-    "Chapter 24's list is that of the code."
-    source = (ROOT / "grpo_nb/run/training.py").read_text(encoding="utf-8")
+    "The chapter's list is that of the code."
+    source = (ROOT / "grpo_nb/run/run_directory.py").read_text(encoding="utf-8")
     (free,) = re.findall(r"free = \{(.*?)\}", source, re.DOTALL)
-    chapter = json.loads((ROOT / "nbs/2_run/24_training.ipynb").read_text("utf-8"))
+    chapter = json.loads((ROOT / "nbs/2_run/22_run_directory.ipynb").read_text("utf-8"))
     prose = "".join("".join(cell["source"]) for cell in chapter["cells"])
     (sentence,) = re.findall(r"Free to change are (.*?):", prose)
     named = set(re.findall(r"`(\w+)`", sentence))
@@ -871,7 +865,7 @@ def test_no_score_at_all_is_still_json(tmp_path):
 def test_command_line(tmp_path):
     "Train and talk, in two processes, as a user starts them."
     flags = "--algorithm ppo --task add --digits 1 --max_steps 2 --num_prompts 4 --eval_size 5 --device cpu --output_dir out".split()
-    trained = python("-m", "grpo_nb.run.training", *flags, cwd=tmp_path)
+    trained = python("-m", "grpo_nb", *flags, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert (
         "held-out accuracy after" in trained.stdout
@@ -879,7 +873,7 @@ def test_command_line(tmp_path):
     )
     spoken = python(
         "-m",
-        "grpo_nb.run.training",
+        "grpo_nb",
         "chat",
         "out",
         cwd=tmp_path,
@@ -890,13 +884,13 @@ def test_command_line(tmp_path):
 
 
 def test_help_and_errors_of_a_process(tmp_path):
-    shown = python("-m", "grpo_nb.run.training", "--help", cwd=tmp_path)
+    shown = python("-m", "grpo_nb", "--help", cwd=tmp_path)
     assert (
         shown.returncode == 0
         and "--num_generations" in shown.stdout
         and "chat RUN" in shown.stdout
     ), shown.stderr
-    wrong = python("-m", "grpo_nb.run.training", "--temperature", "0", cwd=tmp_path)
+    wrong = python("-m", "grpo_nb", "--temperature", "0", cwd=tmp_path)
     assert (
         wrong.returncode == 1
         and "error: temperature = 0.0" in wrong.stderr
