@@ -23,7 +23,7 @@ from vs_trl import ROOT, machine, resident
 from grpo_nb import policy
 from grpo_nb.policy import model_inputs, token_logprobs
 from grpo_nb.rollout import Rollout
-from grpo_nb.run.training import write_atomically
+from grpo_nb.run.run_directory import write_atomically
 
 VOCABULARIES = (1024, 8192, 49152, 151936)  # the last two: SmolLM2, Qwen2.5
 B, G, P, T = (

@@ -23,7 +23,8 @@ from grpo_nb.run.options import make_config
 from grpo_nb.policy import encode_prompts, token_logprobs
 from grpo_nb.rollout import Rollout
 from grpo_nb.task import Query
-from grpo_nb.run.training import checkpoints, train
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARACTERS = "0123456789+-*()=:"

@@ -25,7 +25,8 @@ from grpo_nb.reference import kl
 from grpo_nb.reward import RewardModel, combine, score
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import load_rewards, train
+from grpo_nb.run.build import load_rewards
+from grpo_nb.run.training import train
 from grpo_nb.policy import micro_batches
 from grpo_nb.update import update
 from grpo_nb.value import value_loss
@@ -599,7 +600,7 @@ import torch
 from grpo_nb.policy import load_policy
 from grpo_nb.reward import RewardModel
 from grpo_nb.task import load_task
-from grpo_nb.run.training import load_rewards, load_value_model
+from grpo_nb.run.build import load_rewards, load_value_model
 add, (policy, _) = load_task("add"), load_policy("tiny", "cpu")
 loaders = {
     "model": lambda name: load_policy(name, "cpu"),

@@ -53,7 +53,8 @@ from grpo_nb.task import (
     same_number,
     task_from_rows,
 )
-from grpo_nb.run.training import chat, evaluate, main, open_run, train
+from grpo_nb.run.command_line import chat, main
+from grpo_nb.run.training import evaluate, open_run, train
 from helpers import ROOT, read_metrics, reproducible, short_config
 
 SUMS = [

@@ -12,10 +12,10 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from grpo_nb import update
-from grpo_nb.run import training
+from grpo_nb.run import checkpoint, command_line, run_directory, trackers, training
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
-from grpo_nb.run.training import checkpoints, is_whole
+from grpo_nb.run.checkpoint import checkpoints, is_whole
 from helpers import read_metrics, same_run, short_config, start_process
 from helpers import run as run_with
 
@@ -85,7 +85,7 @@ def train_or_resume(directory, damage=None):
 
 def half_a_checkpoint():
     "Dies with half of the third checkpoint's tensors on the disk."
-    save = training.save_file
+    save = checkpoint.save_file
 
     def half(tensors, path):
         save(tensors, path)
@@ -93,19 +93,19 @@ def half_a_checkpoint():
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    training.save_file = half
+    checkpoint.save_file = half
 
 
 def no_rename():
     "Dies with all of the third checkpoint on the disk, and not its name."
-    rename = training._replace_directory
+    rename = checkpoint._replace_directory
 
     def replace(scratch, target):
         if "checkpoint-3" in str(target):
             os.kill(os.getpid(), signal.SIGKILL)
         rename(scratch, target)
 
-    training._replace_directory = replace
+    checkpoint._replace_directory = replace
 
 
 def stamp(path):
@@ -218,7 +218,7 @@ def test_only_what_is_its_own_is_removed(tmp_path, straight):
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch):
-    save = training.save_file
+    save = checkpoint.save_file
 
     def full(tensors, path):
         save(tensors, path)
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch
             match="checkpoint-3 could not be written.*No space left.*that are whole: checkpoint-1, checkpoint-2",
         ),
     ):
-        patched.setattr(training, "save_file", full)
+        patched.setattr(checkpoint, "save_file", full)
         run(tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*.tmp")) and all(
         is_whole(path) for _, path in checkpoints(tmp_path / "run")
@@ -271,7 +271,9 @@ def test_an_error_does_not_hide_the_one_before(tmp_path, monkeypatch, name):
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Tracker)
     if name != "finish":
-        monkeypatch.setattr(training, name, breaks)
+        monkeypatch.setattr(
+            run_directory if name == "_write_rows" else training, name, breaks
+        )
     with pytest.raises(RuntimeError, match="'accuracy' raised ZeroDivision") as error:
         run(
             tmp_path / "run",
@@ -290,9 +292,9 @@ def test_the_command_line_shows_the_note(tmp_path, monkeypatch):
         error.add_note("then: ValueError: no light")
         raise error
 
-    monkeypatch.setattr(training, "train", fails)
+    monkeypatch.setattr(command_line, "train", fails)
     with pytest.raises(SystemExit, match="error: no space\nthen: ValueError: no light"):
-        training.main([])
+        command_line.main([])
 
 
 def test_an_end_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
@@ -316,10 +318,10 @@ def test_a_tracker_that_cannot_finish_loses_no_model(tmp_path, monkeypatch):
         def finish(self):
             raise ConnectionError("no network")
 
-    monkeypatch.setattr(training, "_tracker", lambda *_: Tracker())
+    monkeypatch.setattr(trackers, "_tracker", lambda *_: Tracker())
     config = short_config(report_to=["tensorboard"])
     with pytest.warns(UserWarning, match="tracker tensorboard could not finish"):
-        with training._trackers(config, tmp_path, 0):
+        with trackers._trackers(config, tmp_path, 0):
             pass
 
 
@@ -414,7 +416,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     moments = torch.cat(
         [
             x.flatten()
-            for x in training.load_file(
+            for x in checkpoint.load_file(
                 found.directory / "checkpoint-3/state.safetensors"
             ).values()
             if x.is_floating_point()

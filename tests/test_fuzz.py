@@ -38,9 +38,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_nb
-from grpo_nb import gae as gae_stage, group as group_stage, sweep as sweeping
+from grpo_nb import gae as gae_stage, group as group_stage
 from grpo_nb.engine import distributed, vllm_sampler
-from grpo_nb.evidence import ledger, plots
+from grpo_nb.evidence import ledger, plots, sweep as sweeping
 from grpo_nb.run import training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
@@ -71,28 +71,12 @@ from grpo_nb.evidence.statistics import (
 from grpo_nb.figure import boxes, draw_figure
 from grpo_nb.objective import aggregate, policy_loss, ratio
 from grpo_nb.loading import check_causal, check_weights
-from grpo_nb.policy import (
-    as_rollout,
-    check_tokens,
-    completions_per_row,
-    encode_prompts,
-    eos_token_ids,
-    first_of_equal,
-    in_order,
-    in_pieces,
-    load_policy,
-    micro_batches,
-    model_inputs,
-    padding_id,
-    resolve_device,
-    resolve_dtype,
-    rows_alone,
-    shared_rows,
-    shares_prompt,
-    sharing_width,
-    takes_padding,
-    token_logprobs,
-)
+from grpo_nb.loading import resolve_device, resolve_dtype
+from grpo_nb.policy import as_rollout, check_tokens, completions_per_row, encode_prompts
+from grpo_nb.policy import eos_token_ids, first_of_equal, in_order, in_pieces
+from grpo_nb.policy import load_policy, micro_batches, model_inputs, padding_id
+from grpo_nb.policy import rows_alone, shared_rows, shares_prompt, sharing_width
+from grpo_nb.policy import takes_padding, token_logprobs
 from grpo_nb.reference import (
     adapt_beta,
     kl,
@@ -132,27 +116,14 @@ from grpo_nb.task import (
     sums,
     target,
 )
-from grpo_nb.run.training import (
-    Run,
-    build_models,
-    build_schedulers,
-    checkpoints,
-    fetch_smollm2,
-    is_whole,
-    load_checkpoint,
-    load_rewards,
-    main,
-    open_run,
-    parse_arguments,
-    preference_pairs,
-    prepare_directory,
-    read_completions,
-    read_json,
-    rollout_metrics,
-    save_checkpoint,
-    table,
-    train,
-)
+from grpo_nb.engine.hub import fetch_smollm2
+from grpo_nb.run.build import build_models, build_schedulers, load_rewards
+from grpo_nb.run.checkpoint import checkpoints, is_whole, load_checkpoint
+from grpo_nb.run.checkpoint import save_checkpoint
+from grpo_nb.run.command_line import main, parse_arguments
+from grpo_nb.run.iterative import preference_pairs
+from grpo_nb.run.run_directory import prepare_directory, read_completions, read_json
+from grpo_nb.run.training import Run, open_run, rollout_metrics, table, train
 from grpo_nb.engine.models import EngineModels
 from grpo_nb.update import batch_loss, update
 from grpo_nb.value import ValueModel, predict_values, value_loss
@@ -2347,7 +2318,7 @@ EXCEPTIONS = (
         "loading.cache_directory": "takes nothing",
         "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
         "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py",
-        "training.checkpoint_layers": "takes a model; test_training.py",
+        "run.build.checkpoint_layers": "takes a model; test_training.py",
         "task.read_rows": "test_data.py damages files",
         "task.task_from_rows": "test_data.py",
         "task.check_task": "in `load_task`",
@@ -2363,22 +2334,22 @@ EXCEPTIONS = (
         "task.extract_answer": "hostile texts in test_data.py",
         "task.gsm8k": "in `load_task`; test_data.py",
         "task.gym": "in `load_task`; test_data.py",
-        "training.add_adapters": "takes a model and a checked config; test_models.py",
-        "training.load_value_model": "wrong models in test_models.py",
-        "training.token_classifier": "takes a value model; test_models.py",
+        "engine.adapters.add_adapters": "takes a model and a checked config; test_models.py",
+        "run.build.load_value_model": "wrong models in test_models.py",
+        "run.build.token_classifier": "takes a value model; test_models.py",
         "run.options.option": "of transformers",
         "run.options.expand_path": "any text is a path; test_run_directory.py",
-        "training.make_directory": "makes what `prepare_directory` chose",
+        "run.run_directory.make_directory": "makes what `prepare_directory` chose",
         "models.Models": "holds models",
         "algorithm.ppo_step": "the stages above, in order",
         "algorithm.grpo_step": "the stages above, in order",
-        "training.evaluate": "`sample` and a task",
-        "training.peak_memory": "takes a device",
-        "training.write_atomically": "test_security.py",
-        "training.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`",
-        "training.outer_iteration": "part of `train`",
-        "training.step_queries": "`Task.queries`",
-        "training.chat": "any line of text is a question: `Task.parse`",
+        "run.training.evaluate": "`sample` and a task",
+        "run.training.peak_memory": "takes a device",
+        "run.run_directory.write_atomically": "test_security.py",
+        "run.iterative.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`",
+        "run.iterative.outer_iteration": "part of `train`",
+        "run.training.step_queries": "`Task.queries`",
+        "run.command_line.chat": "any line of text is a question: `Task.parse`",
         "evidence.summarise": "pandas",
         "evidence.probe": "`sample` and a task",
         "evidence.read_metrics": "of runs that `sweep` made",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from grpo_nb import policy as policy_module
-from grpo_nb.policy import load_policy, model_inputs, resolve_device, token_logprobs
+from grpo_nb.loading import resolve_device
+from grpo_nb.policy import load_policy, model_inputs, token_logprobs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import load_task

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_nb.run import training
+from grpo_nb.run import build, command_line, training
 from grpo_nb.engine.distributed import (
     all_rows,
     gather,
@@ -22,7 +22,8 @@ from grpo_nb.engine.distributed import (
     on_main,
     process,
 )
-from grpo_nb.run.training import checkpoints, open_run, train
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.training import open_run, train
 from helpers import ROOT, read_metrics, reproducible, short_config, start_process
 import worker
 
@@ -171,11 +172,11 @@ def test_a_run_is_that_of_one_process(tmp_path, engine, monkeypatch):
     )
     words = line(tmp_path / "two", GREEDY)
     if engine:
-        program = ("-m", "grpo_nb.training", *words)
+        program = ("-m", "grpo_nb", *words)
         status, said = launch(*program, launcher=ACCELERATE, cwd=tmp_path)
         assert status == 0, said
     else:
-        status, said = run_pair(tmp_path / "log", training.main, words)
+        status, said = run_pair(tmp_path / "log", command_line.main, words)
         assert status == [0, 0], said
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [list(x) for x in one] == [list(x) for x in two]
@@ -209,7 +210,7 @@ def straight(tmp_path_factory):
     "A run of GRPO by two processes that nothing happens to."
     directory = tmp_path_factory.mktemp("straight") / "run"
     log = directory.parent / "log"
-    status, said = run_pair(log, training.main, line(directory, OPTIONS))
+    status, said = run_pair(log, command_line.main, line(directory, OPTIONS))
     assert status == [0, 0], said
     return directory
 
@@ -217,7 +218,7 @@ def straight(tmp_path_factory):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight):
     "Both processes killed in the middle; resumed by as many they end where the straight run ended, and by another number they are refused."
     directory = tmp_path / "run"
-    pair = start_pair(tmp_path / "log", training.main, line(directory, OPTIONS))
+    pair = start_pair(tmp_path / "log", command_line.main, line(directory, OPTIONS))
     deadline = time.monotonic() + 90
     while (
         time.monotonic() < deadline
@@ -239,7 +240,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight):
             progress=False,
         )
     again = line(directory, OPTIONS | {"resume": True})
-    status, said = run_pair(tmp_path / "log", training.main, again)
+    status, said = run_pair(tmp_path / "log", command_line.main, again)
     assert status == [0, 0], said
     same_run(directory, straight, 6)
     lines, rows = (
@@ -255,11 +256,9 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch):
     "The main one those of a run of one process."
     seeds = []
     for rank in range(3):
-        monkeypatch.setattr(training, "process", lambda: (rank, 3))
+        monkeypatch.setattr(build, "process", lambda: (rank, 3))
         seeds.append(
-            training._generator(
-                short_config(seed=5), torch.device("cpu")
-            ).initial_seed()
+            build._generator(short_config(seed=5), torch.device("cpu")).initial_seed()
         )
     assert seeds[0] == 5 and len(set(seeds)) == 3
 

@@ -13,16 +13,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from papermill import cli as command_line
+from papermill import cli as papermill_cli
 
-from grpo_nb.run import training
+from grpo_nb.run import command_line, run_directory, training
 from grpo_nb.run.options import make_config
-from grpo_nb.run.training import (
-    make_directory,
-    prepare_directory,
-    read_completions,
-    train,
-)
+from grpo_nb.run.run_directory import make_directory, prepare_directory
+from grpo_nb.run.run_directory import read_completions
+from grpo_nb.run.training import train
 from helpers import PROCESSES, ROOT, run, short_config, start_process
 
 sys.path.append(str(ROOT / "tools"))
@@ -87,7 +84,7 @@ def test_a_number_that_is_taken_meanwhile(tmp_path, monkeypatch):
 
 def hold(directory, locked):
     "Lock a directory, and keep it until killed."
-    training._lock(directory)
+    run_directory._lock(directory)
     locked.set()
     time.sleep(100)
 
@@ -98,11 +95,11 @@ def test_a_lock_is_gone_with_its_process(tmp_path):
     holder = start_process(hold, tmp_path, locked)
     assert locked.wait(timeout=60)
     with pytest.raises(ValueError, match=f"in use by process {holder.pid} on "):
-        training._lock(tmp_path)
+        run_directory._lock(tmp_path)
     holder.kill()
     holder.join()
     assert (tmp_path / ".lock").exists()
-    with training._locked(tmp_path):
+    with run_directory._locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
     assert not any(tmp_path.iterdir())
 
@@ -113,9 +110,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(training.fcntl, "flock", flock)
+    monkeypatch.setattr(run_directory.fcntl, "flock", flock)
     with pytest.warns(UserWarning, match="cannot be locked.*no other run uses it"):
-        with training._locked(tmp_path):
+        with run_directory._locked(tmp_path):
             pass
     assert not any(tmp_path.iterdir())
 
@@ -162,7 +159,7 @@ def test_paths_and_the_home_directory(tmp_path, monkeypatch):
     assert (config.model, config.output_dir) == (f"{tmp_path}/m", f"{tmp_path}/x")
     assert (config.value_model, config.task) == ("/a/v", f"{tmp_path}/data.csv")
     assert config.reward_funcs == ["accuracy", f"{tmp_path}/judge"]
-    parsed = training.parse_arguments(["--output_dir=~/x", "--model", "~/m"])
+    parsed = command_line.parse_arguments(["--output_dir=~/x", "--model", "~/m"])
     assert (parsed.model, parsed.output_dir) == (config.model, config.output_dir)
     assert make_config(reward_funcs="brevity").reward_funcs == ["brevity"]
     assert make_config(model="a~b/c").model == "a~b/c"
@@ -192,7 +189,7 @@ def rows_of(step, n=256):
 
 def write_run(directory, steps, saves, start=1):
     directory.mkdir(exist_ok=True)
-    found = training._Completions(directory)
+    found = run_directory._Completions(directory)
     for step in range(start, steps + 1):
         found.add(rows_of(step))
         if step % saves == 0:
@@ -202,7 +199,7 @@ def write_run(directory, steps, saves, start=1):
 
 def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
     "Saved often, seldom, never, or cut and gone on with: the same bytes; and the rows are what pandas made of them."
-    monkeypatch.setattr(training, "ROW_GROUP", 1000)
+    monkeypatch.setattr(run_directory, "ROW_GROUP", 1000)
     files = []
     for name, saves in {"often": 1, "seldom": 7, "never": 10**9}.items():
         found = write_run(tmp_path / name, 20, saves)
@@ -212,12 +209,12 @@ def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
         assert os.listdir(tmp_path / name) == ["completions.parquet"]
     cut = tmp_path / "cut"
     write_run(cut, 16, 4).merge()
-    training._check_completions(cut, 12)
-    training._cut_completions(cut, 12)
+    run_directory._check_completions(cut, 12)
+    run_directory._cut_completions(cut, 12)
     write_run(cut, 15, 4, start=13)  # killed: its rows of 13 to 15 were not saved
     write_run(cut, 18, 5, start=13)  # killed after a part of 13 to 15
-    training._check_completions(cut, 12)
-    training._cut_completions(cut, 12)
+    run_directory._check_completions(cut, 12)
+    run_directory._cut_completions(cut, 12)
     write_run(cut, 20, 3, start=13).merge()
     files.append(cut / "completions.parquet")
     assert len({path.read_bytes() for path in files}) == 1
@@ -235,14 +232,14 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     directory.mkdir()
     rows = [row for step in range(1, 6) for row in rows_of(step)]
     pd.DataFrame(rows).to_parquet(directory / "completions.parquet", index=False)
-    training._check_completions(directory, 4)
-    training._cut_completions(directory, 4)
+    run_directory._check_completions(directory, 4)
+    run_directory._cut_completions(directory, 4)
     write_run(directory, 8, 2, start=5).merge()
     write_run(tmp_path / "new", 8, 3).merge()
     old, new = (tmp_path / x / "completions.parquet" for x in ("run", "new"))
     assert old.read_bytes() == new.read_bytes()
     with pytest.raises(ValueError, match="completions.parquet is damaged.*up to 9"):
-        training._check_completions(directory, 9)
+        run_directory._check_completions(directory, 9)
 
 
 def test_killed_between_two_files(tmp_path):
@@ -250,18 +247,18 @@ def test_killed_between_two_files(tmp_path):
     directory = tmp_path / "run"
     write_run(directory, 6, 2)
     parts = {path: path.read_bytes() for path in directory.iterdir()}
-    training._Completions(directory).merge()
+    run_directory._Completions(directory).merge()
     for path, content in parts.items():
         path.write_bytes(content)
     assert read_completions(directory).groupby("step").size().tolist() == [256] * 6
-    training._Completions(directory).merge()
+    run_directory._Completions(directory).merge()
     assert os.listdir(directory) == ["completions.parquet"]
     assert read_completions(directory).groupby("step").size().tolist() == [256] * 6
 
 
 def test_a_save_does_not_grow_with_the_run(tmp_path):
     "Memory of a save after 20 steps and after 200, and what it writes."
-    found, peaks, sizes = training._Completions(tmp_path), {}, {}
+    found, peaks, sizes = run_directory._Completions(tmp_path), {}, {}
     for step in range(1, 201):
         found.add(rows_of(step))
         if step % 10 == 0:
@@ -309,7 +306,7 @@ def papermill(tmp_path, monkeypatch):
 
     def here(command):
         assert command[:3] == [sys.executable, "-m", "papermill"]
-        command_line.papermill.main(command[3:], standalone_mode=False)
+        papermill_cli.papermill.main(command[3:], standalone_mode=False)
         return SimpleNamespace(returncode=0)
 
     def pretend(output, arguments):

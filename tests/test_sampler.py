@@ -10,13 +10,14 @@ import torch
 
 from grpo_nb.engine.models import EngineModels, importance_weights
 from grpo_nb.engine import vllm_sampler
-from grpo_nb.run import training
+from grpo_nb.run import build
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
 from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import build_models, rollout_metrics, train
+from grpo_nb.run.build import build_models
+from grpo_nb.run.training import rollout_metrics, train
 from grpo_nb.update import batch_loss, update
 from helpers import (
     VOCABULARY,
@@ -339,7 +340,7 @@ def test_vllm_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkey
     "The extra is named; no model has been loaded and nothing written."
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setattr(
-        training, "load_policy", lambda *_: pytest.fail("a model was loaded")
+        build, "load_policy", lambda *_: pytest.fail("a model was loaded")
     )
     with pytest.raises(
         ImportError, match=r'use_vllm = True needs vLLM: pip install "grpo_nb\[vllm\]"'
@@ -353,7 +354,7 @@ def test_vllm_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkey
 
 def test_adapters_are_refused_before_anything_is_done(monkeypatch):
     monkeypatch.setattr(
-        training, "load_policy", lambda *_: pytest.fail("a model was loaded")
+        build, "load_policy", lambda *_: pytest.fail("a model was loaded")
     )
     with pytest.raises(ValueError, match="use_vllm = True sends whole weights"):
         build_models(short_config(use_vllm=True, use_peft=True), load_task("add"))

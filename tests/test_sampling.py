@@ -25,7 +25,7 @@ from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.sampling import _close_gaps, _Room, _similar, draw, sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import build_models, checkpoint_layers
+from grpo_nb.run.build import build_models, checkpoint_layers
 from helpers import VOCABULARY, character_tokenizer, short_config
 from test_rows import MODELS, SMALL, make, plain
 

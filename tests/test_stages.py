@@ -40,7 +40,9 @@ from grpo_nb.reward import (
 )
 from grpo_nb.rollout import join
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import build_models, outer_iteration, preference_pairs, train
+from grpo_nb.run.build import build_models
+from grpo_nb.run.iterative import outer_iteration, preference_pairs
+from grpo_nb.run.training import train
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (

@@ -23,16 +23,10 @@ from grpo_nb.run import training
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
-from grpo_nb.run.training import (
-    chat,
-    checkpoints,
-    evaluate,
-    main,
-    open_run,
-    parse_arguments,
-    train,
-    train_reward_model,
-)
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.command_line import chat, main, parse_arguments
+from grpo_nb.run.iterative import train_reward_model
+from grpo_nb.run.training import evaluate, open_run, train
 from helpers import (
     ROOT,
     python,
@@ -527,10 +521,10 @@ def test_resume_with_other_settings_is_refused(tmp_path, other):
 
 
 def test_the_chapter_names_what_is_free_to_change():
-    "Chapter 24's list is that of the code."
-    source = (ROOT / "grpo_nb/run/training.py").read_text(encoding="utf-8")
+    "The chapter's list is that of the code."
+    source = (ROOT / "grpo_nb/run/run_directory.py").read_text(encoding="utf-8")
     (free,) = re.findall(r"free = \{(.*?)\}", source, re.DOTALL)
-    chapter = json.loads((ROOT / "nbs/2_run/24_training.ipynb").read_text("utf-8"))
+    chapter = json.loads((ROOT / "nbs/2_run/22_run_directory.ipynb").read_text("utf-8"))
     prose = "".join("".join(cell["source"]) for cell in chapter["cells"])
     (sentence,) = re.findall(r"Free to change are (.*?):", prose)
     named = set(re.findall(r"`(\w+)`", sentence))
@@ -885,7 +879,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert len(read_metrics(tmp_path / "out")) == 2
     spoken = python(
         "-m",
-        "grpo_nb.run.training",
+        "grpo_nb",
         "chat",
         "out",
         cwd=tmp_path,

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from grpo_nb import sampling
-from grpo_nb.run import training
+from grpo_nb.engine import adapters
+from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.policy import (
     as_rollout,
@@ -35,7 +36,8 @@ from grpo_nb.policy import (
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import evaluate, load_value_model, open_run, train
+from grpo_nb.run.build import load_value_model
+from grpo_nb.run.training import evaluate, open_run, train
 from grpo_nb.value import ValueModel
 from helpers import EOS, PAD, VOCABULARY, character_tokenizer, random_model
 
@@ -709,8 +711,8 @@ def test_a_name_that_fits_no_layer_is_refused(tmp_path, names):
 def test_too_old_a_peft_is_named(tmp_path, monkeypatch):
     "What is found, what is needed, and for which transformers; no word of layers."
     pytest.importorskip("peft")
-    monkeypatch.setattr(training.peft_integration, "MIN_PEFT_VERSION", "99.1")
-    monkeypatch.setattr(training, "load_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(adapters.peft_integration, "MIN_PEFT_VERSION", "99.1")
+    monkeypatch.setattr(build, "load_policy", lambda *_: pytest.fail("loaded"))
     match = r"use_peft = True needs PEFT >= 99.1 for transformers \d.*found \d.*pip"
     with pytest.raises(ImportError, match=match) as error:
         train(config_of("tiny", tmp_path / "run", **LORA))

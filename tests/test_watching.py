@@ -19,14 +19,15 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import grpo_nb.evidence.plots
-import grpo_nb.run.training
+from grpo_nb.run import trackers, training
 from grpo_nb.algorithm import STEPS, ppo_step
 from grpo_nb.run.options import CONFIGS, Config, PPOConfig, make_config
 from grpo_nb.evidence.plots import LivePlot, comparison_table, plot_comparison, plot_run
 from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import load_policy
 from grpo_nb.task import load_task
-from grpo_nb.run.training import Run, parse_arguments, train
+from grpo_nb.run.command_line import parse_arguments
+from grpo_nb.run.training import Run, train
 from grpo_nb.value import ValueModel
 from helpers import ROOT, python, read_metrics, short_config
 
@@ -122,10 +123,8 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path, save_steps):
 @pytest.mark.parametrize("name", ["tensorbored", "wandb", "none"])
 def test_a_tracker_that_is_not_there(tmp_path, name, monkeypatch):
     "Refused, with what there is, before anything is loaded or written."
-    monkeypatch.setattr(
-        grpo_nb.run.training, "get_available_trackers", lambda: ["tensorboard"]
-    )
-    monkeypatch.setattr(grpo_nb.run.training, "build_models", None)
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(training, "build_models", None)
     with pytest.raises(
         ValueError, match=rf"report_to = \['{name}'\] cannot be used; .*: tensorboard$"
     ):
@@ -213,10 +212,8 @@ def test_a_tracker_of_ones_own(tmp_path, memory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_has_trackers(tmp_path, memory, monkeypatch, rank):
-    monkeypatch.setattr(grpo_nb.run.training, "process", lambda: (rank, 2))
-    with grpo_nb.run.training._trackers(
-        short_config(report_to=["memory"]), tmp_path, 0
-    ) as track:
+    monkeypatch.setattr(trackers, "process", lambda: (rank, 2))
+    with trackers._trackers(short_config(report_to=["memory"]), tmp_path, 0) as track:
         track({"step": 1, "reward": 1.0})
     assert (
         bool(memory.told) == (rank == 0) and len(list(tmp_path.iterdir())) <= 1 - rank
