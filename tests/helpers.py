@@ -261,7 +261,7 @@ def same_run(a, b):
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "accelerate.tracking", "grpo_nb.training"])
+PROCESSES.set_forkserver_preload(["pytest", "accelerate.tracking", "grpo_nb.run.training"])
 
 
 def start_process(function, *arguments, cwd=None, log=os.devnull, **environment):

@@ -890,7 +890,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_errors_of_a_process(tmp_path):
-    wrong = python("-m", "grpo_nb.run.training", "--temperature", "0", cwd=tmp_path)
+    wrong = python("-m", "grpo_nb", "--temperature", "0", cwd=tmp_path)
     assert (
         wrong.returncode == 1
         and "error: temperature = 0.0" in wrong.stderr
