@@ -42,13 +42,8 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from grpo_nb.policy import (
-    TINY,
-    cache_directory,
-    first_of_equal,
-    load_policy,
-    resolve_device,
-)
+from grpo_nb.engine.packing import first_of_equal
+from grpo_nb.policy import TINY, cache_directory, load_policy, resolve_device
 from grpo_nb.task import Query, load_task
 
 # grpo_nb.algorithm, grpo_nb.run.training, trl and pandas are imported where they are used: what one side loads is no memory of the other

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .objective import aggregate, policy_loss
-from .policy import in_order, micro_batches, sharing_width, token_logprobs
 from .engine.distributed import add_up_gradients, add_up_numbers
+from .engine.micro_batch import in_order, micro_batches
+from .engine.packing import sharing_width, token_logprobs
 from .reference import kl
 from .rollout import Rollout
 from .value import ValueModel, value_loss

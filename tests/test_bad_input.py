@@ -25,7 +25,8 @@ from grpo_nb.reward import RewardModel, combine, score
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import load_rewards, train
-from grpo_nb.update import micro_batches, update
+from grpo_nb.engine.micro_batch import micro_batches
+from grpo_nb.update import update
 from grpo_nb.value import value_loss
 from helpers import ROOT, character_tokenizer, random_model, read_metrics, short_config
 

@@ -43,7 +43,8 @@ from grpo_nb.reward import (
 from grpo_nb.sampling import draw, generate, sample
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
-from grpo_nb.update import micro_batches, piece_loss, update
+from grpo_nb.engine.micro_batch import micro_batches
+from grpo_nb.update import piece_loss, update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (
     EOS,

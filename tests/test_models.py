@@ -21,7 +21,8 @@ from grpo_nb import reference
 from grpo_nb.run import training
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
-from grpo_nb.policy import TINY, load_policy, shared_rows, shares_prompt, token_logprobs
+from grpo_nb.engine.packing import shared_rows, shares_prompt, token_logprobs
+from grpo_nb.policy import TINY, load_policy
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
 from grpo_nb.sampling import sample

@@ -76,6 +76,7 @@ from ..algorithm import STEPS
 from ..models import Models
 from .options import CONFIGS, Config, PPOConfig
 from .options import expand_path, make_config
+from ..engine.precision import precision
 from ..policy import cache_directory, check_tokens, encode_prompts, load_policy
 from ..policy import resolve_dtype
 from ..group import informative
@@ -1766,16 +1767,6 @@ def _resume(
     sampled = json.loads(lines[-1])["num_completions"]
     return _Done(step, lines, list(map(json.loads, preferences)), sampled)
 
-# %% ../../nbs/2_run/24_training.ipynb #e986405b
-def _precision(config: Config, device: torch.device):
-    "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
-    return torch.autocast(
-        device.type,
-        torch.bfloat16,
-        enabled=config.dtype == "bfloat16",
-        cache_enabled=False,
-    )
-
 # %% ../../nbs/2_run/24_training.ipynb #5b0c7e12
 @dataclass
 class _Trainer:
@@ -2042,7 +2033,7 @@ def _steps(
         open(
             directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a"
         ) as log,
-        _precision(config, device),
+        precision(config, device),
         _noted_signals() as signals,
     ):
         initial = {} if done.step else {f"eval/initial_{what}": heldout()}
