@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vs_trl import ROOT, machine, resident
-from grpo_nb import policy
-from grpo_nb.policy import model_inputs, token_logprobs
+from grpo_nb.engine import packing
+from grpo_nb.engine.packing import token_logprobs
+from grpo_nb.policy import model_inputs
 from grpo_nb.rollout import Rollout
 from grpo_nb.run.run_directory import write_atomically
 
@@ -89,7 +90,7 @@ def each_row(model, rollout):
 def peak(way, vocabulary):
     "Bytes above weights and gradients, of the second of two passes."
     if way == "shared":
-        policy.LOGITS = 2**62
+        packing.LOGITS = 2**62
 
     def step(model, rollout):
         logprobs, entropy = (

@@ -42,8 +42,9 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from grpo_nb.engine.packing import first_of_equal
 from grpo_nb.loading import TINY, cache_directory, resolve_device
-from grpo_nb.policy import first_of_equal, load_policy
+from grpo_nb.policy import load_policy
 from grpo_nb.task import Query, load_task
 
 # grpo_nb.algorithm, grpo_nb.run, trl and pandas are imported where they are used: what one side loads is no memory of the other

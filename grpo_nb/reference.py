@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .policy import in_pieces, sharing_width, token_logprobs
+from .engine.micro_batch import in_micro_batches
+from .engine.packing import sharing_width, token_logprobs
 from .rollout import Rollout
 
 # %% ../nbs/1_figure/05_reference.ipynb #f27936cb
@@ -30,7 +31,7 @@ def reference_logprobs(
         if hasattr(reference, "peft_config"):
             afterwards.callback(reference.enable_adapters)
             reference.disable_adapters()
-        return in_pieces(
+        return in_micro_batches(
             lambda piece: token_logprobs(reference, piece, temperature),
             rollout,
             max_tokens,

@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from .policy import autocast_as_it_is, encode_prompts, eos_token_ids, in_pieces
-from .policy import check_tokens, padding_id, shares_prompt, sharing_width
-from .policy import takes_padding, token_logprobs
+from .policy import check_tokens, encode_prompts, eos_token_ids, padding_id
 from .engine.distributed import all_rows, my_share, whole
+from .engine.micro_batch import in_micro_batches
+from .engine.packing import shares_prompt, sharing_width, takes_padding
+from .engine.packing import token_logprobs
+from .engine.precision import autocast_as_it_is
 from .rollout import Rollout
 from .task import Query
 
@@ -443,7 +445,7 @@ def generate(
         config.max_num_seqs,
     )
     if num_generations == 1:
-        rollout.logprobs = in_pieces(
+        rollout.logprobs = in_micro_batches(
             lambda piece: token_logprobs(model, piece, config.temperature),
             rollout,
             config.max_tokens_per_micro_batch,

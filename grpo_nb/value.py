@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .policy import in_pieces, rows_alone
+from .engine.micro_batch import in_micro_batches
+from .engine.packing import rows_alone
 from .rollout import Rollout
 
 # %% ../nbs/1_figure/07_value.ipynb #9a2ebbdf
@@ -58,7 +59,7 @@ def predict_values(
     max_tokens: int | None = None,  # of one forward pass; None: no limit
 ) -> Float[Tensor, "N T"]:
     "The value stage: V of every completion token, without a gradient."
-    return in_pieces(value_model, rollout, max_tokens, None)
+    return in_micro_batches(value_model, rollout, max_tokens, None)
 
 # %% ../nbs/1_figure/07_value.ipynb #befe3a9c
 def value_loss(

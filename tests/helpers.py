@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from grpo_nb.run.options import make_config
-from grpo_nb.policy import encode_prompts, token_logprobs
+from grpo_nb.engine.packing import token_logprobs
+from grpo_nb.policy import encode_prompts
 from grpo_nb.rollout import Rollout
 from grpo_nb.task import Query
 from grpo_nb.run.checkpoint import checkpoints
@@ -261,7 +262,9 @@ def same_run(a, b):
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "accelerate.tracking", "grpo_nb.run.training"])
+PROCESSES.set_forkserver_preload(
+    ["pytest", "accelerate.tracking", "grpo_nb.run.training"]
+)
 
 
 def start_process(function, *arguments, cwd=None, log=os.devnull, **environment):

@@ -25,9 +25,9 @@ from grpo_nb.reference import kl
 from grpo_nb.reward import RewardModel, combine, score
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
+from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.run.build import load_rewards
 from grpo_nb.run.training import train
-from grpo_nb.policy import micro_batches
 from grpo_nb.update import update
 from grpo_nb.value import value_loss
 from helpers import ROOT, character_tokenizer, random_model, read_metrics, short_config

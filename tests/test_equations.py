@@ -44,7 +44,7 @@ from grpo_nb.reward import (
 from grpo_nb.sampling import draw, sample
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
-from grpo_nb.policy import micro_batches
+from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.update import batch_loss, update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (

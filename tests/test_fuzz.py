@@ -68,15 +68,26 @@ from grpo_nb.evidence.statistics import (
     pass_at_k,
     verdicts,
 )
+from grpo_nb.engine import packing
+from grpo_nb.engine.micro_batch import in_micro_batches, in_order, micro_batches
+from grpo_nb.engine.packing import (
+    completions_per_row,
+    first_of_equal,
+    rows_alone,
+    shared_rows,
+    shares_prompt,
+    sharing_width,
+    takes_padding,
+)
 from grpo_nb.figure import boxes, draw_figure
 from grpo_nb.objective import aggregate, policy_loss, ratio
 from grpo_nb.loading import check_causal, check_weights
+from grpo_nb.policy import as_rollout, check_tokens, encode_prompts
+from grpo_nb.policy import eos_token_ids
+from grpo_nb.policy import load_policy, model_inputs, padding_id
 from grpo_nb.loading import resolve_device, resolve_dtype
-from grpo_nb.policy import as_rollout, check_tokens, completions_per_row, encode_prompts
-from grpo_nb.policy import eos_token_ids, first_of_equal, in_order, in_pieces
-from grpo_nb.policy import load_policy, micro_batches, model_inputs, padding_id
-from grpo_nb.policy import rows_alone, shared_rows, shares_prompt, sharing_width
-from grpo_nb.policy import takes_padding, token_logprobs
+from grpo_nb.policy import position_ids
+from grpo_nb.policy import token_logprobs
 from grpo_nb.reference import (
     adapt_beta,
     kl,
@@ -1212,11 +1223,14 @@ def one_by_one(rollout, temperature):
 
 @fuzz(
     token_logprobs,
+    packing.token_logprobs,
+    packing.values,
     reference_logprobs,
     predict_values,
-    in_pieces,
+    in_micro_batches,
     in_order,
     model_inputs,
+    position_ids,
     shared_rows,
     rows_alone,
     first_of_equal,
@@ -1235,10 +1249,11 @@ def one_by_one(rollout, temperature):
 def test_models_on_rollouts(rollout, temperature, max_tokens):
     "Whatever the masks: what the models say of each token is what they say of the completion alone."
     right = isinstance(temperature, (int, float)) and temperature > 0
-    found = outcome(
-        token_logprobs, {"model": LLAMA, "rollout": rollout, "temperature": temperature}
-    )
-    assert (found is not None) == right
+    how = {"model": LLAMA, "rollout": rollout, "temperature": temperature}
+    found = outcome(token_logprobs, how)
+    packed = outcome(packing.token_logprobs, how)
+    assert (found is not None) == (packed is not None) == right
+    in_rows = packing.values(VALUE, rollout)
     allowed = max_tokens is None or isinstance(max_tokens, int) and max_tokens >= 1
     pieces = outcome(micro_batches, {"rollout": rollout, "max_tokens": max_tokens})
     assert (pieces is not None) == allowed and (
@@ -1261,7 +1276,13 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
         values is not None
     ) == allowed
     expected = one_by_one(rollout, temperature if right else 1.0)
-    for x, y in ((found, expected[0]), (again, expected[0]), (values, expected[1])):
+    for x, y in (
+        (found, expected[0]),
+        (packed, expected[0]),
+        (again, expected[0]),
+        (values, expected[1]),
+        (in_rows, expected[1]),
+    ):
         if x is not None:
             torch.testing.assert_close(x.detach(), y, rtol=0, atol=1e-9)
 
@@ -2314,7 +2335,8 @@ EXCEPTIONS = (
     {
         "figure.Box": "made by `boxes`",
         "figure.Figure": "made by `draw_figure`",
-        "policy.autocast_as_it_is": "takes a device that `resolve_device` made",
+        "engine.precision.precision": "takes a checked config and such a device",
+        "engine.precision.autocast_as_it_is": "takes a device that `resolve_device` made",
         "loading.cache_directory": "takes nothing",
         "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
         "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py",

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from grpo_nb import policy as policy_module
+from grpo_nb.engine import packing
+from grpo_nb.engine.packing import token_logprobs
 from grpo_nb.loading import resolve_device
-from grpo_nb.policy import load_policy, model_inputs, token_logprobs
+from grpo_nb.policy import load_policy, model_inputs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.sampling import sample
 from grpo_nb.task import load_task
@@ -111,9 +112,9 @@ def test_shared_rows(monkeypatch, k, pieces, dtype):
         temperature=2.0,
         generator=torch.Generator(DEVICE).manual_seed(0),
     )
-    monkeypatch.setattr(policy_module, "completions_per_row", lambda *_: k)
+    monkeypatch.setattr(packing, "completions_per_row", lambda *_: k)
     if pieces:
-        monkeypatch.setattr(policy_module, "LOGITS", 50 * policy.config.vocab_size)
+        monkeypatch.setattr(packing, "LOGITS", 50 * policy.config.vocab_size)
 
     def gradient(f):
         policy.zero_grad()

@@ -22,8 +22,9 @@ from grpo_nb.engine import adapters
 from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
+from grpo_nb.engine.packing import shared_rows, shares_prompt, token_logprobs
 from grpo_nb.loading import TINY
-from grpo_nb.policy import load_policy, shared_rows, shares_prompt, token_logprobs
+from grpo_nb.policy import load_policy
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
 from grpo_nb.sampling import sample

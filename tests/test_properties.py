@@ -15,10 +15,11 @@ from grpo_nb.engine.models import EngineModels
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
-from grpo_nb.policy import model_inputs, shared_rows, token_logprobs
+from grpo_nb.engine.micro_batch import micro_batches
+from grpo_nb.engine.packing import shared_rows
+from grpo_nb.policy import model_inputs, token_logprobs
 from grpo_nb.reference import kl, kl_in_reward
 from grpo_nb.rollout import Rollout
-from grpo_nb.policy import micro_batches
 from grpo_nb.update import update
 from grpo_nb.value import value_loss
 from helpers import gradient, random_model, random_rollout, short_config
@@ -535,7 +536,7 @@ def test_micro_batches_of_two_processes_fit(budget, lengths):
     shares = []
     for rank in (0, 1):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("grpo_nb.policy.process", lambda: (rank, 2))
+            patched.setattr("grpo_nb.engine.micro_batch.process", lambda: (rank, 2))
             shares.append(micro_batches(rollout, budget))
     assert len(shares[0]) == len(shares[1])
     assert sorted(sum(shares[0] + shares[1], [])) == [0, 1, 2, 3, 4]

@@ -31,14 +31,15 @@ from transformers import (
 
 from grpo_nb.engine.models import EngineModels
 from grpo_nb import policy
-from grpo_nb.policy import (
-    as_rollout,
+from grpo_nb.engine import packing
+from grpo_nb.engine.packing import (
     completions_per_row,
-    model_inputs,
     shared_rows,
     shares_prompt,
     token_logprobs,
+    values,
 )
+from grpo_nb.policy import as_rollout, model_inputs
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.rollout import Rollout
 from grpo_nb.task import Query
@@ -126,7 +127,7 @@ def test_one_row_is_a_row_each(monkeypatch, name, G, pieces):
     model = make(name)
     rollout = random_rollout(model, character_tokenizer(), num_generations=G)
     if pieces:
-        monkeypatch.setattr(policy, "LOGITS", 2 * len(VOCABULARY))
+        monkeypatch.setattr(packing, "LOGITS", 2 * len(VOCABULARY))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert shares_prompt(model, 12)
@@ -142,6 +143,107 @@ def test_one_row_is_a_row_each(monkeypatch, name, G, pieces):
     assert (slopes[0] - slopes[1]).norm() <= 1e-5 * slopes[1].norm() and slopes[
         1
     ].norm() > 1e-3
+
+
+PADDINGS = {
+    "equal prompts": ("1+2=", "3+4="),
+    "unequal prompts": ("1+2=", "345+678=", "7="),
+    "one prompt": ("12+34=",),
+}
+
+
+@pytest.mark.parametrize("prompts", PADDINGS.values(), ids=PADDINGS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_simple_version_and_the_fast_one_agree(name, prompts):
+    "Log-probs, entropies and gradients of the figure's `token_logprobs` and the engine's, at another temperature, with equal and empty completions."
+    model = make(name, torch.float32 if name == "mixtral" else torch.float64)
+    tokenizer = character_tokenizer()
+    rollout = random_rollout(model, tokenizer, num_generations=4, prompts=prompts)
+    ids, mask = rollout.completion_ids.clone(), rollout.completion_mask.clone()
+    ids[1], mask[1] = ids[0], mask[0]
+    mask[2] = False
+    rollout = replace(rollout, completion_ids=ids, completion_mask=mask)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    simple, fast = [], []
+    for found, way in (
+        (simple, policy.token_logprobs),
+        (fast, packing.token_logprobs),
+    ):
+        model.zero_grad()
+        logprobs, entropy = way(model, rollout, 0.7, return_entropy=True)
+        (logprobs * weights + 0.1 * entropy).sum().backward()
+        found += [logprobs, entropy, gradient(model)]
+        assert way(model, rollout, 0.7).equal(logprobs)
+        assert not logprobs[~mask].any() and not entropy[~mask].any()
+    for a, b in zip(simple[:2], fast[:2]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    apart = (simple[2] - fast[2]).norm()
+    assert apart < 1e-5 * simple[2].norm() and simple[2].norm() > 1
+
+
+@pytest.mark.parametrize("version", [policy, packing], ids=["simple", "fast"])
+def test_what_stands_on_padding_is_not_read(version):
+    "A padding token that the model's embedding does not have, on either side."
+    model = make("llama")
+    rollout = random_rollout(model, character_tokenizer(), num_generations=3)
+    junk = replace(
+        rollout,
+        prompt_ids=rollout.prompt_ids.masked_fill(~rollout.prompt_mask, 10**6),
+        completion_ids=rollout.completion_ids.masked_fill(
+            ~rollout.completion_mask, 10**6
+        ),
+    )
+    ours = version.token_logprobs(model, junk)
+    assert ours.equal(version.token_logprobs(model, rollout))
+
+
+@pytest.mark.parametrize("version", [policy, packing], ids=["simple", "fast"])
+def test_the_softmax_of_bfloat16_logits_is_in_float32(version):
+    "bfloat16 has three digits: the probabilities of all tokens would not sum to 1."
+    model = make("llama", torch.bfloat16)
+    V = len(VOCABULARY)
+    texts = as_rollout(character_tokenizer(), [Query("1+2=")], [""] * V)
+    every_token = replace(texts, completion_ids=torch.arange(V)[:, None])
+    logprobs = version.token_logprobs(model, every_token).detach()
+    assert logprobs.dtype == torch.float32
+    assert abs(logprobs.double().exp().sum() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("version", [policy, packing], ids=["simple", "fast"])
+def test_dropout_is_off(version):
+    "A model in train mode is scored twice alike, and is in eval mode then."
+    model = make("gpt2").train()
+    rollout = random_rollout(make("gpt2"), character_tokenizer(), num_generations=3)
+    once = version.token_logprobs(model, rollout)
+    assert not model.training
+    assert once.equal(version.token_logprobs(model.train(), rollout))
+
+
+@pytest.mark.parametrize("prompts", PADDINGS.values(), ids=PADDINGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own trunk", "head"])
+def test_values_are_those_of_rows_padded_on_the_left(name, prompts, shared):
+    "And their gradients, too; dropout is off, also in a trunk that is the policy's."
+    model = make(name).train()
+    rollout = random_rollout(
+        make(name), character_tokenizer(), num_generations=3, prompts=prompts
+    )
+    value_model = ValueModel(model, shared=shared).train()
+    torch.nn.init.normal_(value_model.head.weight)
+    ours = values(value_model, rollout)
+    assert not value_model.training and not value_model.trunk.training
+    P = rollout.prompt_ids.shape[1]
+    states = value_model.trunk(**model_inputs(rollout)).last_hidden_state
+    truth = value_model.head(states).squeeze(-1)[:, P - 1 : -1]
+    truth = truth.where(rollout.completion_mask, 0.0)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-5)
+    slopes = []
+    for found in (ours, truth):
+        value_model.zero_grad()
+        value_model.trunk.zero_grad()
+        found.square().sum().backward()
+        slopes.append(gradient(value_model.trunk))
+    assert (slopes[0] - slopes[1]).norm() <= 1e-5 * slopes[1].norm()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -380,7 +482,7 @@ def test_logits_never_exist_whole(monkeypatch):
     "With a budget of four rows of logits, no larger piece is ever projected, forward or backward."
     model, seen = make("llama"), []
     rollout = random_rollout(model, character_tokenizer(), num_generations=3)
-    monkeypatch.setattr(policy, "LOGITS", 4 * len(VOCABULARY))
+    monkeypatch.setattr(packing, "LOGITS", 4 * len(VOCABULARY))
     shares_prompt(model, 12)
     model.get_output_embeddings().register_forward_hook(
         lambda module, arguments, output: seen.append(output.shape[0])
@@ -437,7 +539,7 @@ def test_in_bfloat16(monkeypatch):
     rollout = random_rollout(model, character_tokenizer(), num_generations=3)
     slopes = []
     for budget in (2**25, 2 * len(VOCABULARY)):
-        monkeypatch.setattr(policy, "LOGITS", budget)
+        monkeypatch.setattr(packing, "LOGITS", budget)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             loss = token_logprobs(model, rollout).sum()

@@ -21,7 +21,8 @@ from transformers import (
 
 from grpo_nb import sampling
 from grpo_nb.algorithm import grpo_step, ppo_step
-from grpo_nb.policy import load_policy, token_logprobs
+from grpo_nb.engine.packing import token_logprobs
+from grpo_nb.policy import load_policy
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.sampling import _close_gaps, _Room, _similar, draw, sample
 from grpo_nb.task import Query, load_task

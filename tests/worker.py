@@ -16,7 +16,7 @@ from grpo_nb import algorithm, gae
 from grpo_nb.engine import distributed
 from grpo_nb.run import training
 from grpo_nb.run.options import make_config
-from grpo_nb.policy import micro_batches
+from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.engine.distributed import full, process, shard
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task

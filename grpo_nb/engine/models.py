@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .distributed import add_up_gradients, add_up_numbers
 from ..models import Models
-from ..policy import in_pieces, micro_batches, sharing_width, token_logprobs
+from .micro_batch import in_micro_batches, micro_batches
+from .packing import sharing_width, token_logprobs
 from ..reference import reference_logprobs
 from ..reward import score
 from ..rollout import Rollout
@@ -57,7 +58,7 @@ class EngineModels(Models):
         )
         exact = num_generations > 1 and config.dtype == "float32"
         if rollout.logprobs is None or not exact:
-            rollout.logprobs = in_pieces(
+            rollout.logprobs = in_micro_batches(
                 lambda piece: token_logprobs(self.policy, piece, config.temperature),
                 rollout,
                 config.max_tokens_per_micro_batch,

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..run.options import Config
-from ..policy import LOGITS, completions_per_row
+from ..engine.packing import LOGITS, completions_per_row
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #2cc5d5ce
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..run.options import PPOConfig
-from ..policy import token_logprobs
+from ..engine.packing import token_logprobs
 from ..reference import kl
 from ..rollout import Rollout
 from ..run.build import load_value_model

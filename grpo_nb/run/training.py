@@ -30,12 +30,13 @@ from ..algorithm import STEPS
 from ..engine.adapters import _needs_peft
 from ..engine.distributed import gather, join_launch, known_to_all, on_main
 from ..engine.distributed import process
-from ..group import informative
+from ..engine.precision import precision
 from ..models import Models
+from ..group import informative
 from ..policy import check_tokens, encode_prompts, load_policy
 from ..reward import RewardFunction, RewardModel, score
 from ..rollout import Rollout
-from .build import build_models, build_schedulers, _check_rule, _generator
+from .build import build_models, build_schedulers, _check_rule
 from .build import load_rewards, _renewed, _task_of, _Trainer
 from .checkpoint import checkpoints, is_whole, load_checkpoint, _noted_on
 from .checkpoint import save_checkpoint, _save_models
@@ -567,16 +568,6 @@ def _resume(
     sampled = json.loads(lines[-1])["num_completions"]
     return _Done(step, lines, list(map(json.loads, preferences)), sampled)
 
-# %% ../../nbs/2_run/24_training.ipynb #e986405b
-def _precision(config: Config, device: torch.device):
-    "bfloat16 products over float32 weights, or plain float32. No cache of cast weights: they change within this context."
-    return torch.autocast(
-        device.type,
-        torch.bfloat16,
-        enabled=config.dtype == "bfloat16",
-        cache_enabled=False,
-    )
-
 # %% ../../nbs/2_run/24_training.ipynb #e8e992e3
 @contextmanager
 def _noted_signals():
@@ -738,7 +729,7 @@ def _steps(
         open(
             directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a"
         ) as log,
-        _precision(config, device),
+        precision(config, device),
         _noted_signals() as signals,
     ):
         initial = {} if done.step else {f"eval/initial_{what}": heldout()}
