@@ -14,7 +14,7 @@ from .reference import next_beta, reference_logprobs, token_rewards
 from .reward import score
 from .rollout import Rollout
 from .run.options import GRPOConfig, PPOConfig
-from .sampling import generate
+from .engine.decoding import generate
 from .task import Query
 from .update import update
 from .value import predict_values

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .reward import RewardFunction, RewardModel
-from .sampling import Sampler, sample
+from .engine.decoding import Sampler, sample
 from .value import ValueModel
 
 # %% ../nbs/1_figure/11_models.ipynb #0ea49e29

@@ -22,7 +22,7 @@ from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logprobs
 from grpo_nb.reference import kl
 from grpo_nb.reward import RewardModel, combine, score
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import load_rewards, train
 from grpo_nb.update import micro_batches, update

@@ -40,7 +40,8 @@ from grpo_nb.reward import (
     names_of,
     score,
 )
-from grpo_nb.sampling import draw, generate, sample
+from grpo_nb.engine.decoding import generate, sample
+from grpo_nb.sampling import draw
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
 from grpo_nb.update import micro_batches, piece_loss, update

@@ -117,7 +117,8 @@ from grpo_nb.reward import (
     text_of,
 )
 from grpo_nb.rollout import Rollout, join, loss_mask, select
-from grpo_nb.sampling import check_context, generate, lacks_memory, sample
+from grpo_nb.engine.decoding import generate, lacks_memory, sample
+from grpo_nb.sampling import check_context
 from grpo_nb.evidence.sweep import cell_name, grid, sweep
 from grpo_nb.task import (
     MAX_EXPRESSION,

@@ -13,7 +13,7 @@ from grpo_nb.run import training
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
 from grpo_nb.policy import load_policy, token_logprobs
-from grpo_nb.sampling import generate, sample
+from grpo_nb.engine.decoding import generate, sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import build_models, rollout_metrics, train
 from grpo_nb.update import piece_loss, update

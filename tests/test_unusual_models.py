@@ -20,7 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from grpo_nb import sampling
+from grpo_nb.engine import decoding
 from grpo_nb.run import training
 from grpo_nb.run.options import make_config
 from grpo_nb.policy import (
@@ -33,7 +33,7 @@ from grpo_nb.policy import (
     token_logprobs,
 )
 from grpo_nb.reference import reference_logprobs
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import evaluate, load_value_model, open_run, train
 from grpo_nb.value import ValueModel
@@ -557,13 +557,13 @@ def test_the_embedding_alone_decides():
 @pytest.fixture
 def widest(monkeypatch):
     "How many rows each pass through the decoding loop has."
-    seen, decode = [], sampling._decode
+    seen, decode = [], decoding._decode
 
     def noted(model, prompts, mask, G, *rest):
         seen.append(len(prompts) * G)
         return decode(model, prompts, mask, G, *rest)
 
-    monkeypatch.setattr(sampling, "_decode", noted)
+    monkeypatch.setattr(decoding, "_decode", noted)
     return seen
 
 
@@ -599,7 +599,9 @@ def test_greedy_answers_do_not_depend_on_the_limit(widest):
 
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_a_limit_of_no_rows_is_refused(wrong):
-    with pytest.raises(ValueError, match=f"max_num_seqs is out of range: {wrong}"):
+    with pytest.raises(
+        ValueError, match=f"max_num_seqs must be >= 1 or None, got {wrong}"
+    ):
         drawn(make("llama"), max_num_seqs=wrong)
     with pytest.raises(ValueError, match="max_num_seqs"):
         make_config(max_num_seqs=wrong)

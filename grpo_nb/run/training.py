@@ -86,7 +86,8 @@ from ..reward import RewardFunction, RewardModel, accuracy_reward
 from ..reward import bradley_terry_loss, brevity_reward, format_reward, name_of
 from ..reward import overlong_reward, process_reward, score
 from ..rollout import Rollout
-from ..sampling import check_context, lacks_memory, sample
+from ..engine.decoding import lacks_memory, sample
+from ..sampling import check_context
 from ..task import TASKS, Query, Task, as_task, check_name
 from ..task import check_task, hub_options, load_task, near
 from ..value import ValueModel
