@@ -51,12 +51,12 @@ def draw(
     token = torch.multinomial(probabilities, 1, generator=generator)
     return token.squeeze(1)
 
-# %% ../nbs/1_figure/04_sampling.ipynb #d07dce15
+# %% ../nbs/1_figure/04_sampling.ipynb #ed0c2d71
 def check_numbers(num_generations, max_completion_length, temperature, top_p, top_k):
     "Raise `ValueError` if a number that `sample` takes is out of range."
-    if num_generations < 1:
+    if not num_generations >= 1:
         raise ValueError(f"num_generations must be >= 1, got {num_generations}")
-    if max_completion_length < 1:
+    if not max_completion_length >= 1:
         raise ValueError(
             f"max_completion_length must be >= 1, got {max_completion_length}"
         )
@@ -64,7 +64,7 @@ def check_numbers(num_generations, max_completion_length, temperature, top_p, to
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be > 0 and <= 1, got {top_p}")
-    if top_k < 0:
+    if not top_k >= 0:
         raise ValueError(f"top_k must be >= 0, got {top_k}")
 
 # %% ../nbs/1_figure/04_sampling.ipynb #76cff356
@@ -130,7 +130,7 @@ def _prefill(model, prompt_ids, prompt_mask, num_generations):
     cache.batch_repeat_interleave(num_generations)
     return logits.repeat_interleave(num_generations, 0), cache
 
-# %% ../nbs/1_figure/04_sampling.ipynb #10b54ece
+# %% ../nbs/1_figure/04_sampling.ipynb #dab4b065
 def _check_model(model):
     "Raise `ValueError` unless a model keeps a KV cache and does not read padding."
     try:
@@ -149,7 +149,8 @@ def _what_is_unusual(model):
     ids = ids.view(2, 5)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :3] = False
-    logits, cache = _prefill(model, ids, mask, 1)
+    cache = DynamicCache(config=model.config)
+    logits = _read(model, ids, mask, cache)
     if not all(hasattr(layer, "keys") for layer in cache.layers):
         return "keeps more than keys and values"
     if cache.get_seq_length() != ids.shape[1]:

@@ -481,7 +481,7 @@ def _decode_in_batches(
         torch.clear_autocast_cache()  # the next sampling must not find these weights
     return _stack(ids, -1), _stack(logprobs, 0)
 
-# %% ../../nbs/3_engine/32_decoding.ipynb #18480634
+# %% ../../nbs/3_engine/32_decoding.ipynb #9a358652
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -502,7 +502,7 @@ def sample(
     Raises: `ValueError`: a number out of range, a prompt that is empty or too long, a
     token that the model does not have. `MemoryError`, with a `max_num_seqs` to try."""
     check_numbers(num_generations, max_completion_length, temperature, top_p, top_k)
-    if max_num_seqs is not None and max_num_seqs < 1:
+    if max_num_seqs is not None and not max_num_seqs >= 1:
         raise ValueError(f"max_num_seqs must be >= 1 or None, got {max_num_seqs}")
     prompt_ids, prompt_mask = prepare_prompts(
         model, tokenizer, queries, max_completion_length
