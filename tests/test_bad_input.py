@@ -23,7 +23,8 @@ from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logprobs
 from grpo_nb.reference import kl
 from grpo_nb.reward import RewardModel, combine, score
-from grpo_nb.sampling import sample
+from grpo_nb import sampling
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.run.build import load_rewards
@@ -325,10 +326,13 @@ def test_functions(call, words):
         ({"temperature": -1}, ["temperature", "-1", "> 0"]),
         ({"top_p": 0}, ["top_p", "0", "<= 1"]),
         ({"top_k": -1}, ["top_k", "-1", ">= 0"]),
+        ({"temperature": float("nan")}, ["temperature", "nan", "> 0"]),
+        ({"num_generations": float("nan")}, ["num_generations", "nan", ">= 1"]),
     ],
     ids=str,
 )
-def test_sample(llama, tokenizer, options, words):
+@pytest.mark.parametrize("sample", [sampling.sample, sample], ids=["simple", "fast"])
+def test_sample(llama, tokenizer, sample, options, words):
     arguments = {
         "queries": [Query("1+2=")],
         "num_generations": 2,
@@ -341,9 +345,9 @@ def test_sample(llama, tokenizer, options, words):
 
 
 def test_the_context_may_be_filled_to_the_last_token(llama, tokenizer):
-    assert (
-        sample(llama, tokenizer, [Query("1" * 60)], 1, 4).completion_ids.shape[1] <= 4
-    )
+    for sampler in (sampling.sample, sample):
+        rollout = sampler(llama, tokenizer, [Query("1" * 60)], 1, 4)
+        assert rollout.completion_ids.shape[1] <= 4
 
 
 def test_a_rollout_checks_its_shapes(rollout):

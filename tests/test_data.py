@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import plot_run
 from grpo_nb.reward import accuracy_reward, process_reward
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import (
     GYM_UNFIT,
     TASKS,

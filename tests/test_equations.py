@@ -41,7 +41,8 @@ from grpo_nb.reward import (
     names_of,
     score,
 )
-from grpo_nb.sampling import draw, sample
+from grpo_nb.engine.decoding import sample
+from grpo_nb.sampling import draw
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
 from grpo_nb.engine.micro_batch import micro_batches

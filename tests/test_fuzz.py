@@ -112,7 +112,10 @@ from grpo_nb.reward import (
     text_of,
 )
 from grpo_nb.rollout import Rollout, join, loss_mask, select
-from grpo_nb.sampling import check_context, generate, lacks_memory, sample
+from grpo_nb.engine.decoding import lacks_memory, sample
+from grpo_nb.sampling import check_context, check_numbers, decode_completions
+from grpo_nb.sampling import keep_likely, prepare_prompts
+from grpo_nb.sampling import sample as simple_sample
 from grpo_nb.evidence.sweep import cell_name, grid, sweep
 from grpo_nb.task import (
     MAX_EXPRESSION,
@@ -1719,7 +1722,11 @@ def test_scores(rollout, data):
 
 @fuzz(
     sample,
-    generate,
+    simple_sample,
+    keep_likely,
+    decode_completions,
+    prepare_prompts,
+    check_numbers,
     check_context,
     check_tokens,
     lacks_memory,
@@ -1752,7 +1759,7 @@ def test_sampling(queries, data):
             st.sampled_from([2, 0.5, *[x for x in ODD if x != 10**15]])
         )
     rollout = outcome(
-        sample,
+        data.draw(st.sampled_from([sample, simple_sample])),
         {"model": LLAMA, "tokenizer": TOKENIZER, "queries": queries} | arguments,
         "query",
     )
@@ -2339,6 +2346,7 @@ EXCEPTIONS = (
         "engine.precision.autocast_as_it_is": "takes a device that `resolve_device` made",
         "loading.cache_directory": "takes nothing",
         "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
+        "engine.decoding.draw_by_blocks": "the same",
         "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py",
         "run.build.checkpoint_layers": "takes a model; test_training.py",
         "task.read_rows": "test_data.py damages files",

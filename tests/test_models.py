@@ -27,7 +27,7 @@ from grpo_nb.loading import TINY
 from grpo_nb.policy import load_policy
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.build import build_models, load_value_model
 from grpo_nb.run.checkpoint import checkpoints

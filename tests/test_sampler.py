@@ -13,9 +13,8 @@ from grpo_nb.engine import vllm_sampler
 from grpo_nb.run import build
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
-from grpo_nb.engine.packing import token_logprobs
-from grpo_nb.policy import load_policy
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
+from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.build import build_models
 from grpo_nb.run.training import rollout_metrics, train

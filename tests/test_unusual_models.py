@@ -20,14 +20,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from grpo_nb import sampling
-from grpo_nb.engine import adapters
+from grpo_nb.engine import adapters, decoding
 from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.packing import shares_prompt, takes_padding, token_logprobs
 from grpo_nb.policy import as_rollout, check_tokens, encode_prompts, load_policy
 from grpo_nb.reference import reference_logprobs
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.build import load_value_model
 from grpo_nb.run.training import evaluate, open_run, train
@@ -552,13 +551,13 @@ def test_the_embedding_alone_decides():
 @pytest.fixture
 def widest(monkeypatch):
     "How many rows each pass through the decoding loop has."
-    seen, decode = [], sampling._decode
+    seen, decode = [], decoding._decode
 
     def noted(model, prompts, mask, G, *rest):
         seen.append(len(prompts) * G)
         return decode(model, prompts, mask, G, *rest)
 
-    monkeypatch.setattr(sampling, "_decode", noted)
+    monkeypatch.setattr(decoding, "_decode", noted)
     return seen
 
 
@@ -594,7 +593,9 @@ def test_greedy_answers_do_not_depend_on_the_limit(widest):
 
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_a_limit_of_no_rows_is_refused(wrong):
-    with pytest.raises(ValueError, match=f"max_num_seqs is out of range: {wrong}"):
+    with pytest.raises(
+        ValueError, match=f"max_num_seqs must be >= 1 or None, got {wrong}"
+    ):
         drawn(make("llama"), max_num_seqs=wrong)
     with pytest.raises(ValueError, match="max_num_seqs"):
         make_config(max_num_seqs=wrong)

@@ -6,7 +6,6 @@
 __all__ = ['importance_weights', 'EngineModels']
 
 # %% ../../nbs/3_engine/29_models.ipynb #29a00004
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from .packing import sharing_width, token_logprobs
 from ..reference import reference_logprobs
 from ..reward import score
 from ..rollout import Rollout
-from ..sampling import sample
+from .decoding import Sampler, sample
 from ..task import Query
 from ..value import predict_values
 
@@ -40,7 +39,7 @@ def importance_weights(
 class EngineModels(Models):
     "The boxes of the figure with the engine's verbs."
 
-    sampler: Callable[..., Rollout] = sample  # takes the arguments of `sample`
+    sampler: Sampler = sample  # or another engine's
 
     def sample(self, queries: list[Query], num_generations: int, config) -> Rollout:
         "Draw completions; score them where the sampler's log-probs are not exact."

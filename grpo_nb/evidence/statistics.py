@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .plots import COLORS
-from ..sampling import sample
+from ..engine.decoding import sample
 from .sweep import sweep
 from ..task import Task
 from ..run.run_directory import read_json, write_atomically

@@ -17,7 +17,7 @@ from ..models import Models
 from ..reward import bradley_terry_loss, RewardModel
 from ..rollout import Rollout
 from .options import Config
-from ..sampling import sample
+from ..engine.decoding import sample
 from ..task import Query, Task
 
 # %% ../../nbs/2_run/25_iterative.ipynb #34e4dce4

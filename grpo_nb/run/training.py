@@ -36,19 +36,20 @@ from ..group import informative
 from ..policy import check_tokens, encode_prompts, load_policy
 from ..reward import RewardFunction, RewardModel, score
 from ..rollout import Rollout
-from .build import build_models, build_schedulers, _check_rule
-from .build import load_rewards, _renewed, _task_of, _Trainer
-from .checkpoint import checkpoints, is_whole, load_checkpoint, _noted_on
-from .checkpoint import save_checkpoint, _save_models
+from ..engine.decoding import lacks_memory, sample
+from .build import _Trainer, _check_rule, _renewed, _task_of, build_models
+from .build import build_schedulers, load_rewards
+from .checkpoint import _noted_on, _save_models, checkpoints, is_whole
+from .checkpoint import load_checkpoint, save_checkpoint
 from .iterative import outer_iteration
 from .options import Config, expand_path, make_config
-from .run_directory import _check_completions, _check_passed, _claim
-from .run_directory import _Completions, _cut_completions, _find, _has_loader
-from .run_directory import _lines, OURS, read_completions, read_json, _record
-from .run_directory import _remove, _sync, write_atomically
+from .run_directory import OURS, _Completions, _check_completions
+from .run_directory import _check_passed, _claim, _cut_completions, _find
+from .run_directory import _has_loader, _lines, _record, _remove, _sync
+from .run_directory import read_completions, read_json, write_atomically
 from .trackers import _check_trackers, _trackers
-from ..sampling import check_context, lacks_memory, sample
-from ..task import Query, Task, TASKS
+from ..sampling import check_context
+from ..task import Query, TASKS, Task
 
 # %% ../../nbs/2_run/24_training.ipynb #e18aad1a
 def evaluate(
