@@ -162,7 +162,7 @@ def test_config(options, words):
         ),
         (
             lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, objective="x"),
-            ["objective", "'x'", '"clip" or "cispo"'],
+            ["objective", "'x'", "one of clip, cispo"],
         ),
         (
             lambda: policy_loss(
@@ -171,7 +171,7 @@ def test_config(options, words):
             [
                 "importance_sampling_level",
                 "'x'",
-                '"token", "sequence" or "sequence_token"',
+                "one of token, sequence, sequence_token",
             ],
         ),
         (
@@ -232,7 +232,10 @@ def test_config(options, words):
             lambda: value_loss(0 * TABLE, 0 * TABLE, 1e20 * TABLE, TABLE > 0),
             ["returns", "torch.float32", "1e+20"],
         ),
-        (lambda: aggregate(TABLE, TABLE > 0, "x"), ["loss_type", "'x'", '"dr_grpo"']),
+        (
+            lambda: aggregate(TABLE, TABLE > 0, "x"),
+            ["loss_type", "'x'", "one of grpo, bnpo, dapo, dr_grpo"],
+        ),
         (
             lambda: aggregate(TABLE, TABLE > 0, "dr_grpo"),
             ["max_completion_length", "None"],
