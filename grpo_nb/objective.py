@@ -21,9 +21,10 @@ def _check_shapes(mask: Tensor, **tensors: Tensor):
     if fits and mask.dtype == torch.bool:
         return
     names = ", ".join(tensors)
-    found = [(x.dtype, *x.shape) for x in (*tensors.values(), mask)]
+    shapes = [(x.dtype, *x.shape) for x in tensors.values()]
+    shapes.append((mask.dtype, *mask.shape))
     raise ValueError(
-        f"{names} and mask must have one shape [N, T], mask be bool; got {found}"
+        f"{names} and mask must have one shape [N, T], mask be bool; got {shapes}"
     )
 
 
@@ -53,18 +54,21 @@ def _token_ratio(
 # %% ../nbs/1_figure/10_objective.ipynb #bba02fbc
 def _mean_log_ratio(log_rho: Tensor, mask: Tensor) -> Tensor:  # [N, 1]
     "Average log rho over the tokens of each completion."
-    return log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    num_tokens = mask.sum(1, keepdim=True).clamp(min=1)
+    return log_rho.sum(1, keepdim=True) / num_tokens
 
 
 def _sequence_ratio(log_rho: Tensor, mask: Tensor) -> Tensor:  # [N, T]
     "Give all tokens of a completion one ratio (GSPO 2507.18071, eq. 7)."
-    return _exp(_mean_log_ratio(log_rho, mask)).expand_as(log_rho)
+    mean = _mean_log_ratio(log_rho, mask)
+    return _exp(mean).expand_as(log_rho)
 
 # %% ../nbs/1_figure/10_objective.ipynb #979857f8
 def _sequence_token_ratio(log_rho: Tensor, mask: Tensor) -> Tensor:  # [N, T]
     "Give the sequence's number with each token's gradient (2507.18071, eq. 14)."
     own = (log_rho - log_rho.detach()).nan_to_num()  # 0, but with its gradient
-    return _exp(_mean_log_ratio(log_rho, mask).detach() + own)
+    mean = _mean_log_ratio(log_rho, mask)
+    return _exp(mean.detach() + own)
 
 # %% ../nbs/1_figure/10_objective.ipynb #bcf9cbf3
 LEVELS = {
@@ -98,7 +102,7 @@ def _clip(
     low: float,  # 1 - epsilon
     high: float,  # 1 + epsilon_high
     delta: float,  # of the dual clip; infinite: none
-) -> tuple[Tensor, Tensor, Tensor]:  # loss, clip_low, clip_high; all [N, T]
+) -> tuple:  # loss, clip_low, clip_high; all [N, T]
     "Take the gain from what has moved far enough (PPO 1707.06347, eq. 7)."
     unclipped = rho.clamp(max=delta) * advantages
     clipped = rho.clamp(low, high) * advantages
@@ -118,7 +122,7 @@ def _cispo(
     low: float,
     high: float,
     delta: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # loss, clip_low, clip_high; all [N, T]
+) -> tuple:  # loss, clip_low, clip_high; all [N, T]
     "Cap the weight and hold it fixed (CISPO 2506.13585, eq. 4, upper bound only)."
     weight = rho.clamp(max=high).detach()
     loss = -weight * advantages * logprobs
@@ -132,7 +136,7 @@ OBJECTIVES = {"clip": _clip, "cispo": _cispo}
 # %% ../nbs/1_figure/10_objective.ipynb #a703e8ed
 def _bounds(
     epsilon: float, epsilon_high: float | None, delta: float | None, objective: str
-) -> tuple[float, float, float]:
+) -> tuple:  # of numbers
     "Give the bounds of rho: low, high, delta; `ValueError` if one is on a wrong side."
     if epsilon_high is None:
         epsilon_high = epsilon
@@ -205,10 +209,10 @@ def policy_loss(
     low, high, delta = _bounds(epsilon, epsilon_high, delta, objective)
     loss_of = _choose(OBJECTIVES, "objective", objective)
     rho = ratio(logprobs, old_logprobs, mask, importance_sampling_level)
-    advantages = _per_token(advantages, mask)
     token_rho = rho
     if importance_sampling_level != "token":
         token_rho = ratio(logprobs, old_logprobs, mask)
+    advantages = _per_token(advantages, mask)
     if importance_sampling_level == "sequence":
         _check_one_advantage(advantages, mask)
 
@@ -219,7 +223,8 @@ def policy_loss(
         "clip_low": mask & clip_low,
         "clip_high": mask & clip_high,
     }
-    return torch.where(mask, loss, 0.0), statistics
+    loss = torch.where(mask, loss, 0.0)
+    return loss, statistics
 
 # %% ../nbs/1_figure/10_objective.ipynb #feb055a0
 def _over_completions(
@@ -268,7 +273,8 @@ def _total(number: int | Tensor | None, counted: Tensor) -> Tensor:
     "Give the number of the step, or what is counted where there is none; at least 1."
     if number is None:
         number = counted
-    return torch.as_tensor(number, device=counted.device).clamp(min=1)
+    number = torch.as_tensor(number, device=counted.device)
+    return number.clamp(min=1)
 
 
 def aggregate(
@@ -299,35 +305,47 @@ def aggregate(
     return aggregate_by(loss, mask, num_sequences, num_tokens, max_completion_length)
 
 # %% ../nbs/1_figure/10_objective.ipynb #2e1b9c31
-def _option(default, help: str, **more):
-    "Make a field with a help text; `choices` is the table that a choice is read from."
-    return field(default=default, metadata={"help": help} | more)
-
-
 @dataclass(kw_only=True)
 class ObjectiveOptions:
     "Say which loss a token has, and how the losses of a step are averaged."
 
-    epsilon: float = _option(0.2, "rho is clipped below at 1 - epsilon")
-    epsilon_high: float | None = _option(
-        None, "and above at 1 + epsilon_high (default: epsilon)"
+    epsilon: float = field(
+        default=0.2, metadata={"help": "rho is clipped below at 1 - epsilon"}
     )
-    delta: float | None = _option(
-        None, "dual clip: upper bound on rho where A < 0, at least 1 + epsilon_high"
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={"help": "and above at 1 + epsilon_high (default: epsilon)"},
     )
-    objective: str = _option(
-        "clip", "clipped surrogate, or clipped weight", choices=OBJECTIVES
+    delta: float | None = field(
+        default=None,
+        metadata={
+            "help": "dual clip: upper bound on rho where A < 0, at least 1 + "
+            "epsilon_high"
+        },
     )
-    loss_type: str = _option(
-        "grpo", "how token losses are averaged", choices=AGGREGATES
+    objective: str = field(
+        default="clip",
+        metadata={
+            "help": "clipped surrogate, or clipped weight",
+            "choices": OBJECTIVES,
+        },
     )
-    importance_sampling_level: str = _option(
-        "token",
-        "a ratio for each token, for each sequence (GSPO), or the sequence's on each "
-        "token (GSPO-token)",
-        choices=LEVELS,
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "how token losses are averaged", "choices": AGGREGATES},
     )
-    mask_truncated_completions: bool = _option(
-        False, "no loss on completions cut off by the length limit"
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "a ratio for each token, for each sequence (GSPO), or the "
+            "sequence's on each token (GSPO-token)",
+            "choices": LEVELS,
+        },
     )
-    entropy_coef: float = _option(0.0, "weight of an entropy bonus")
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={"help": "no loss on completions cut off by the length limit"},
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "weight of an entropy bonus"}
+    )
