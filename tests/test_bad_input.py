@@ -61,24 +61,27 @@ TABLE = torch.ones(4, 3)
         ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
         (
             {"scale_rewards": "std"},
-            ["scale_rewards", "'std'", "'group', 'batch' or 'none'"],
+            ["scale_rewards = 'std'", "one of group, batch, none"],
         ),
-        ({"objective": "ppo"}, ["objective", "'ppo'", "'clip' or 'cispo'"]),
-        ({"loss_type": "sum"}, ["loss_type", "'sum'", "'dr_grpo'"]),
+        ({"objective": "ppo"}, ["objective = 'ppo'", "one of clip, cispo"]),
+        (
+            {"loss_type": "sum"},
+            ["loss_type = 'sum'", "one of grpo, bnpo, dapo, dr_grpo"],
+        ),
         (
             {"importance_sampling_level": "word"},
             [
                 "importance_sampling_level",
                 "'word'",
-                "'token', 'sequence' or 'sequence_token'",
+                "one of token, sequence, sequence_token",
             ],
         ),
         (
             {"importance_sampling_level": "sequence", "algorithm": "ppo"},
             [
-                "importance_sampling_level",
-                "'sequence'",
-                "'token' or 'sequence_token'",
+                'importance_sampling_level = "sequence"',
+                'algorithm = "ppo"',
+                '"token" or "sequence_token"',
             ],
         ),
         (
