@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RewardFunction', 'text_of', 'name_of', 'names_of', 'accuracy_reward', 'brevity_reward', 'format_reward',
            'overlong_reward', 'process_reward', 'judge', 'combine', 'combine_steps', 'score', 'bradley_terry_loss',
-           'RewardModel']
+           'RewardModel', 'RewardOptions']
 
 # %% ../nbs/1_figure/06_reward.ipynb #18b3c911
 import asyncio
@@ -723,3 +723,30 @@ class RewardModel:
             f"reward model {self.__name__!r} ({type(self.model).__name__}) gives a row another score "
             "beside longer rows than alone, padded on the left or on the right"
         )
+
+# %% ../nbs/1_figure/06_reward.ipynb #0b060002
+from dataclasses import dataclass, field
+from typing import Literal
+
+# %% ../nbs/1_figure/06_reward.ipynb #0b060003
+@dataclass(kw_only=True)
+class RewardOptions:
+    "Say what a completion is judged by."
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy"],
+        metadata={
+            "help": "accuracy, brevity, format, overlong, process, learned, or "
+            "the path of a reward model"
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "one weight a reward function (default: all 1)"}
+    )
+    on_reward_error: Literal["stop", "drop"] = field(
+        default="stop",
+        metadata={
+            "help": "where a reward function raises or returns NaN: stop, with a "
+            "checkpoint, or drop that group"
+        },
+    )

@@ -65,24 +65,27 @@ TABLE = torch.ones(4, 3)
         ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
         (
             {"scale_rewards": "std"},
-            ["scale_rewards", "'std'", "'group', 'batch' or 'none'"],
+            ["scale_rewards = 'std'", "one of group, batch, none"],
         ),
-        ({"objective": "ppo"}, ["objective", "'ppo'", "'clip' or 'cispo'"]),
-        ({"loss_type": "sum"}, ["loss_type", "'sum'", "'dr_grpo'"]),
+        ({"objective": "ppo"}, ["objective = 'ppo'", "one of clip, cispo"]),
+        (
+            {"loss_type": "sum"},
+            ["loss_type = 'sum'", "one of grpo, bnpo, dapo, dr_grpo"],
+        ),
         (
             {"importance_sampling_level": "word"},
             [
                 "importance_sampling_level",
                 "'word'",
-                "'token', 'sequence' or 'sequence_token'",
+                "one of token, sequence, sequence_token",
             ],
         ),
         (
             {"importance_sampling_level": "sequence", "algorithm": "ppo"},
             [
-                "importance_sampling_level",
-                "'sequence'",
-                "'token' or 'sequence_token'",
+                'importance_sampling_level = "sequence"',
+                'algorithm = "ppo"',
+                '"token" or "sequence_token"',
             ],
         ),
         (
@@ -166,7 +169,7 @@ def test_config(options, words):
         ),
         (
             lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, objective="x"),
-            ["objective", "'x'", '"clip" or "cispo"'],
+            ["objective", "'x'", "one of clip, cispo"],
         ),
         (
             lambda: policy_loss(
@@ -175,7 +178,7 @@ def test_config(options, words):
             [
                 "importance_sampling_level",
                 "'x'",
-                '"token", "sequence" or "sequence_token"',
+                "one of token, sequence, sequence_token",
             ],
         ),
         (
@@ -236,7 +239,10 @@ def test_config(options, words):
             lambda: value_loss(0 * TABLE, 0 * TABLE, 1e20 * TABLE, TABLE > 0),
             ["returns", "torch.float32", "1e+20"],
         ),
-        (lambda: aggregate(TABLE, TABLE > 0, "x"), ["loss_type", "'x'", '"dr_grpo"']),
+        (
+            lambda: aggregate(TABLE, TABLE > 0, "x"),
+            ["loss_type", "'x'", "one of grpo, bnpo, dapo, dr_grpo"],
+        ),
         (
             lambda: aggregate(TABLE, TABLE > 0, "dr_grpo"),
             ["max_completion_length", "None"],

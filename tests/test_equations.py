@@ -23,6 +23,7 @@ from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import advantages as group_box
 from grpo_nb.group import group_advantages, process_advantages
+from grpo_nb import objective
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, eos_token_ids, token_logprobs
 from grpo_nb.reference import (
@@ -168,6 +169,39 @@ def test_clip_statistics(objective, delta, rho, counted, A):
     assert tuple(bool(statistics[name]) for name in ("clip_low", "clip_high")) == tuple(
         cases[x] for x in counted
     )
+
+
+def test_an_entry_of_ones_own(monkeypatch):
+    "A function put into a table is used by its name, and named among what is allowed."
+
+    def reinforce(rho, advantages, logprobs, low, high, delta):
+        nothing = torch.zeros_like(rho, dtype=torch.bool)
+        return -advantages * logprobs, nothing, nothing
+
+    def summed(loss, mask, num_sequences, num_tokens, max_completion_length):
+        return loss.sum()
+
+    def square(log_rho, mask):
+        return (2 * log_rho).exp()
+
+    monkeypatch.setitem(objective.OBJECTIVES, "reinforce", reinforce)
+    monkeypatch.setitem(objective.AGGREGATES, "sum", summed)
+    monkeypatch.setitem(objective.LEVELS, "square", square)
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, torch.nan]], dtype=DOUBLE)
+    mask = torch.tensor([[True, True], [True, False]])
+    arguments = (logprobs, logprobs - 0.5, torch.tensor([1.0, -1.0]).double(), mask)
+    loss, statistics = policy_loss(
+        *arguments, importance_sampling_level="square", objective="reinforce"
+    )
+    assert loss.tolist() == [[1, 2], [-3, 0]]
+    assert aggregate(loss, mask, "sum") == 0
+    assert statistics["rho"][mask].tolist() == pytest.approx([math.e] * 3)
+    with pytest.raises(ValueError, match="one of clip, cispo, reinforce; got 'x'"):
+        policy_loss(*arguments, objective="x")
+    with pytest.raises(ValueError, match="one of grpo, bnpo, dapo, dr_grpo, sum; got"):
+        aggregate(loss, mask, "x")
+    with pytest.raises(ValueError, match="token, sequence, sequence_token, square;"):
+        policy_loss(*arguments, importance_sampling_level="x")
 
 
 # Far away ------------------------------------------------------------------------------

@@ -1,0 +1,127 @@
+"""Options stand beside their box, are put together in one place, and each choice is spelled once: in its table."""
+
+import dataclasses
+import json
+import re
+import textwrap
+import typing
+
+import nbformat
+import pytest
+from helpers import ROOT, short_config
+
+from grpo_nb import gae, group, objective, reference, reward, sampling, update, value
+from grpo_nb.run import options
+from grpo_nb.run.command_line import main, parse_arguments
+from grpo_nb.run.options import BOUNDS, CONFIGS, Config, make_config
+
+BOXES = [
+    sampling.SamplingOptions,
+    reward.RewardOptions,
+    reference.ReferenceOptions,
+    value.ValueOptions,
+    gae.GAEOptions,
+    group.GroupOptions,
+    objective.ObjectiveOptions,
+    update.UpdateOptions,
+]
+TABLES = {
+    "objective": objective.OBJECTIVES,
+    "loss_type": objective.AGGREGATES,
+    "importance_sampling_level": objective.LEVELS,
+}
+PARTS = [*BOXES, options.StartOptions, options.RunOptions]
+
+
+def choices_of(field):
+    "What a field may be, where that is a choice: from its table, or from its type."
+    if "choices" in field.metadata:
+        return list(field.metadata["choices"])
+    if typing.get_origin(field.type) is typing.Literal:
+        return list(typing.get_args(field.type))
+    return []
+
+
+@pytest.mark.parametrize("box", PARTS, ids=lambda box: box.__name__)
+def test_options_of_a_box(box):
+    "A plain dataclass with keywords only; each field has a help and is an option of those configs that have the box."
+    assert not hasattr(box, "__pydantic_fields__")
+    with pytest.raises(TypeError):
+        box(1)
+    owners = [config for config in CONFIGS.values() if issubclass(config, box)]
+    assert owners
+    for field in dataclasses.fields(box):
+        assert field.metadata["help"]
+        for config in owners:
+            assert config.__dataclass_fields__[field.name].metadata["help"]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_is_its_parts(config):
+    "Each option belongs to one part; what a config adds itself, its algorithm has alone."
+    found = [f.name for part in PARTS for f in dataclasses.fields(part)]
+    assert len(found) == len(set(found))
+    own = {f.name for f in dataclasses.fields(config)} - set(found)
+    others = set(CONFIGS.values()) - {config}
+    for other in others:
+        assert not own & {f.name for f in dataclasses.fields(other)}
+
+
+def test_bounds_are_of_options_and_numbers_have_them():
+    "No bound is left over from an option that is gone; no number of a box goes without."
+    fields = [f for box in BOXES for f in dataclasses.fields(box)]
+    assert set(BOUNDS) <= {f.name for f in fields}
+    for field in fields:
+        if field.type in (int, float, float | None):
+            assert field.name in BOUNDS
+
+
+@pytest.mark.parametrize("name, table", TABLES.items(), ids=TABLES)
+def test_an_entry_of_ones_own(monkeypatch, capsys, name, table):
+    "Refused before it is in its table, by a message that names what is; then allowed, and shown."
+    message = f"{name} = 'mine': must be one of {', '.join(table)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_config(**{name: "mine"})
+    with pytest.raises(SystemExit):
+        parse_arguments([f"--{name}", "mine"])
+    assert "mine" in capsys.readouterr().err
+    monkeypatch.setitem(table, "mine", next(iter(table.values())))
+    assert getattr(make_config(**{name: "mine"}), name) == "mine"
+    assert getattr(parse_arguments([f"--{name}", "mine"]), name) == "mine"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "mine}" in "".join(capsys.readouterr().out.split())
+    assert short_config(algorithm="ppo", **{name: "mine"})
+    saved = json.loads(json.dumps(dataclasses.asdict(make_config(**{name: "mine"}))))
+    assert getattr(make_config(**saved), name) == "mine"
+
+
+def comments_of(source):
+    "The comment of each `name = None`: beside it, or in the lines above."
+    found = {}
+    above = []
+    for line in source.splitlines():
+        name, assigned, beside = line.partition(" = None")
+        if assigned:
+            words = [*above, beside.removeprefix("  # ")]
+            found[name] = " ".join(filter(None, words))
+        above = above + [line[2:]] if line.startswith("# ") else []
+    return found
+
+
+def test_the_comments_of_the_train_notebook():
+    "Each parameter is explained by its help text and its choices, as they are now."
+    notebook = nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4)
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    fields = {}
+    for config in (*CONFIGS.values(), Config):
+        fields |= config.__dataclass_fields__
+    expected = {}
+    for name, field in fields.items():
+        choices = ", ".join(map(str, choices_of(field)))
+        suffix = f" ({choices})" if choices else ""
+        expected[name] = field.metadata["help"] + suffix
+    assert comments_of(cell.source) == expected, textwrap.dedent(
+        """the comment beside a parameter, or above it where both do not fit into 88
+        columns, is its help text with its choices in brackets"""
+    )
