@@ -24,365 +24,378 @@ class Box:
     w: int
     h: int
     chapter: str  # the notebook that explains it
-    code: str  # what stands for it in the library: a function, a class or a field of `Rollout`
+    code: str  # what stands for it in the library: a function, class or field
     shape: str = ""  # of data: B queries of P tokens, N outputs of at most T tokens
 
+    @property
+    def left(self) -> float:
+        return self.x - self.w / 2
+
+    @property
+    def right(self) -> float:
+        return self.x + self.w / 2
+
+    @property
+    def top(self) -> float:
+        return self.y - self.h / 2
+
+    @property
+    def bottom(self) -> float:
+        return self.y + self.h / 2
+
 # %% ../nbs/1_figure/00_figure.ipynb #8aef56d7
-_LANE, _HIGH, _MID, _LOW = (
-    34,
-    110,
-    194,
-    278,
-)  # the way back on top, then the rows of reference, reward and value
-_BOXES = [
-    ("both", "q", "q", "data", 46, _MID, 44, 34, "01_task", "Task.queries", "[B, P]"),
-    (
-        "both",
-        "policy",
-        "Policy Model\nπ_θ",
-        "trained",
-        152,
-        _MID,
-        116,
-        56,
-        "03_policy",
-        "token_logprobs",
-    ),
-    ("both", "o", "o", "data", 266, _MID, 48, 34, "04_sampling", "sample", "[N, T]"),
-    (
-        "both",
-        "reference",
-        "Reference Model\nπ_ref",
-        "frozen",
-        398,
-        _HIGH,
-        148,
-        56,
-        "05_reference",
-        "token_logprobs",
-    ),
-    (
-        "both",
-        "reward",
-        "Reward Model\nr_φ",
-        "frozen",
-        398,
-        _MID,
-        148,
-        56,
-        "06_reward",
-        "RewardModel",
-    ),
-    (
-        "ppo",
-        "value",
-        "Value Model\nV_ψ",
-        "trained",
-        398,
-        _LOW,
-        148,
-        56,
-        "07_value",
-        "ValueModel",
-    ),
-    ("both", "kl", "KL", "data", 526, _HIGH, 48, 34, "05_reference", "kl", "[N, T]"),
-    (
-        "both",
-        "r",
-        "r",
-        "data",
-        526,
-        _MID,
-        48,
-        34,
-        "06_reward",
-        "Rollout.rewards",
-        "[N]",
-    ),
-    (
-        "ppo",
-        "v",
-        "v",
-        "data",
-        526,
-        _LOW,
-        48,
-        34,
-        "07_value",
-        "Rollout.values",
-        "[N, T]",
-    ),
-    ("ppo", "plus", "+", "step", 596, _MID, 26, 26, "05_reference", "kl_in_reward"),
-    ("ppo", "gae", "GAE", "step", 706, (_MID + _LOW) // 2, 124, 140, "08_gae", "gae"),
-    (
-        "grpo",
-        "group",
-        "Group\nComputation",
-        "step",
-        706,
-        _MID,
-        124,
-        108,
-        "09_group",
-        "group_advantages",
-    ),
-    (
-        "ppo",
-        "A",
-        "A",
-        "data",
-        830,
-        _MID,
-        52,
-        34,
-        "08_gae",
-        "Rollout.advantages",
-        "[N, T]",
-    ),
-    (
-        "grpo",
-        "A",
-        "A",
-        "data",
-        830,
-        _MID,
-        52,
-        34,
-        "09_group",
-        "Rollout.advantages",
-        "[N]",
-    ),
-    (
-        "both",
-        "objective",
-        "Objective",
-        "step",
-        526,
-        _LANE,
-        112,
-        36,
-        "10_objective",
-        "policy_loss",
-    ),
-    ("both", "update", "Update", "step", 266, _LANE, 96, 36, "11_update", "update"),
-]
+# half, name, kind, x, y, w, h, chapter, code, shape
+_BOXES = """\
+both  q          data      46  194   44   34  01_task       Task.queries        [B,P]
+both  policy     trained  152  194  116   56  03_policy     token_logprobs
+both  o          data     266  194   48   34  04_sampling   sample              [N,T]
+both  reference  frozen   398  110  148   56  05_reference  token_logprobs
+both  reward     frozen   398  194  148   56  06_reward     RewardModel
+ppo   value      trained  398  278  148   56  07_value      ValueModel
+both  kl         data     526  110   48   34  05_reference  kl                  [N,T]
+both  r          data     526  194   48   34  06_reward     Rollout.rewards     [N]
+ppo   v          data     526  278   48   34  07_value      Rollout.values      [N,T]
+ppo   plus       step     596  194   26   26  05_reference  kl_in_reward
+ppo   gae        step     706  236  124  140  08_gae        gae
+grpo  group      step     706  194  124  108  09_group      group_advantages
+ppo   A          data     830  194   52   34  08_gae        Rollout.advantages  [N,T]
+grpo  A          data     830  194   52   34  09_group      Rollout.advantages  [N]
+both  objective  step     526   34  112   36  10_objective  policy_loss
+both  update     step     266   34   96   36  12_update     update
+"""
+_LABELS = {  # where it is not the name
+    "policy": "Policy Model\nπ_θ",
+    "reference": "Reference Model\nπ_ref",
+    "reward": "Reward Model\nr_φ",
+    "value": "Value Model\nV_ψ",
+    "kl": "KL",
+    "plus": "+",
+    "gae": "GAE",
+    "group": "Group\nComputation",
+    "objective": "Objective",
+    "update": "Update",
+}
 
 # %% ../nbs/1_figure/00_figure.ipynb #5755df6d
 def boxes(
     algorithm: str,  # "ppo" | "grpo"
 ) -> list[Box]:  # in the order in which the data reaches them
-    "The boxes of one half of the figure; `ValueError` for any other algorithm."
+    """List the boxes of one half of the figure.
+
+    Raises: `ValueError`: any other algorithm."""
     if algorithm not in ("ppo", "grpo"):
         raise ValueError(f"algorithm={algorithm!r} is unknown; allowed: 'ppo', 'grpo'")
-    half = [Box(*row) for where, *row in _BOXES if where in ("both", algorithm)]
-    if algorithm == "ppo":
-        return half
-    return [
-        replace(b, label=f"{b.name}_1\n⋮\n{b.name}_G", h=108)
-        if b.name in ("o", "r", "A")
-        else b
-        for b in half
-    ]
+    half = []
+    for row in _BOXES.splitlines():
+        where, *columns = row.split(maxsplit=9)
+        if where in ("both", algorithm):
+            half.append(_box_of(*columns))
+    if algorithm == "grpo":
+        half = [_member_of_a_group(box) for box in half]
+    return half
+
+
+def _box_of(name, kind, x, y, w, h, chapter, code, shape="") -> Box:
+    "A row of the table as a box."
+    label = _LABELS.get(name, name)
+    numbers = map(int, [x, y, w, h])
+    shape = shape.replace(",", ", ")
+    return Box(name, label, kind, *numbers, chapter, code, shape)
+
+
+def _member_of_a_group(box: Box) -> Box:
+    "The box as GRPO has it: a stack, where each member of the group has a value."
+    if box.name not in ("o", "r", "A"):
+        return box
+    label = f"{box.name}_1\n⋮\n{box.name}_G"
+    return replace(box, label=label, h=108)
 
 # %% ../nbs/1_figure/00_figure.ipynb #58a975df
-_ARROWS = [
-    ("both", "q", "r", "policy", "l", "flow"),
-    ("both", "policy", "r", "o", "l", "flow"),
-    ("both", "o", "r", "reference", "l", "flow"),
-    ("both", "o", "r", "reward", "l", "flow"),
-    ("ppo", "o", "r", "value", "l", "flow"),
-    ("both", "reference", "r", "kl", "l", "flow"),
-    ("both", "reward", "r", "r", "l", "flow"),
-    ("ppo", "value", "r", "v", "l", "flow"),
-    ("ppo", "kl", "r", "plus", "t", "flow"),  # PPO: the KL goes into the reward
-    ("grpo", "kl", "t", "objective", "b", "flow"),  # GRPO: the KL goes into the loss
-    ("ppo", "r", "r", "plus", "l", "flow"),
-    ("ppo", "plus", "r", "gae", "l", "flow"),
-    ("ppo", "v", "r", "gae", "l", "flow"),
-    ("grpo", "r", "r", "group", "l", "flow"),
-    ("ppo", "gae", "r", "A", "l", "flow"),
-    ("grpo", "group", "r", "A", "l", "flow"),
-    ("both", "A", "t", "objective", "r", "flow"),
-    ("both", "objective", "l", "update", "r", "flow"),
-    ("both", "update", "l", "policy", "t", "gradient"),
-    ("ppo", "gae", "b", "value", "b", "gradient"),
-]
+@dataclass(frozen=True)
+class _Arrow:
+    half: str
+    start: str  # the box that it leaves
+    leaves: str  # by this side
+    end: str  # the box that it enters
+    enters: str  # by this side
+    kind: str  # "flow" or "gradient"
+
+
+_TABLE = """\
+both  q          r  policy     l  flow
+both  policy     r  o          l  flow
+both  o          r  reference  l  flow
+both  o          r  reward     l  flow
+ppo   o          r  value      l  flow
+both  reference  r  kl         l  flow
+both  reward     r  r          l  flow
+ppo   value      r  v          l  flow
+ppo   kl         r  plus       t  flow
+grpo  kl         t  objective  b  flow
+ppo   r          r  plus       l  flow
+ppo   plus       r  gae        l  flow
+ppo   v          r  gae        l  flow
+grpo  r          r  group      l  flow
+ppo   gae        r  A          l  flow
+grpo  group      r  A          l  flow
+both  A          t  objective  r  flow
+both  objective  l  update     r  flow
+both  update     l  policy     t  gradient
+ppo   gae        b  value      b  gradient
+"""
+_ARROWS = [_Arrow(*row.split()) for row in _TABLE.splitlines()]
+
+
+def _arrows(algorithm: str) -> list[_Arrow]:
+    "The arrows of one half."
+    return [arrow for arrow in _ARROWS if arrow.half in ("both", algorithm)]
 
 # %% ../nbs/1_figure/00_figure.ipynb #a0106535
-_DAY = {
-    "trained": ("#ffe083", "#a67c00", "#1f2328"),
-    "frozen": ("#bcd9f8", "#3474b0", "#1f2328"),
-    "data": ("#ffffff", "#7d8590", "#1f2328"),
-    "step": ("#e8ebef", "#7d8590", "#1f2328"),
-    "flow": ("none", "#57606a", "#57606a"),
-    "gradient": ("none", "#b35900", "#b35900"),
-    "page": ("#ffffff", "#d0d7de", "#1f2328"),
-    "absent": ("none", "#8c959f", "#656d76"),
-}
-_NIGHT = {
-    "trained": ("#e8bf45", "#ffe9ad", "#14181d"),
-    "frozen": ("#7fb4ea", "#cfe4fb", "#14181d"),
-    "data": ("#0d1117", "#8b949e", "#e6edf3"),
-    "step": ("#2d333b", "#8b949e", "#e6edf3"),
-    "flow": ("none", "#9ea7b3", "#9ea7b3"),
-    "gradient": ("none", "#f0a04b", "#f0a04b"),
-    "page": ("#161b22", "#30363d", "#e6edf3"),
-    "absent": ("none", "#6e7681", "#9ea7b3"),
-}
-_PAGES = ':is(.quarto-dark,.vscode-dark,[data-theme="dark"],[data-bs-theme="dark"],[data-jp-theme-light="false"])'
+@dataclass(frozen=True)
+class _Paint:
+    fill: str
+    stroke: str
+    text: str
+
+
+def _paints(table: str) -> dict[str, _Paint]:
+    "The colours of each kind."
+    rows = [row.split() for row in table.splitlines()]
+    return {kind: _Paint(*colours) for kind, *colours in rows}
+
+
+_DAY = _paints("""\
+trained   #ffe083  #a67c00  #1f2328
+frozen    #bcd9f8  #3474b0  #1f2328
+data      #ffffff  #7d8590  #1f2328
+step      #e8ebef  #7d8590  #1f2328
+flow      none     #57606a  #57606a
+gradient  none     #b35900  #b35900
+page      #ffffff  #d0d7de  #1f2328
+absent    none     #8c959f  #656d76
+""")
+_NIGHT = _paints("""\
+trained   #e8bf45  #ffe9ad  #14181d
+frozen    #7fb4ea  #cfe4fb  #14181d
+data      #0d1117  #8b949e  #e6edf3
+step      #2d333b  #8b949e  #e6edf3
+flow      none     #9ea7b3  #9ea7b3
+gradient  none     #f0a04b  #f0a04b
+page      #161b22  #30363d  #e6edf3
+absent    none     #6e7681  #9ea7b3
+""")
+_AT_NIGHT = (
+    "{root} .{kind} rect{{fill:{paint.fill};stroke:{paint.stroke}}}"
+    "{root} .{kind} path{{stroke:{paint.stroke}}}"
+    "{root} .{kind} polygon{{fill:{paint.stroke}}}"
+    "{root} .{kind} text{{fill:{paint.text}}}"
+)
+_DARK_PAGE = (
+    ':is(.quarto-dark,.vscode-dark,[data-theme="dark"],[data-bs-theme="dark"],'
+    '[data-jp-theme-light="false"])'
+)
+_IN_A_PAGE = (  # on a phone the page scrolls the figure
+    "html .grpo-figure{max-width:100%;height:auto}"
+    "@media(max-width:600px){html .grpo-figure{max-width:none;width:720px}}"
+)
+_LINKS = (  # what a mouse or the tab key does
+    ".grpo-figure a{text-decoration:none}"
+    ".grpo-figure a:is(:hover,:focus) rect{stroke-width:3.5}"
+)
+
+
+def _night(root: str) -> str:
+    "The colours by night, of what stands below `root`."
+    rules = []
+    for kind, paint in _NIGHT.items():
+        rules.append(_AT_NIGHT.format(root=root, kind=kind, paint=paint))
+    border = _NIGHT["page"].text
+    rules.append(f"{root} .lit rect{{stroke:{border}}}")
+    return "".join(rules)
 
 
 def _style() -> str:
-    "The style sheet: night colours, the width inside a page (on a phone the page scrolls it), and what a mouse or the tab key does to a link."
-
-    def night(root):
-        return "".join(
-            f"{root} .{k} rect{{fill:{fill};stroke:{stroke}}}{root} .{k} path{{stroke:{stroke}}}"
-            f"{root} .{k} polygon{{fill:{stroke}}}{root} .{k} text{{fill:{text}}}"
-            for k, (fill, stroke, text) in _NIGHT.items()
-        ) + (f"{root} .lit rect{{stroke:{_NIGHT['page'][2]}}}")
-
-    return (
-        f"<style>@media (prefers-color-scheme:dark){{{night('.grpo-figure:root')}}}{night(_PAGES + ' .grpo-figure')}"
-        "html .grpo-figure{max-width:100%;height:auto}@media(max-width:600px){html .grpo-figure{max-width:none;width:720px}}"
-        ".grpo-figure a{text-decoration:none}"
-        ".grpo-figure a:is(:hover,:focus) rect{stroke-width:3.5}</style>"
-    )
+    "The style sheet."
+    system = _night(".grpo-figure:root")
+    page = _night(_DARK_PAGE + " .grpo-figure")
+    dark = f"@media (prefers-color-scheme:dark){{{system}}}{page}"
+    return f"<style>{dark}{_IN_A_PAGE}{_LINKS}</style>"
 
 # %% ../nbs/1_figure/00_figure.ipynb #31f82ae0
-def _tag(name, *inside, **attrs):
-    "One SVG element: `_tag('g', 'text', stroke_width=2)`; an attribute that is None is left out."
-
-    def text(v):
-        return f"{v:g}" if isinstance(v, (int, float)) else escape(v)
-
-    head = name + "".join(
-        f' {k.strip("_").replace("_", "-")}="{text(v)}"'
-        for k, v in attrs.items()
-        if v is not None
-    )
-    return f"<{head}>{''.join(inside)}</{name}>" if inside else f"<{head}/>"
+def _tag(name: str, *inside: str, **attributes) -> str:
+    "One SVG element: `_tag('g', 'text', stroke_width=2)`; None leaves one out."
+    head = name
+    for key, value in attributes.items():
+        if value is not None:
+            head += _attribute(key, value)
+    if not inside:
+        return f"<{head}/>"
+    return f"<{head}>{''.join(inside)}</{name}>"
 
 
-_LINE, _MONO = (
-    16,
-    {"size": 13, "family": "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"},
-)  # of values: height of a line, and how it is set
+def _attribute(key: str, value: str | float) -> str:
+    "An attribute as SVG spells it."
+    if not isinstance(value, str):
+        value = f"{value:g}"
+    key = key.strip("_").replace("_", "-")
+    return f' {key}="{escape(value)}"'
 
 
-def _text(x, y, s, kind, size=16, anchor="middle", weight=None, family=None):
-    "One line of text on the baseline `y`: what follows an underscore is a subscript, and symbols are set as in formulas; with a `family`, as it stands."
-    head, _, sub = (s, "", "") if family else s.partition("_")
-    symbol = not family and (sub or len(s) == 1 and s.isascii() and s.isalpha())
-    if symbol:
+_FORMULA = {
+    "font_style": "italic",
+    "font_family": "Georgia,'Times New Roman',serif",
+}
+_LINE = 16  # height of a line of values
+_MONO = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
+
+
+def _text(x, y, s: str, kind: str, size=16, anchor="middle", weight=None) -> str:
+    "One line on the baseline `y`; an underscore starts a subscript."
+    head, _, sub = s.partition("_")
+    face = {}
+    if sub or _is_letter(s):  # a symbol
+        face = _FORMULA
         size += 3
-    inside = [escape(head)] + (
-        [_tag("tspan", escape(sub), dy=4, font_size=size * 0.7)] if sub else []
-    )
-    return _tag(
-        "text",
-        *inside,
-        x=x,
-        y=y,
-        fill=_DAY[kind][2],
-        font_size=size,
-        font_weight=weight,
-        text_anchor=anchor,
-        font_style="italic" if symbol else None,
-        font_family="Georgia,'Times New Roman',serif" if symbol else family,
-    )
+    inside = [escape(head)]
+    if sub:
+        inside.append(_tag("tspan", escape(sub), dy=4, font_size=size * 0.7))
+    colour = _DAY[kind].text
+    style = {"font_weight": weight, "text_anchor": anchor}
+    place = {"x": x, "y": y}
+    return _tag("text", *inside, **place, fill=colour, font_size=size, **style, **face)
 
 
-def _box(b, lit, link, values=None):
-    "A box with its label or with values, as a link to the page of its chapter; a lit box has a thick border."
-    lines = values or b.label.split("\n")
-    gap = _LINE if values else 36 if len(lines) == 3 else 22
-    fill, stroke, _ = _DAY[b.kind]
-    rect = _tag(
-        "rect",
-        x=b.x - b.w / 2,
-        y=b.y - b.h / 2,
-        width=b.w,
-        height=b.h,
-        rx=min(8 if b.w > 26 else 13, b.h / 2),
-        fill=fill,
-        stroke=_DAY["page"][2] if lit else stroke,
-        stroke_width=3 if lit else 1.5,
-    )
-    label = [
-        _text(
-            b.x,
-            b.y + (4 if values else 6) + gap * (i - (len(lines) - 1) / 2),
-            s,
-            b.kind,
-            **_MONO if values else {},
-        )
-        for i, s in enumerate(lines)
-    ]
-    g, page = (
-        _tag("g", rect, *label, class_=b.kind + " lit" * lit),
-        b.chapter.partition("_")[2],
-    )
-    return (
-        _tag("a", _tag("title", f"{b.name}: chapter {page}"), g, href=link.format(page))
-        if link
-        else g
-    )
+def _is_letter(s: str) -> bool:
+    "Whether this is one Latin letter."
+    return len(s) == 1 and s.isascii() and s.isalpha()
+
+
+def _value(x, y, s: str, kind: str) -> str:
+    "One line as it stands, such as a number."
+    colour = _DAY[kind].text
+    style = {"font_size": 13, "text_anchor": "middle", "font_family": _MONO}
+    return _tag("text", escape(s), x=x, y=y, fill=colour, **style)
+
+
+def _baselines(middle: float, gap: float, n: int) -> list[float]:
+    "Where the lines of a box stand."
+    first = middle - gap * (n - 1) / 2
+    return [first + gap * i for i in range(n)]
+
+
+def _words(box: Box) -> list[str]:
+    "The label of a box."
+    lines = box.label.split("\n")
+    gap = 22
+    if len(lines) == 3:
+        gap = 36
+    places = zip(_baselines(box.y + 6, gap, len(lines)), lines)
+    return [_text(box.x, y, line, box.kind) for y, line in places]
+
+
+def _values(box: Box, values: list[str]) -> list[str]:
+    "Values in the place of a label."
+    places = zip(_baselines(box.y + 4, _LINE, len(values)), values)
+    return [_value(box.x, y, value, box.kind) for y, value in places]
+
+
+def _border(box: Box, lit: bool) -> str:
+    "The rectangle; a lit box has a thick border."
+    paint = _DAY[box.kind]
+    edge = {"stroke": paint.stroke, "stroke_width": 1.5}
+    if lit:
+        edge = {"stroke": _DAY["page"].text, "stroke_width": 3}
+    corner = 8
+    if box.w <= 26:
+        corner = 13
+    size = {"width": box.w, "height": box.h, "rx": min(corner, box.h / 2)}
+    return _tag("rect", x=box.left, y=box.top, **size, fill=paint.fill, **edge)
+
+
+def _box(box: Box, lit: bool, link: str | None, values: list[str] | None) -> str:
+    "A box with its label or with values, as a link to the page of its chapter."
+    if values:
+        lines = _values(box, values)
+    else:
+        lines = _words(box)
+    kind = box.kind
+    if lit:
+        kind += " lit"
+    drawn = _tag("g", _border(box, lit), *lines, class_=kind)
+    if not link:
+        return drawn
+    page = box.chapter.partition("_")[2]
+    title = _tag("title", f"{box.name}: chapter {page}")
+    return _tag("a", title, drawn, href=link.format(page))
 
 # %% ../nbs/1_figure/00_figure.ipynb #bc9dba27
-def _route(a, s, b, t):
-    "The points that an arrow from side `s` of box `a` to side `t` of box `b` passes."
+def _side(box: Box, side: str, y: float) -> tuple[float, float]:
+    "Where an arrow meets a box: on its left or right it may choose the height."
+    if side in "tb":
+        return box.x, {"t": box.top, "b": box.bottom}[side]
+    return {"l": box.left, "r": box.right}[side], y
 
-    def side(c, s, y):
-        return {
-            "l": (c.x - c.w / 2, y),
-            "r": (c.x + c.w / 2, y),
-            "t": (c.x, c.y - c.h / 2),
-            "b": (c.x, c.y + c.h / 2),
-        }[s]
 
-    level = (
-        min(a, b, key=lambda c: c.h).y
-        if abs(a.y - b.y) < max(a.h, b.h) / 2 - 9
-        else None
-    )
-    (x1, y1), (x2, y2) = side(a, s, level or a.y), side(b, t, level or b.y)
-    if s + t == "bb":
-        via = [(x1, max(y1, y2) + 26), (x2, max(y1, y2) + 26)]
+def _level(a: Box, b: Box) -> float | None:
+    "The height of the smaller box, if a straight arrow there meets the taller one."
+    small, tall = sorted([a, b], key=lambda box: box.h)
+    if abs(a.y - b.y) < tall.h / 2 - 9:
+        return small.y
+    return None
+
+
+def _route(a: Box, leaves: str, b: Box, enters: str) -> list[tuple[float, float]]:
+    "The points that an arrow passes from a side of one box to a side of another."
+    level = _level(a, b)
+    start = x1, y1 = _side(a, leaves, level or a.y)
+    end = x2, y2 = _side(b, enters, level or b.y)
+    if leaves + enters == "bb":
+        low = max(y1, y2) + 26
+        via = [(x1, low), (x2, low)]
     elif x1 == x2 or y1 == y2:
         via = []
-    elif s in "lr" and t in "lr":
-        via = [((x1 + x2) / 2, y1), ((x1 + x2) / 2, y2)]
+    elif leaves in "lr" and enters in "lr":
+        middle = (x1 + x2) / 2
+        via = [(middle, y1), (middle, y2)]
+    elif leaves in "lr":
+        via = [(x2, y1)]
     else:
-        via = [(x2, y1) if s in "lr" else (x1, y2)]
-    return [(x1, y1), *via, (x2, y2)]
+        via = [(x1, y2)]
+    return [start, *via, end]
 
 
-def _near(p, q, r):
+def _near(p: tuple, q: tuple, r: float) -> tuple[float, ...]:
     "The point that lies `r` away from `p` on the level or upright way to `q`."
     return tuple(a + max(-r, min(r, b - a)) for a, b in zip(p, q))
 
 
-def _arrow(points, kind):
-    "A line through `points` that ends in an arrow head."
-    tip, (bx, by), colour = points[-1], _near(points[-1], points[-2], 9), _DAY[kind][1]
-    ux, uy = (tip[0] - bx) / 2, (tip[1] - by) / 2
+_STROKE = {
+    "flow": {"stroke_width": 1.6},
+    "gradient": {"stroke_width": 2.4, "stroke_dasharray": "7 4"},
+}
+
+
+def _path(points: list[tuple], end: tuple) -> str:
+    "A way through all points but the last, with round corners, to `end`."
     d = "M{:g} {:g}".format(*points[0])
-    for p, c, n in zip(points, points[1:], points[2:]):
-        d += "L{:g} {:g}Q{:g} {:g} {:g} {:g}".format(
-            *_near(c, p, 9), *c, *_near(c, n, 9)
-        )
-    line = _tag(
-        "path",
-        d=d + f"L{bx:g} {by:g}",
-        fill="none",
-        stroke=colour,
-        stroke_width=2.4 if kind == "gradient" else 1.6,
-        stroke_dasharray="7 4" if kind == "gradient" else None,
-    )
-    head = " ".join(
-        f"{x:g},{y:g}" for x, y in (tip, (bx - uy, by + ux), (bx + uy, by - ux))
-    )
+    for p, corner, q in zip(points, points[1:], points[2:]):
+        d += "L{:g} {:g}".format(*_near(corner, p, 9))
+        d += "Q{:g} {:g} {:g} {:g}".format(*corner, *_near(corner, q, 9))
+    return d + "L{:g} {:g}".format(*end)
+
+
+def _arrow(points: list[tuple], kind: str) -> str:
+    "A line through `points` that ends in an arrow head."
+    colour = _DAY[kind].stroke
+    tip = points[-1]
+    base = _near(tip, points[-2], 9)
+    d = _path(points, base)
+    line = _tag("path", d=d, fill="none", stroke=colour, **_STROKE[kind])
+    x, y = base
+    ux = (tip[0] - x) / 2
+    uy = (tip[1] - y) / 2
+    corners = [tip, (x - uy, y + ux), (x + uy, y - ux)]
+    head = " ".join("{:g},{:g}".format(*corner) for corner in corners)
     return _tag("g", line, _tag("polygon", points=head, fill=colour), class_=kind)
 
 # %% ../nbs/1_figure/00_figure.ipynb #5111300e
@@ -391,146 +404,161 @@ _SHAPES = {
     "ppo": "B queries of P tokens, N = B outputs of at most T tokens",
     "grpo": "B queries of P tokens, N = B · G outputs of at most T tokens",
 }
+
+
+@dataclass(frozen=True)
+class _Note:
+    half: str
+    names: tuple[str, ...]  # the boxes that it belongs to
+    x: int
+    y: int
+    words: str
+    anchor: str = "start"
+
+
 _NOTES = [
-    ("ppo", ("kl", "plus"), 610, _HIGH + 41, "KL joins the reward"),
-    ("grpo", ("kl", "objective"), 540, _HIGH - 32, "KL joins the loss"),
-    ("ppo", ("gae", "value"), 424, _LOW + 73, "returns: what V should have guessed"),
-    ("grpo", (), 398, _LOW + 5, "no Value Model"),
+    _Note("ppo", ("kl", "plus"), 610, 151, "KL joins the reward"),
+    _Note("grpo", ("kl", "objective"), 540, 78, "KL joins the loss"),
+    _Note("ppo", ("gae", "value"), 424, 351, "returns: what V should have guessed"),
+    _Note("grpo", (), 398, 283, "no Value Model", "middle"),
 ]
 
 
-def _fit(b, text, algorithm):
-    "A box that is as large as what is written in it: its own label, other words, or a list of values."
-    if text is None or isinstance(text, str):
-        return replace(b, label=text or b.label), None
-    room = 4 if algorithm == "ppo" else 7  # lines
-    values = [s if len(s) <= 9 else s[:8] + "…" for s in text]
+def _fit(box: Box, text, algorithm: str) -> tuple[Box, list[str] | None]:
+    "A box as large as what is written in it: its label, other words, or values."
+    if text is None:
+        return box, None
+    if isinstance(text, str):
+        return replace(box, label=text), None
+    values = [_shortened(s) for s in text]
+    room = {"ppo": 4, "grpo": 7}[algorithm]  # lines
     if len(values) > room:
         values = [*values[: room - 2], "⋮", values[-1]]
-    return replace(
-        b,
-        w=max(b.w, 8 * max(map(len, values)) + 12),
-        h=max(34, _LINE * len(values) + 10),
-    ), values
+    longest = max(map(len, values))
+    w = max(box.w, 8 * longest + 12)
+    h = max(34, _LINE * len(values) + 10)
+    return replace(box, w=w, h=h), values
 
 
-def _half(algorithm, lit, link, top, text):
-    "One half of the figure, `top` below the upper edge; `lit` holds the names of the lit boxes, or is None; `text` replaces words and labels."
-    half, bright, dim = (
-        {b.name: _fit(b, text.get(b.name), algorithm) for b in boxes(algorithm)},
-        [],
-        [],
-    )
+def _shortened(s: str) -> str:
+    "The beginning of a text."
+    if len(s) <= 9:
+        return s
+    return s[:8] + "…"
 
-    def put(names, shape):
-        (bright if lit is None or lit & set(names) else dim).append(shape)
 
-    def say(x, y, s, size=15, anchor="start"):
-        return _tag(
-            "g", _text(x, y, text.get(s, s), "absent", size, anchor), class_="absent"
-        )
+@dataclass
+class _Half:
+    "One half of the figure while it is drawn, in two layers."
 
-    for (
-        where,
-        a,
-        s,
-        b,
-        t,
-        kind,
-    ) in (
-        _ARROWS
-    ):  # an arrow is lit with the boxes at its ends, a gradient with Update too
-        if where in ("both", algorithm):
-            put(
-                (a, b, "update") if kind == "gradient" else (a, b),
-                _arrow(_route(half[a][0], s, half[b][0], t), kind),
-            )
-    if algorithm == "grpo":
-        outline = _tag(
-            "rect",
-            x=324,
-            y=_LOW - 28,
-            width=148,
-            height=56,
-            rx=8,
-            fill="none",
-            stroke=_DAY["absent"][1],
-            stroke_dasharray="4 5",
-        )
-        put((), _tag("g", outline, class_="absent"))
-    for where, names, x, y, s in _NOTES:
-        if where == algorithm:
-            put(names, say(x, y, s, anchor="start" if names else "middle"))
-    for b, values in half.values():
-        put([b.name], _box(b, lit is not None and b.name in lit, link, values))
-    if (
-        lit is not None
-    ):  # what flows: shapes at the data, lit with the boxes that read or write them
-        for b, _ in half.values():
-            ends = {
-                end
-                for where, a, _, c, *_ in _ARROWS
-                if where in ("both", algorithm) and b.name in (a, c)
-                for end in (a, c)
-            }
-            beside = algorithm == "grpo" and b.name == "kl"  # below it there is no room
-            if b.shape:
-                put(
-                    ends,
-                    say(b.x + b.w / 2 + 6, b.y + 5, b.shape, 13)
-                    if beside
-                    else say(b.x, b.y + b.h / 2 + 15, b.shape, 13, "middle"),
-                )
-        put(lit, say(24, _HEIGHT[algorithm] - 10, _SHAPES[algorithm], 13))
-    name = _tag(
-        "g",
-        _text(24, _LANE + 9, algorithm.upper(), "page", 26, "start", 700),
-        class_="page",
-    )
-    return _tag(
-        "g",
-        name,
-        *([_tag("g", *dim, opacity=0.5)] if dim else []),
-        *bright,
-        transform=f"translate(0 {top})",
-    )
+    algorithm: str
+    lit: set[str] | None  # names of the lit boxes; None: nothing is dimmed
+    link: str | None
+    text: dict  # words or values by box or word
+    bright: list[str] = field(default_factory=list)
+    dim: list[str] = field(default_factory=list)
+
+    def put(self, names, shape: str):
+        "Draw what belongs to these boxes."
+        if self.lit is None or self.lit & set(names):
+            self.bright.append(shape)
+        else:
+            self.dim.append(shape)
+
+    def say(self, x, y, words: str, size=15, anchor="start") -> str:
+        "A remark, or what `text` has in its place."
+        words = self.text.get(words, words)
+        return _tag("g", _text(x, y, words, "absent", size, anchor), class_="absent")
+
+    def put_arrows(self, half: dict[str, Box]):
+        "Draw arrows, lit with the boxes at their ends; a gradient with Update, too."
+        for arrow in _arrows(self.algorithm):
+            start = half[arrow.start]
+            end = half[arrow.end]
+            points = _route(start, arrow.leaves, end, arrow.enters)
+            names = [arrow.start, arrow.end]
+            if arrow.kind == "gradient":
+                names.append("update")
+            self.put(names, _arrow(points, arrow.kind))
+
+    def put_notes(self):
+        "Draw the remarks; GRPO has an outline where PPO has its Value Model."
+        if self.algorithm == "grpo":
+            edge = {"stroke": _DAY["absent"].stroke, "stroke_dasharray": "4 5"}
+            size = {"width": 148, "height": 56, "rx": 8}
+            outline = _tag("rect", x=324, y=250, **size, fill="none", **edge)
+            self.put([], _tag("g", outline, class_="absent"))
+        for note in _NOTES:
+            if note.half == self.algorithm:
+                words = self.say(note.x, note.y, note.words, anchor=note.anchor)
+                self.put(note.names, words)
+
+    def put_shape(self, box: Box):
+        "Draw the shape of data, lit with the boxes that read or write it."
+        names = set()
+        for arrow in _arrows(self.algorithm):
+            ends = {arrow.start, arrow.end}
+            if box.name in ends:
+                names |= ends
+        if self.algorithm == "grpo" and box.name == "kl":  # below it there is no room
+            words = self.say(box.right + 6, box.y + 5, box.shape, 13)
+        else:
+            words = self.say(box.x, box.bottom + 15, box.shape, 13, "middle")
+        self.put(names, words)
+
+    def draw(self, top: int) -> str:
+        "Draw all of it, `top` below the upper edge."
+        half = {}
+        values = {}
+        for box in boxes(self.algorithm):
+            text = self.text.get(box.name)
+            half[box.name], values[box.name] = _fit(box, text, self.algorithm)
+        self.put_arrows(half)
+        self.put_notes()
+        for name, box in half.items():
+            lit = self.lit is not None and name in self.lit
+            self.put([name], _box(box, lit, self.link, values[name]))
+        if self.lit is not None:
+            for box in half.values():
+                if box.shape:
+                    self.put_shape(box)
+            shapes = _SHAPES[self.algorithm]
+            self.put(self.lit, self.say(24, _HEIGHT[self.algorithm] - 10, shapes, 13))
+        layers = self.bright
+        if self.dim:
+            layers = [_tag("g", *self.dim, opacity=0.5), *layers]
+        name = _text(24, 43, self.algorithm.upper(), "page", 26, "start", 700)
+        corner = _tag("g", name, class_="page")
+        return _tag("g", corner, *layers, transform=f"translate(0 {top})")
 
 # %% ../nbs/1_figure/00_figure.ipynb #7fe59a6b
-_LEGEND = [
-    (430, "trained", "Trained models"),
-    (594, "frozen", "Frozen models"),
-    (756, "gradient", "Gradient"),
-]
+_LEGEND = {"trained": 430, "frozen": 594, "gradient": 756}  # kind: x
+_KINDS = {
+    "trained": "Trained models",
+    "frozen": "Frozen models",
+    "gradient": "Gradient",
+}
 
 
-def _legend(text):
+def _legend(text: dict) -> str:
     "What the colours mean, at the right of the top line."
-    out = []
-    for x, kind, s in _LEGEND:
-        fill, stroke, _ = _DAY[kind]
-        mark = (
-            _tag("rect", x=x, y=17, width=20, height=14, rx=3, fill=fill, stroke=stroke)
-            if kind != "gradient"
-            else (
-                _tag(
-                    "path",
-                    d=f"M{x - 6} 24h26",
-                    stroke=stroke,
-                    stroke_width=2.4,
-                    stroke_dasharray="7 4",
-                    fill="none",
-                )
-            )
-        )
-        out.append(
-            _tag("g", mark, class_=kind)
-            + _tag(
-                "g",
-                _text(x + 27, 29, text.get(s, s), "page", 15, "start"),
-                class_="page",
-            )
-        )
-    return "".join(out)
+    shapes = []
+    for kind, x in _LEGEND.items():
+        words = text.get(_KINDS[kind], _KINDS[kind])
+        line = _text(x + 27, 29, words, "page", 15, "start")
+        shapes.append(_tag("g", _mark(kind, x), class_=kind))
+        shapes.append(_tag("g", line, class_="page"))
+    return "".join(shapes)
+
+
+def _mark(kind: str, x: int) -> str:
+    "A small box, or a small arrow without a head."
+    paint = _DAY[kind]
+    if kind == "gradient":
+        d = f"M{x - 6} 24h26"
+        return _tag("path", d=d, stroke=paint.stroke, **_STROKE[kind], fill="none")
+    size = {"width": 20, "height": 14, "rx": 3}
+    return _tag("rect", x=x, y=17, **size, fill=paint.fill, stroke=paint.stroke)
 
 # %% ../nbs/1_figure/00_figure.ipynb #de2ef483
 @dataclass(frozen=True)
@@ -551,119 +579,146 @@ class Figure:
         Path(path).write_text(self.svg + "\n", encoding="utf-8")
 
 # %% ../nbs/1_figure/00_figure.ipynb #e644db81
-_TOLD = {  # for those who do not see the picture
-    "ppo": "PPO: the query q goes into the Policy Model (trained), which writes one output o. The Reference Model (frozen) gives the KL, the Reward "
-    "Model (frozen) the reward r, the Value Model (trained) the value v. The KL joins the reward; GAE turns reward and value into the "
-    "advantage A. Objective and Update then change the Policy Model, and the returns change the Value Model.",
-    "grpo": "GRPO: the query q goes into the Policy Model (trained), which writes a group of outputs o_1 to o_G. The Reference Model (frozen) gives "
-    "the KL, which joins the loss; the Reward Model (frozen) gives the rewards r_1 to r_G. Group Computation turns them into the "
-    "advantages A_1 to A_G. Objective and Update then change the Policy Model. There is no Value Model.",
+_DESCRIPTION = {  # for those who do not see the picture
+    "ppo": "PPO: the query q goes into the Policy Model (trained), which writes one "
+    "output o. The Reference Model (frozen) gives the KL, the Reward Model (frozen) "
+    "the reward r, the Value Model (trained) the value v. The KL joins the reward; GAE "
+    "turns reward and value into the advantage A. Objective and Update then change the "
+    "Policy Model, and the returns change the Value Model.",
+    "grpo": "GRPO: the query q goes into the Policy Model (trained), which writes a "
+    "group of outputs o_1 to o_G. The Reference Model (frozen) gives the KL, which "
+    "joins the loss; the Reward Model (frozen) gives the rewards r_1 to r_G. Group "
+    "Computation turns them into the advantages A_1 to A_G. Objective and Update then "
+    "change the Policy Model. There is no Value Model.",
 }
 
 
-def _svg(name, title, halves, lit, link, text):
-    "The whole picture as text: legend, halves, and the words for those who do not see it."
-    tops = [44, 44 + _HEIGHT["ppo"] + 12][: len(halves)]
-    height = tops[-1] + _HEIGHT[halves[-1]]
-    page = _tag(
-        "rect",
-        x=0.5,
-        y=0.5,
-        width=879,
-        height=height - 1,
-        rx=10,
-        fill=_DAY["page"][0],
-        stroke=_DAY["page"][1],
-    )
-    rule = [
-        _tag("path", d=f"M24 {top - 6}H856", stroke=_DAY["page"][1], fill="none")
-        for top in tops[1:]
+def _background(height: int, tops: list[int]) -> str:
+    "The page, and a rule between its halves."
+    paint = _DAY["page"]
+    size = {"width": 879, "height": height - 1, "rx": 10}
+    edge = {"fill": paint.fill, "stroke": paint.stroke}
+    shapes = [_tag("rect", x=0.5, y=0.5, **size, **edge)]
+    for top in tops[1:]:
+        d = f"M24 {top - 6}H856"
+        shapes.append(_tag("path", d=d, stroke=paint.stroke, fill="none"))
+    return _tag("g", *shapes, class_="page")
+
+
+def _described(name: str, title: str, halves: list[str], text: dict) -> list[str]:
+    "The words for those who do not see the picture, with the values in its boxes."
+    sentences = [_DESCRIPTION[half] for half in halves]
+    for box, values in text.items():
+        if not isinstance(values, str):
+            sentences.append(f"{box}: {', '.join(values)}.")
+    description = escape(" ".join(sentences))
+    return [
+        _tag("title", escape(title), id=f"{name}-title"),
+        _tag("desc", description, id=f"{name}-desc"),
     ]
-    read = [
-        f"{box}: {', '.join(values)}."
-        for box, values in text.items()
-        if not isinstance(values, str)
-    ]
-    words = [
-        _tag("title", escape(title), id=name + "-title"),
-        _tag(
-            "desc",
-            escape(" ".join([*(_TOLD[a] for a in halves), *read])),
-            id=name + "-desc",
-        ),
-    ]
-    drawn = [_half(a, lit, link, top, text) for a, top in zip(halves, tops)]
-    return _tag(
-        "svg",
-        *words,
-        _style(),
-        _tag("g", page, *rule, class_="page"),
-        _legend(text),
-        *drawn,
-        xmlns="http://www.w3.org/2000/svg",
-        id=name,
-        class_="grpo-figure",
-        role="img",
-        aria_labelledby=name + "-title",
-        aria_describedby=name + "-desc",
-        width=880,
-        height=height,
-        viewBox=f"0 0 880 {height}",
-        font_family="system-ui,'Segoe UI',Helvetica,Arial,sans-serif",
-    )
+
+
+def _svg(name: str, words: list[str], height: int, drawn: list[str]) -> str:
+    "All parts as one SVG."
+    root = {"xmlns": "http://www.w3.org/2000/svg", "id": name, "class_": "grpo-figure"}
+    root["role"] = "img"
+    root["aria_labelledby"] = f"{name}-title"
+    root["aria_describedby"] = f"{name}-desc"
+    root["width"] = 880
+    root["height"] = height
+    root["viewBox"] = f"0 0 880 {height}"
+    root["font_family"] = "system-ui,'Segoe UI',Helvetica,Arial,sans-serif"
+    return _tag("svg", *words, _style(), *drawn, **root)
 
 # %% ../nbs/1_figure/00_figure.ipynb #4c96053c
-_SETS = {
-    "task": {"q"},
-    "sampling": {"o"},
-    "rollout": "data",
-    "trained": "trained",
-    "frozen": "frozen",
-}  # boxes, or their kind
+_BY_KIND = {"rollout": "data", "trained": "trained", "frozen": "frozen"}
 
 
 def draw_figure(
-    algorithm: str
-    | None = None,  # "ppo" | "grpo"; None draws both, one above the other
-    highlight: str
-    | None = None,  # a box to light: its name, or "task", "sampling", "rollout", "trained", "frozen"
+    algorithm: str | None = None,  # "ppo" | "grpo"; None: both, one above the other
+    highlight: str | None = None,  # a box, or "task", "sampling", "rollout", a kind
     link: str
-    | None = "{}.html",  # where a box leads, `{}` being its chapter without the number; None: nowhere
-    text: dict[str, str | list[str]]
-    | None = None,  # by box or word of the figure: another label, or a list of values to show in the box
+    | None = "{}.html",  # where a box leads: `{}` is its chapter; None: nowhere
+    text: dict[str, str | list[str]] | None = None,  # other labels, or lists of values
 ) -> Figure:  # the same arguments give the same text
-    "Draw figure 4 of DeepSeekMath (arXiv 2402.03300), or one half of it; `ValueError` for a half, a box or a word that is not there."
-    halves = ["ppo", "grpo"] if algorithm is None else [algorithm]
-    kinds = {b.name: b.kind for a in halves for b in boxes(a)}
-    lights = {name: {name} for name in kinds}
-    for name, v in _SETS.items():
-        lights[name] = v if isinstance(v, set) else {b for b in kinds if kinds[b] == v}
+    """Draw figure 4 of DeepSeekMath (arXiv 2402.03300), or one half of it.
+
+    `text` replaces the label of a box or a word of the figure; a list of values is
+    shown in its box.
+
+    Raises: `ValueError`: a half, a box or a word that is not there."""
+    halves = [algorithm]
+    if algorithm is None:
+        halves = ["ppo", "grpo"]
+    text = text or {}
+    kinds = {}
+    for half in halves:
+        kinds |= {box.name: box.kind for box in boxes(half)}
+    lights = _lights(kinds)
     if highlight is not None and highlight not in lights:
+        allowed = ", ".join(map(repr, lights))
         raise ValueError(
-            f"highlight={highlight!r} is unknown for algorithm={algorithm!r}; allowed: {', '.join(map(repr, lights))}"
+            f"highlight={highlight!r} is unknown for algorithm={algorithm!r}; "
+            f"allowed: {allowed}"
         )
-    words = {s for *_, s in _LEGEND} | {s for where, *_, s in _NOTES if where in halves}
-    for word, written in (text or {}).items():
-        if word not in kinds.keys() | words:
+    _check_text(text, list(kinds), halves)
+
+    name = f"figure-{algorithm or 'both'}-{highlight or 'all'}"
+    if text:
+        name += f"-{crc32(repr(text).encode()):x}"
+    title = " and ".join(half.upper() for half in halves)
+    title += ", after figure 4 of DeepSeekMath"
+    if highlight:
+        title += f"; lit: {highlight}"
+    return Figure(name, _page(name, title, halves, lights.get(highlight), link, text))
+
+
+def _page(name, title, halves, lit, link, text) -> str:
+    "Legend and halves, one below the other."
+    tops = []
+    height = 44
+    for half in halves:
+        tops.append(height)
+        height += _HEIGHT[half] + 12
+    height -= 12
+    drawn = [_background(height, tops), _legend(text)]
+    for half, top in zip(halves, tops):
+        drawn.append(_Half(half, lit, link, text).draw(top))
+    return _svg(name, _described(name, title, halves, text), height, drawn)
+
+
+def _lights(kinds: dict[str, str]) -> dict[str, set[str]]:
+    "What each highlight lights."
+    lights = {name: {name} for name in kinds}
+    lights |= {"task": {"q"}, "sampling": {"o"}}
+    for highlight, kind in _BY_KIND.items():
+        lights[highlight] = {name for name in kinds if kinds[name] == kind}
+    return lights
+
+
+def _check_text(text: dict, names: list[str], halves: list[str]):
+    "`ValueError` for a word that is not in the figure, or for what cannot be written."
+    words = set(_KINDS.values())
+    words |= {note.words for note in _NOTES if note.half in halves}
+    for word, written in text.items():
+        if word not in names and word not in words:
+            allowed = ", ".join(map(repr, [*names, *sorted(words)]))
             raise ValueError(
-                f"text: {word!r} is not in this figure; allowed: {', '.join(map(repr, [*kinds, *sorted(words)]))}"
+                f"text: {word!r} is not in this figure; allowed: {allowed}"
             )
-        if (
-            not written
-            or not isinstance(written, str)
-            and (word in words or not all(isinstance(x, str) for x in written))
-        ):
+        if isinstance(written, str):
+            fits = bool(written)
+        else:
+            fits = word in names and _are_texts(written)
+        if not fits:
             raise ValueError(
-                f"text[{word!r}]={written!r}: allowed is some text or, for a box, a list of strings"
+                f"text[{word!r}]={written!r}: allowed is some text or, for a box, "
+                f"a list of strings"
             )
-    title = (
-        " and ".join(a.upper() for a in halves)
-        + ", after figure 4 of DeepSeekMath"
-        + (f"; lit: {highlight}" if highlight else "")
-    )
-    name = f"figure-{algorithm or 'both'}-{highlight or 'all'}" + (
-        f"-{crc32(repr(text).encode()):x}" if text else ""
-    )
-    return Figure(
-        name, _svg(name, title, halves, lights.get(highlight), link, text or {})
-    )
+
+
+def _are_texts(values) -> bool:
+    "Whether these are strings, at least one."
+    if not isinstance(values, (list, tuple)):
+        return False
+    return bool(values) and all(isinstance(value, str) for value in values)

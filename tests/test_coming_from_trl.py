@@ -24,7 +24,7 @@ from trl.rewards import (
     think_format_reward,
 )
 
-from grpo_nb.evidence.ledger import silence
+from grpo_nb.evidence.trl_oracles import silence
 from grpo_nb.policy import as_rollout
 from grpo_nb.reward import judge, name_of, score
 from grpo_nb.task import Query

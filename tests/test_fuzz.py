@@ -40,7 +40,7 @@ from hypothesis import strategies as st
 import grpo_nb
 from grpo_nb import gae as gae_stage, group as group_stage
 from grpo_nb.engine import distributed, vllm_sampler
-from grpo_nb.evidence import ledger, plots, sweep as sweeping
+from grpo_nb.evidence import ledger, oracles, plots, sweep as sweeping, trl_oracles
 from grpo_nb.run import training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
@@ -2380,16 +2380,19 @@ EXCEPTIONS = (
         "run.iterative.outer_iteration": "part of `train`",
         "run.training.step_queries": "`Task.queries`",
         "run.command_line.chat": "any line of text is a question: `Task.parse`",
-        "evidence.summarise": "pandas",
-        "evidence.probe": "`sample` and a task",
-        "evidence.read_metrics": "of runs that `sweep` made",
+        "evidence.statistics.summarise": "pandas",
+        "evidence.statistics.probe": "`sample` and a task",
+        "evidence.statistics.read_metrics": "of runs that `sweep` made",
     }
     | dict.fromkeys(
-        [f"plots.{name}" for name in plots.__all__] + ["evidence.plot_summary"],
+        [f"evidence.plots.{name}" for name in plots.__all__]
+        + ["evidence.statistics.plot_summary"],
         "draws what a run holds",
     )
     | dict.fromkeys(
-        [f"evidence.ledger.{name}" for name in ledger.__all__],
+        [f"evidence.ledger.{name}" for name in ledger.__all__]
+        + [f"evidence.oracles.{name}" for name in oracles.__all__]
+        + [f"evidence.trl_oracles.{name}" for name in trl_oracles.__all__],
         "the instruments of the tests",
     )
     | dict.fromkeys(

@@ -1,5 +1,6 @@
 "The ledger: every row holds, and a row that compares nothing, or whose oracle is missing, does not pretend to."
 
+import ast
 import math
 import sys
 from dataclasses import replace
@@ -8,16 +9,11 @@ import pytest
 import torch
 
 from grpo_nb import reference
-from grpo_nb.evidence import ledger
-from grpo_nb.evidence.ledger import (
-    CHECKS,
-    Check,
-    OracleMissing,
-    as_markdown,
-    disagreement,
-    import_trl,
-    run_checks,
-)
+from grpo_nb.evidence import oracles, trl_oracles
+from grpo_nb.evidence.ledger import CHECKS, as_markdown, run_checks
+from grpo_nb.evidence.oracles import ROWS, Check, OracleMissing, disagreement
+from grpo_nb.evidence.trl_oracles import TRL_ROWS, import_trl
+from helpers import ROOT
 
 TOY = Check("toy", "x^2", "school", "pow", "by hand", lambda: (0.0, None))
 
@@ -58,6 +54,33 @@ def test_rows_are_complete():
             and "label" not in check.formula
         )
         assert check.formula.count("{") == check.formula.count("}")
+
+
+def test_every_row_of_both_oracles_is_in_the_table_once():
+    "What TRL has in the same formula stands beside it; all else in its order."
+    assert sorted(map(id, CHECKS)) == sorted(map(id, [*ROWS, *TRL_ROWS]))
+    for rows in (ROWS, TRL_ROWS):
+        places = [CHECKS.index(row) for row in rows]
+        assert places == sorted(places)
+    names = [check.name for check in CHECKS]
+    assert names[:4] == ["log-prob", "log-prob, TRL", "entropy", "entropy, TRL"]
+
+
+def test_trl_is_imported_in_one_module_and_only_when_it_is_called():
+    "No line outside of a function of `trl_oracles` imports TRL."
+    for path in sorted((ROOT / "grpo_nb").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        inside = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        calls = {id(n) for f in inside for n in ast.walk(f)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            else:
+                continue
+            if "trl" in [module.split(".")[0] for module in modules]:
+                assert path.name == "trl_oracles.py" and id(node) in calls, path
 
 
 @pytest.mark.parametrize(
@@ -138,9 +161,7 @@ def test_an_import_error_inside_trl_is_not_swallowed(monkeypatch):
 
 
 def reversed_kl(right):
-    return lambda logprobs, ref_logprobs, estimator="k3": right(
-        ref_logprobs, logprobs, estimator
-    )
+    return lambda new, ref, estimator="k3": right(ref, new, estimator)
 
 
 def one_lambda_too_many(right):
@@ -152,14 +173,18 @@ def no_eps(right):
 
 
 def longest_of_the_batch(right):
-    return lambda loss, mask, loss_type, L: right(loss, mask, loss_type, mask.shape[1])
+    def wrong(loss, mask, loss_type, max_completion_length):
+        return right(loss, mask, loss_type, mask.shape[1])
+
+    return wrong
 
 
 def clip_alone(right):
-    return lambda new, old, A, mask, low, high, delta, objective: (
-        -(new - old).exp().clamp(1 - low, 1 + high) * A[:, None],
-        {},
-    )
+    def wrong(new, old, A, mask, epsilon=0.2, epsilon_high=0.2, delta=None):
+        rho = (new - old).exp().clamp(1 - epsilon, 1 + epsilon_high)
+        return -rho * A[:, None], {}
+
+    return wrong
 
 
 def no_clip_of_values(right):
@@ -183,7 +208,7 @@ def no_clip_of_values(right):
 )
 def test_rows_notice(monkeypatch, name, wrong, rows):
     "A library that is wrong in one place fails in the rows about that place."
-    for module in (ledger, reference):
+    for module in (oracles, reference):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     table = run_checks([check for check in CHECKS if check.name in rows])
@@ -203,16 +228,15 @@ def test_markdown():
 def test_nan_in_one_of_many_settings_is_seen(monkeypatch):
     "Python's max would lose it: a row that tries many settings must not."
     pytest.importorskip("trl")
-    from grpo_nb.evidence import ledger
-
-    right, calls = ledger.batch_loss, []
+    right = trl_oracles.batch_loss
+    calls = []
 
     def batch_loss(*arguments):
         calls.append(1)
         loss, sums = right(*arguments)
         return (loss * math.nan if len(calls) == 17 else loss), sums
 
-    monkeypatch.setattr(ledger, "batch_loss", batch_loss)
+    monkeypatch.setattr(trl_oracles, "batch_loss", batch_loss)
     (check,) = (check for check in CHECKS if check.name == "grpo, TRL")
     row = check.measure()
     assert len(calls) == 30 and math.isnan(row["value"]) and row["holds"] is False

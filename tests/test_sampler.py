@@ -164,7 +164,7 @@ def test_weights_are_bounded(llama, tokenizer, cap):
 def test_against_trl(llama, rollout, monkeypatch, beta, loss_type):
     "Value and gradient of the corrected loss are those of TRL: the weight is at the policy loss, not at the KL."
     pytest.importorskip("trl")
-    from grpo_nb.evidence.ledger import import_trl, trl_loss
+    from grpo_nb.evidence.trl_oracles import import_trl, trl_loss
 
     rollout = replace(
         rollout,
