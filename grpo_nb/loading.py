@@ -9,6 +9,7 @@ __all__ = ['DTYPES', 'TINY', 'resolve_device', 'resolve_dtype', 'cache_directory
 import os
 import re
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,50 +33,57 @@ DTYPES = {
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    '"auto" (CUDA, else Apple MPS, else CPU), or a torch device by name; `ValueError` if this machine does not have it.'
+    """Choose a device: "auto", or one of torch's names.
+
+    "auto" is CUDA, else Apple MPS, else the CPU.
+
+    Raises: `ValueError`: this machine does not have it."""
     if device == "auto":
-        return torch.device(
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        return torch.device(_best_device())
     try:
         resolved = torch.device(device)
         if resolved.type == "meta":
             raise RuntimeError("it holds no data")
         torch.empty(0, device=resolved)
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # unknown name; known, but not on this machine
+    except (RuntimeError, AssertionError) as error:  # unknown, or not on this machine
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f'device {device!r} is not available here (try "auto" or "cpu"): {str(error).splitlines()[0]}'
+            f'device {device!r} is not available here (try "auto" or "cpu"): {reason}'
         ) from None
     return resolved
 
+
+def _best_device() -> str:
+    "The fastest kind of device of this machine."
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
 # %% ../nbs/1_figure/14_loading.ipynb #a78fa9fa
 def resolve_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
-    '"float32", "bfloat16" or "float64", by name or as a torch dtype.'
+    """Look a dtype up: "float32", "bfloat16" or "float64", by name or as torch's.
+
+    Raises: `ValueError`: any other."""
     if dtype not in [*DTYPES, *DTYPES.values()]:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     return DTYPES.get(dtype, dtype)
 
 # %% ../nbs/1_figure/14_loading.ipynb #c8cbe5ec
-TINY = (
-    Path(__file__).parent / "models" / "tiny"
-    if "__file__" in globals()
-    else Path("../../grpo_nb/models/tiny").resolve()
-)
+_here = Path(globals().get("__file__", "../../grpo_nb/loading.py"))  # or this chapter
+TINY = _here.resolve().parent / "models" / "tiny"
 
 
 def cache_directory() -> Path:
-    "Where fetched models are kept: `$GRPO_NB_CACHE`, else `$XDG_CACHE_HOME/grpo_nb`, else `~/.cache/grpo_nb`."
-    return Path(
-        os.environ.get("GRPO_NB_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo_nb"
-    )
+    """Choose where fetched models are kept.
+
+    `$GRPO_NB_CACHE`, else `$XDG_CACHE_HOME/grpo_nb`, else `~/.cache/grpo_nb`."""
+    own = os.environ.get("GRPO_NB_CACHE")
+    if own:
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(shared) / "grpo_nb"
 
 # %% ../nbs/1_figure/14_loading.ipynb #62f76153
 def check_weights(
@@ -84,8 +92,12 @@ def check_weights(
 ):
     """Compare a model with the file that it was loaded from.
 
-    Raises: `ValueError`: a weight that the file lacks, or has in another size; a layer that only the file has. Other weights that only the file has are warned of."""
-    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    Other weights that only the file has are warned of.
+
+    Raises: `ValueError`: a weight that the file lacks, or has in another size; a layer
+    that only the file has."""
+    missing = sorted(info["missing_keys"])
+    unused = sorted(info["unexpected_keys"])
     if info["mismatched_keys"]:
         name, saved, made = sorted(info["mismatched_keys"])[0]
         raise ValueError(
@@ -106,16 +118,26 @@ def check_weights(
 
 def _lacks(missing: list[str], unused: list[str]) -> str:
     "What to say of missing weights: a prefix of every name, or others in their place."
-    ends = [(name, x) for name in missing for x in unused if x.endswith(f".{name}")]
-    if ends:
-        name, saved = ends[0]
+    lacks = f"its file lacks {_few(missing)}"
+    prefix = _prefix(missing, unused)
+    if prefix is not None:
         return (
-            f"its file lacks {_few(missing)}; it has them with "
-            f"{saved.removesuffix(name)!r} before each name, as torch.compile or another "
-            f"wrapper leaves them: save the model that is inside of the wrapper"
+            f"{lacks}; it has them with {prefix!r} before each name, as torch.compile "
+            f"or another wrapper leaves them: save the model that is inside of the "
+            f"wrapper"
         )
-    instead = f", and has {_few(unused)} in their place" if unused else ""
-    return f"its file lacks {_few(missing)}{instead}"
+    if unused:
+        return f"{lacks}, and has {_few(unused)} in their place"
+    return lacks
+
+
+def _prefix(missing: list[str], unused: list[str]) -> str | None:
+    "What stands before the name of a missing weight in the file, if anything does."
+    for name in missing:
+        for saved in unused:
+            if saved.endswith(f".{name}"):
+                return saved.removesuffix(name)
+    return None
 
 
 def _in_any_layer(name: str) -> str:
@@ -125,12 +147,18 @@ def _in_any_layer(name: str) -> str:
 
 def _few(names: list[str], n: int = 3) -> str:
     "The first names, and how many more there are."
-    more = f" and {len(names) - n} more" if len(names) > n else ""
-    return ", ".join(names[:n]) + more
+    first = ", ".join(names[:n])
+    if len(names) <= n:
+        return first
+    return f"{first} and {len(names) - n} more"
 
 # %% ../nbs/1_figure/14_loading.ipynb #26bb09a9
 def check_causal(model: PreTrainedModel):
-    "`ValueError` if the model sees tokens that come later: changing the last one of a row must change nothing before it."
+    """Refuse a model that sees tokens that come later.
+
+    Changing the last token of a row must change nothing before it.
+
+    Raises: `ValueError`: it does."""
     size = model.config.get_text_config().vocab_size
     ids = torch.arange(1, 6, device=model.device).repeat(2, 1) % size
     ids[1, -1] = (ids[1, -1] + 1) % size
@@ -142,7 +170,10 @@ def check_causal(model: PreTrainedModel):
     except Exception:
         return  # a model that cannot be called like this says so where it is used
     apart = (states[0] - states[1]).abs().max() / states.abs().max()
-    if not apart <= {torch.float64: 1e-4, torch.float32: 1e-4}.get(model.dtype, 1e-2):
+    allowed = 1e-4
+    if model.dtype not in (torch.float64, torch.float32):
+        allowed = 1e-2
+    if not apart <= allowed:
         raise ValueError(
             f"{type(model).__name__} sees tokens that come later, as an encoder does: "
             f"no causal language model (if it was trained as one, its config must say "
@@ -155,44 +186,62 @@ def load_policy(
     device: str = "auto",  # as for `resolve_device`
     dtype: str | torch.dtype = "float32",  # of the weights, as for `resolve_dtype`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # (model in eval mode, tokenizer)
-    """A causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer.
 
-    Raises: `ValueError`: no model of that name, no tokenizer, weights that do not fit, a model that sees later tokens."""
-    device, dtype = resolve_device(device), resolve_dtype(dtype)
-    path = {"tiny": TINY, "smollm2": cache_directory() / "smollm2"}.get(str(name), name)
+    Raises: `ValueError`: no model of that name, no tokenizer, weights that do not fit,
+    a model that sees later tokens."""
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype)
+    names = {"tiny": TINY, "smollm2": cache_directory() / "smollm2"}
+    path = names.get(str(name), name)
     if name == "smollm2" and not (path / "config.json").exists():
         raise ValueError(
-            f"model 'smollm2' is not in {path}; fetch it once with: python -m grpo_nb fetch smollm2"
+            f"model 'smollm2' is not in {path}; fetch it once with: "
+            f"python -m grpo_nb fetch smollm2"
         )
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    names = ("tiny", "smollm2")
     try:
-        options = hub_options(path, names)
-        tokenizer = _load_tokenizer(path, options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **options,
-            trust_remote_code=False,  # no code that comes with a model is run
-        )
-        check_weights(model, info)
-        _adjust(model.config)
-        check_causal(model.to(device))
+        with _no_progress_bars():
+            return _load(path, tuple(names), device, dtype)
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # unreadable, not there, not a language model: one message for all
+    except Exception as error:  # unreadable, not there, no language model: one message
         raise ValueError(
-            f"model must be 'tiny', 'smollm2', the directory of a causal language model with its tokenizer or a hub id within reach; got {str(name)!r}: {_reason(error)}{near(path, names)}"
+            f"model must be 'tiny', 'smollm2', the directory of a causal language "
+            f"model with its tokenizer or a hub id within reach; got {str(name)!r}: "
+            f"{_reason(error)}{near(path, tuple(names))}"
         ) from error
+
+
+def _load(
+    path: str | Path, names: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "The model, checked and on its device, and its tokenizer."
+    options = hub_options(path, names)
+    tokenizer = _load_tokenizer(path, options)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        **options,
+        trust_remote_code=False,  # no code that comes with a model is run
+    )
+    check_weights(model, info)
+    _adjust(model.config)
+    check_causal(model.to(device))
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _no_progress_bars():
+    "No bars of transformers, which stay as they were."
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    return model.eval(), tokenizer
 
 
 def _load_tokenizer(

@@ -6,13 +6,14 @@
 __all__ = ['Size', 'parameters', 'training_bytes', 'forward_flops', 'measure_flops', 'flops', 'cost_table']
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #60f57f6a
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -41,30 +42,45 @@ class Size:
 def parameters(
     model_config: PreTrainedConfig,  # of a dense, Llama-like model
 ) -> Size:
-    "Count a model's parameters without building its weights; `ValueError` for a mixture of experts."
+    """Count a model's parameters without building its weights.
+
+    Raises: `ValueError`: a mixture of experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    c, trunk = model.config.get_text_config(), model.base_model
-    own = [
-        p
-        for m in trunk.modules()
-        if not isinstance(m, nn.Embedding)
-        for p in m.parameters(recurse=False)
-    ]
-    if any(p.dim() > 2 for p in own):
+    trunk = model.base_model
+    weights = _without_embeddings(trunk)
+    config = model.config.get_text_config()
+    if any(weight.dim() > 2 for weight in weights):
         raise ValueError(
-            f"{c.model_type} has experts, of which a token uses a few; only dense models can be counted"
+            f"{config.model_type} has experts, of which a token uses a few; "
+            f"only dense models can be counted"
         )
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim:
+        head_dim = config.hidden_size // heads
     return Size(
-        count(model),
-        count(trunk),
-        c.hidden_size,
-        sum(p.numel() for p in own if p.dim() == 2),
-        model.get_output_embeddings().weight.numel(),
-        c.num_hidden_layers * c.num_attention_heads * head_dim,
+        policy=_numel(model.parameters()),
+        trunk=_numel(trunk.parameters()),
+        hidden=config.hidden_size,
+        matrices=_numel(weight for weight in weights if weight.dim() == 2),
+        vocabulary=model.get_output_embeddings().weight.numel(),
+        attention=config.num_hidden_layers * heads * head_dim,
     )
+
+
+def _numel(weights: Iterable[Tensor]) -> int:
+    "How many numbers these weights hold."
+    return sum(weight.numel() for weight in weights)
+
+
+def _without_embeddings(trunk: nn.Module) -> list[Tensor]:
+    "The weights of all layers but those that look up a row."
+    weights = []
+    for module in trunk.modules():
+        if not isinstance(module, nn.Embedding):
+            weights += module.parameters(recurse=False)
+    return weights
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #80d18a78
 def training_bytes(
@@ -72,13 +88,21 @@ def training_bytes(
     trained: bool = True,  # False: frozen
     bytes_per_number: int = 4,  # float32
 ) -> dict[str, int]:  # bytes by purpose
-    "Bytes that a model holds during training with AdamW: weights; and, if trained, a gradient and two moments. No activations."
-    if not (0 <= num_parameters < float("inf") and 0 < bytes_per_number < float("inf")):
+    """Count the bytes that a model holds during training with AdamW.
+
+    Weights, and if it is trained a gradient and two moments; no activations.
+
+    Raises: `ValueError`: a number that is negative or not finite."""
+    allowed = 0 <= num_parameters < math.inf
+    if not allowed or not 0 < bytes_per_number < math.inf:
         raise ValueError(
-            f"num_parameters must be finite and not negative, bytes_per_number positive; got {num_parameters} and {bytes_per_number}"
+            f"num_parameters must be finite and not negative, bytes_per_number "
+            f"positive; got {num_parameters} and {bytes_per_number}"
         )
     size = num_parameters * bytes_per_number
-    return {"weights": size, "gradient": size * trained, "moments": 2 * size * trained}
+    if not trained:
+        return {"weights": size, "gradient": 0, "moments": 0}
+    return {"weights": size, "gradient": size, "moments": 2 * size}
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #3c07ef69
 def forward_flops(
@@ -89,24 +113,35 @@ def forward_flops(
     outputs: float,  # u, positions a row that the head is applied to
     scalar: bool = False,  # a scalar head, not the projection to the vocabulary
 ) -> float:  # FLOPs; a multiplication and an addition are two
-    "FLOPs of one forward pass: 2 a matrix weight and token, and attention without a causal discount (PaLM 2204.02311, appendix B)."
-    if not all(0 <= x < float("inf") for x in (rows, tokens, context, outputs)):
+    """Count the FLOPs of one forward pass.
+
+    Two per matrix weight and token; attention has no causal discount.
+
+    Raises: `ValueError`: a number that is negative or not finite.
+
+    Source: PaLM 2204.02311, appendix B."""
+    numbers = (rows, tokens, context, outputs)
+    if not all(0 <= x < math.inf for x in numbers):
         raise ValueError(
-            f"rows, tokens, context and outputs must be finite and not negative, got {rows}, {tokens}, {context} and {outputs}"
+            f"rows, tokens, context and outputs must be finite and not negative, "
+            f"got {rows}, {tokens}, {context} and {outputs}"
         )
-    head = size.hidden if scalar else size.vocabulary
-    return rows * (
-        2 * size.matrices * tokens
-        + 4 * size.attention * tokens * context
-        + 2 * head * outputs
-    )
+    head = size.vocabulary
+    if scalar:
+        head = size.hidden
+    products = 2 * size.matrices * tokens
+    attention = 4 * size.attention * tokens * context
+    return rows * (products + attention + 2 * head * outputs)
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #6aca6c75
 def measure_flops(
     stage: Callable[[], Any],  # run once
 ) -> tuple[Any, int]:  # (what it returned, FLOPs of its matrix products)
-    "Run something and count its FLOPs, forward and backward; attention runs unfused, because not every fused kernel is counted."
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Run something and count its FLOPs, forward and backward.
+
+    Attention runs unfused, because not every fused kernel is counted."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
         result = stage()
     return result, counter.get_total_flops()
 
@@ -118,68 +153,89 @@ def flops(
     completion_length: float,  # T, tokens, EOS included, all of the same length
     reward: Size | None = None,  # of a reward model with a scalar head; None: a rule
 ) -> dict[str, float]:  # FLOPs of each box
-    "FLOPs of one training step by box (DeepSeekMath 2402.03300, fig. 4); 0 for a box that the algorithm does not have."
-    if not (
-        1 <= prompt_length < float("inf") and 1 <= completion_length < float("inf")
-    ):
+    """Count the FLOPs of one training step by box (DeepSeekMath 2402.03300, fig. 4).
+
+    0 for a box that the algorithm does not have.
+
+    Raises: `ValueError`: a length below one token, or not finite."""
+    lengths = (prompt_length, completion_length)
+    if not all(1 <= length < math.inf for length in lengths):
         raise ValueError(
-            f"prompt_length and completion_length must be at least one token, got {prompt_length} and {completion_length}"
+            f"prompt_length and completion_length must be at least one token, "
+            f"got {prompt_length} and {completion_length}"
         )
-    P, T, B = prompt_length, completion_length, config.num_prompts
-    N, mu, ppo = (
-        B * getattr(config, "num_generations", 1),
-        config.num_iterations,
-        config.algorithm == "ppo",
-    )
-    k = completions_per_row(N // B, P, T, size.hidden)
-    scoring = forward_flops(size, N // k, P + k * T, P + k * T, k * T)
-    groups = max(
-        1, config.max_tokens_per_micro_batch * k // (N // B * (P + k * T))
-    )  # of a full micro-batch
-    pieces = (
-        min(groups, B) * N // B * T * size.vocabulary / size.hidden > LOGITS
-    )  # are its logits cut?
-    again = (
-        2 * size.vocabulary * N * T * pieces
-    )  # the projection once more, in the backward pass
-    value = forward_flops(size, N, P + T, P + T, T, scalar=True) * ppo
+    P, T = lengths
+    B = config.num_prompts
+    N = B * getattr(config, "num_generations", 1)
+    costs = dict.fromkeys(_BOXES, 0)
+    scoring, again = _scoring(config, size, P, T, N)
     prompts = forward_flops(size, B, P, P, 1)  # once per query
     new_tokens = forward_flops(size, N, T - 1, P + T / 2, T - 1)
-    return {
-        "policy: sample": prompts + new_tokens + scoring * ppo,
-        "reference": scoring * (config.beta > 0),
-        "reward": forward_flops(reward, N, P + T, P + T, P + T, scalar=True)
-        if reward
-        else 0,
-        "value: predict": value,
-        "policy: update": mu * (3 * scoring + again),
-        "value: update": 3 * mu * value,
-    }
+    costs["policy: sample"] = prompts + new_tokens
+    costs["policy: update"] = config.num_iterations * (3 * scoring + again)
+    if config.beta > 0:
+        costs["reference"] = scoring
+    if reward:
+        costs["reward"] = forward_flops(reward, N, P + T, P + T, P + T, scalar=True)
+    if config.algorithm == "ppo":
+        value = forward_flops(size, N, P + T, P + T, T, scalar=True)
+        costs["policy: sample"] += scoring
+        costs["value: predict"] = value
+        costs["value: update"] = 3 * config.num_iterations * value
+    return costs
+
+
+_BOXES = (
+    "policy: sample",
+    "reference",
+    "reward",
+    "value: predict",
+    "policy: update",
+    "value: update",
+)
+
+
+def _scoring(config, size: Size, P: int, T: float, N: int) -> tuple[float, float]:
+    "FLOPs of one pass that scores N completions, and of logits computed twice."
+    G = N // config.num_prompts
+    k = completions_per_row(G, P, T, size.hidden)
+    row = P + k * T
+    scoring = forward_flops(size, N // k, row, row, k * T)
+    groups = max(1, config.max_tokens_per_micro_batch * k // (G * row))
+    logits = min(groups, config.num_prompts) * G * T * size.vocabulary / size.hidden
+    if logits > LOGITS:  # cut: the projection once more, in the backward pass
+        return scoring, 2 * size.vocabulary * N * T
+    return scoring, 0
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #4aeb8632
 def cost_table(
     config: Config,  # of one algorithm
-    model_config: PreTrainedConfig,  # of the policy; reference and value model have the same trunk
+    model_config: PreTrainedConfig,  # of the policy, and of the value model's trunk
     prompt_length: int,  # P, tokens
     completion_length: float,  # T, tokens
     reward_model: PreTrainedConfig | None = None,  # None: the reward is a rule
 ) -> pd.DataFrame:  # columns: trained (parameters), bytes, FLOPs
-    "What each box costs in one training step; `sum()` is the whole algorithm. No activations, no key-value cache."
-    size, reward = (
-        parameters(model_config),
-        parameters(reward_model) if reward_model else None,
-    )
-    ppo, keep = config.algorithm == "ppo", lambda n: training_bytes(n)["weights"]
-    learn = lambda n: sum(training_bytes(n).values()) - keep(n)
-    rows = {
-        "policy: sample": (0, keep(size.policy)),
-        "reference": (0, keep(size.policy) * (config.beta > 0)),
-        "reward": (0, keep(reward.value) if reward else 0),
-        "value: predict": (0, keep(size.value) * ppo),
-        "policy: update": (size.policy, learn(size.policy)),
-        "value: update": (size.value * ppo, learn(size.value) * ppo),
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["trained", "bytes"])
-    return table.assign(
-        FLOPs=pd.Series(flops(config, size, prompt_length, completion_length, reward))
-    )
+    """Tabulate what each box costs in one training step.
+
+    `sum()` is the whole algorithm. No activations, no key-value cache."""
+    size = parameters(model_config)
+    table = pd.DataFrame(0, index=_BOXES, columns=["trained", "bytes"])
+    _enter(table, "policy: sample", "policy: update", size.policy)
+    if config.beta > 0:
+        table.loc["reference", "bytes"] = training_bytes(size.policy)["weights"]
+    reward = None
+    if reward_model:
+        reward = parameters(reward_model)
+        table.loc["reward", "bytes"] = training_bytes(reward.value)["weights"]
+    if config.algorithm == "ppo":
+        _enter(table, "value: predict", "value: update", size.value)
+    costs = flops(config, size, prompt_length, completion_length, reward)
+    return table.assign(FLOPs=pd.Series(costs))
+
+
+def _enter(table: pd.DataFrame, forward: str, update: str, num_parameters: int):
+    "Enter a trained model: its weights where it runs, the rest where it is updated."
+    by_purpose = training_bytes(num_parameters)
+    table.loc[forward, "bytes"] = by_purpose["weights"]
+    table.loc[update, "trained"] = num_parameters
+    table.loc[update, "bytes"] = by_purpose["gradient"] + by_purpose["moments"]

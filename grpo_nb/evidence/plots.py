@@ -8,9 +8,12 @@ __all__ = ['COLORS', 'PANELS', 'HELD_OUT', 'COMPARED', 'curve', 'plot_run', 'Liv
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #785cd469
 import io
+import itertools
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -19,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..run.options import PPOConfig
@@ -52,37 +56,43 @@ def curve(
     run: Run,
     metric: str,  # a column of `run.metrics`
     by: str = "step",  # x axis: "step" | "num_completions"
-) -> pd.Series:  # where the metric was measured; what was held out begins at 0, before training; `step_time` is summed up
-    "One metric of one run."
+) -> pd.Series:  # where the metric was measured
+    """Follow one metric of one run.
+
+    What was held out begins at 0, before training; `step_time` is summed up."""
     return _curve(run.metrics.reset_index().set_index(by), metric)
 
 
 def _curve(metrics: pd.DataFrame, metric: str) -> pd.Series:
     "One metric of a table of them, by its index; empty if it was not measured."
-    measured = lambda name: (
-        metrics[name].dropna() if name in metrics else pd.Series(dtype=float)
-    )
-    y = measured(metric).cumsum() if metric == "step_time" else measured(metric)
-    start = y[:0]
+    y = _measured(metrics, metric)
+    if metric == "step_time":
+        y = y.cumsum()
     if metric in HELD_OUT:
-        start = measured(metric.replace("/", "/initial_")).reset_index(drop=True)
-    return (pd.concat([start, y]) if len(start) else y).rename_axis(metrics.index.name)
+        initial = metric.replace("/", "/initial_")
+        start = _measured(metrics, initial).reset_index(drop=True)
+        if len(start):
+            y = pd.concat([start, y])
+    return y.rename_axis(metrics.index.name)
+
+
+def _measured(metrics: pd.DataFrame, name: str) -> pd.Series:
+    "A column without the steps that have nothing in it."
+    if name not in metrics:
+        return pd.Series(dtype=float)
+    return metrics[name].dropna()
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #3e56d38d
 def _panels(titles: list[str], xlabel: str, columns: int) -> tuple[Figure, list[Axes]]:
     "A grid of empty panels."
     rows = max(1, -(-len(titles) // columns))
-    fig, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(10, 2.4 * rows + 0.4),
-        layout="constrained",
-        squeeze=False,
-    )
+    size = {"figsize": (10, 2.4 * rows + 0.4), "layout": "constrained"}
+    fig, axes = plt.subplots(rows, columns, squeeze=False, **size)
     plt.close(fig)  # a notebook shows what is open at the end of a cell, too
     for ax in axes.flat[len(titles) :]:
         ax.remove()
-    for ax, title in zip(axes.flat, titles):
+    used = list(axes.flat[: len(titles)])
+    for ax, title in zip(used, titles):
         ax.set_title(title, fontsize=10, loc="left")
         ax.set_xlabel(xlabel, fontsize=9)
         ax.tick_params(labelsize=9)
@@ -90,22 +100,19 @@ def _panels(titles: list[str], xlabel: str, columns: int) -> tuple[Figure, list[
         ax.grid(axis="y", color="#999", alpha=0.2)
         if "accuracy" in title:
             ax.yaxis.set_major_formatter(PercentFormatter(1))
-    return fig, list(axes.flat[: len(titles)])
+    return fig, used
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #cbc8a384
 def plot_run(
     run: Run,
     window: int | None = None,  # steps that are averaged; None: a tenth of the run
 ) -> Figure:
-    "Learning curves of one run; panels whose metric it lacks are left out."
+    "Draw the learning curves of one run; panels whose metric it lacks are left out."
     window = window or max(1, len(run.metrics) // 10)
     fig = _learning_curves(run.metrics, PANELS, window, columns=4)
-    fig.suptitle(
-        f"{run.config.algorithm.upper()} on {run.task.name}; faint: every step, strong: mean of the last {window}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    title = f"{run.config.algorithm.upper()} on {run.task.name}"
+    lines = f"faint: every step, strong: mean of the last {window}"
+    fig.suptitle(f"{title}; {lines}", fontsize=10, x=0.01, ha="left")
     return fig
 
 
@@ -113,44 +120,40 @@ def _learning_curves(
     metrics: pd.DataFrame, panels: dict[str, str], window: int, columns: int
 ) -> Figure:
     "The curves of those metrics (by title) that a table has, by step."
-    panels = {
-        title: name for title, name in panels.items() if len(_curve(metrics, name))
-    }
-    fig, axes = _panels(list(panels), "step", columns)
-    for ax, name in zip(axes, panels.values()):
-        y = _curve(metrics, name)
-        if name in HELD_OUT:
+    curves = {title: _curve(metrics, name) for title, name in panels.items()}
+    titles = [title for title, y in curves.items() if len(y)]
+    fig, axes = _panels(titles, "step", columns)
+    for ax, title in zip(axes, titles):
+        y = curves[title]
+        if panels[title] in HELD_OUT:
             ax.plot(y.index, y, "o-", color=COLORS[0], ms=4)
         else:
+            mean = y.rolling(window, min_periods=1).mean()
             ax.plot(y.index, y, color=COLORS[0], lw=1, alpha=0.35)
-            ax.plot(
-                y.index, y.rolling(window, min_periods=1).mean(), color=COLORS[0], lw=2
-            )
-        if "share" in ax.get_title(loc="left"):
+            ax.plot(y.index, mean, color=COLORS[0], lw=2)
+        if "share" in title:
             ax.set_ylim(bottom=-0.01)
     return fig
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #0f5a7b11
 def _in_a_notebook() -> bool:
-    "Is this process a notebook's kernel? (Only there is IPython imported, and has one.)"
+    "Whether this process is a notebook's kernel: only there IPython has one."
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 class LivePlot:
-    """Learning curves that are redrawn while a run goes on: `with LivePlot() as plot: train(config, on_step=plot)`.
+    """Redraw learning curves while a run goes on.
 
-    In a notebook one picture, which is replaced; elsewhere nothing is drawn. One for each run.
-    `ValueError`: no metrics, one text in place of several, or a time that is not positive."""
+    `with LivePlot() as plot: train(config, on_step=plot)`. In a notebook it is one
+    picture, which is replaced; elsewhere nothing is drawn. One for each run.
+
+    Raises: `ValueError`: no metrics, one text in place of several, or a time that is
+    not positive."""
 
     def __init__(
         self,
-        metrics: tuple[str, ...] = (
-            "reward",
-            "eval/accuracy",
-            "eval/reward",
-            "kl",
-        ),  # as metrics.jsonl names them, in order
+        metrics: tuple[str, ...] = ("reward", *HELD_OUT, "kl"),  # of metrics.jsonl
         seconds: float = 5.0,  # from one picture to the next, at least
     ):
         if not metrics or isinstance(metrics, str):
@@ -158,11 +161,11 @@ class LivePlot:
         if not seconds > 0:
             raise ValueError(f"seconds must be positive, got {seconds!r}")
         titles = {name: title for title, name in PANELS.items()}
-        self.panels, self.seconds = (
-            {titles.get(name, name): name for name in metrics},
-            seconds,
-        )
-        self.lines, self._drawn, self._handle = [], -float("inf"), None
+        self.panels = {titles.get(name, name): name for name in metrics}
+        self.seconds = seconds
+        self.lines = []
+        self._drawn = -float("inf")
+        self._handle = None
 
     def __call__(self, metrics: dict):  # a line of metrics
         self.lines.append(metrics)
@@ -176,8 +179,8 @@ class LivePlot:
             return
         from IPython.display import Image, display
 
-        fig, png = self.figure(), io.BytesIO()
-        fig.savefig(png)
+        png = io.BytesIO()
+        self.figure().savefig(png)
         picture = Image(png.getvalue())
         if self._handle:
             self._handle.update(picture)
@@ -185,11 +188,11 @@ class LivePlot:
             self._handle = display(picture, display_id=True)
 
     def figure(self) -> Figure:
-        "The curves so far; faint: every step, strong: mean of the last tenth."
+        "Draw the curves so far; faint: every step, strong: mean of the last tenth."
         table = pd.DataFrame(self.lines).set_index("step")
         shown = [name for name in self.panels.values() if len(_curve(table, name))]
-        window, columns = max(1, len(table) // 10), max(1, len(shown))
-        return _learning_curves(table, self.panels, window, columns)
+        window = max(1, len(table) // 10)
+        return _learning_curves(table, self.panels, window, max(1, len(shown)))
 
     def __enter__(self):
         return self
@@ -211,156 +214,161 @@ def spread(
     runs: list[Run],  # one configuration, several seeds
     metric: str,  # a column of `Run.metrics`
 ) -> pd.DataFrame:  # mean, lowest, highest; indexed by completions sampled
-    "One metric over several seeds, as far as all of them have got."
-    curves = (
-        pd.concat([curve(run, metric, "num_completions") for run in runs], axis=1)
-        .sort_index()
-        .interpolate("index", limit_area="inside")
-        .dropna()
-    )
-    return pd.DataFrame(
-        {
-            "mean": curves.mean(axis=1),
-            "lowest": curves.min(axis=1),
-            "highest": curves.max(axis=1),
-        }
-    )
+    "Follow one metric over several seeds, as far as all of them have got."
+    curves = [curve(run, metric, "num_completions") for run in runs]
+    table = pd.concat(curves, axis=1).sort_index()
+    table = table.interpolate("index", limit_area="inside").dropna()
+    band = pd.DataFrame({"mean": table.mean(axis=1)})
+    band["lowest"] = table.min(axis=1)
+    band["highest"] = table.max(axis=1)
+    return band
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #d54a5069
 def _refuse_empty(runs: dict[str, list[Run]]):
     "`ValueError` if there is nothing to compare."
     if not runs or not all(runs.values()):
-        raise ValueError(
-            f"runs must map each label to at least one run, got { ({k: len(v) for k, v in runs.items()}) }"
-        )
+        sizes = {label: len(group) for label, group in runs.items()}
+        raise ValueError(f"runs must map each label to at least one run, got {sizes}")
 
 
 def plot_comparison(
     runs: dict[str, list[Run]],  # label -> runs with different seeds
 ) -> Figure:
-    "Learning curves over completions sampled: the line is the mean of the seeds, the band goes from the lowest to the highest."
+    """Draw learning curves over completions sampled.
+
+    The line is the mean of the seeds, the band goes from the lowest to the highest."""
     _refuse_empty(runs)
-    has = lambda run, name: name in run.metrics and run.metrics[name].notna().any()
-    panels = {
-        title: name
-        for title, name in COMPARED.items()
-        if any(has(run, name) for group in runs.values() for run in group)
-    }
+    every = list(itertools.chain(*runs.values()))
+    panels = {}
+    for title, name in COMPARED.items():
+        if any(_has(run, name) for run in every):
+            panels[title] = name
     fig, axes = _panels(list(panels), "completions sampled", columns=2)
     for i, (label, group) in enumerate(runs.items()):
-        style = dict(
-            color=COLORS[i % len(COLORS)], ls=("-", "--", ":")[i // len(COLORS) % 3]
-        )
+        dashes = ("-", "--", ":")[i // len(COLORS) % 3]
+        style = {"label": label, "color": COLORS[i % len(COLORS)], "ls": dashes}
         for ax, name in zip(axes, panels.values()):
-            if not all(has(run, name) for run in group):
-                continue
-            band = spread(group, name)
-            ax.fill_between(
-                band.index,
-                band["lowest"],
-                band["highest"],
-                color=style["color"],
-                alpha=0.2,
-                lw=0,
-            )
-            ax.plot(
-                band.index,
-                band["mean"],
-                lw=2,
-                marker="o" if name in HELD_OUT else None,
-                ms=4,
-                label=label,
-                **style,
-            )
-    handles = {
-        text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels())
-    }
-    fig.legend(
-        handles.values(),
-        handles,
-        loc="outside upper left",
-        ncols=4,
-        frameon=False,
-        fontsize=10,
-        title=f"seeds: {', '.join(map(str, sorted({len(g) for g in runs.values()})))} each (line: mean, band: lowest to highest)",
-        alignment="left",
-    )
+            if all(_has(run, name) for run in group):
+                _draw_band(ax, spread(group, name), name in HELD_OUT, **style)
+    _draw_legend(fig, axes, {len(group) for group in runs.values()})
     return fig
+
+
+def _has(run: Run, name: str) -> bool:
+    "Whether a run measured this."
+    return len(_measured(run.metrics, name)) > 0
+
+
+def _draw_band(ax: Axes, band: pd.DataFrame, dots: bool, color: str, **style):
+    "One configuration in one panel."
+    shade = {"color": color, "alpha": 0.2, "lw": 0}
+    ax.fill_between(band.index, band["lowest"], band["highest"], **shade)
+    if dots:
+        style["marker"] = "o"
+    ax.plot(band.index, band["mean"], lw=2, ms=4, color=color, **style)
+
+
+def _draw_legend(fig: Figure, axes: list[Axes], seeds: set[int]):
+    "Every label once, and what line and band are."
+    handles = {}
+    for ax in axes:
+        lines, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines))
+    numbers = ", ".join(map(str, sorted(seeds)))
+    title = f"seeds: {numbers} each (line: mean, band: lowest to highest)"
+    place = {"loc": "outside upper left", "ncols": 4, "alignment": "left"}
+    style = {"title": title, "frameon": False, "fontsize": 10}
+    fig.legend(handles.values(), handles, **place, **style)
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #86806313
 def trained_parameters(run: Run) -> int:
-    "Weights with a gradient: those of the policy and, where an algorithm has one, of the value model beside it."
+    """Count the weights with a gradient.
 
-    def count(model, adapters=False):
-        return sum(
-            p.numel()
-            for name, p in model.named_parameters()
-            if ("lora_" in name) == adapters
-        )
-
-    policy = count(run.policy, run.config.use_peft)
-    kind = run.config.value_model if isinstance(run.config, PPOConfig) else None
-    if kind is None:
+    Those of the policy and, where there is one, of the value model beside it."""
+    policy = _count(run.policy, adapters=run.config.use_peft)
+    if not isinstance(run.config, PPOConfig):
         return policy
+    kind = run.config.value_model
     if kind in ("separate", "head"):
-        return policy + count(ValueModel(run.policy, shared=kind == "head"))
-    return policy + count(load_value_model(kind, run.policy))
+        return policy + _count(ValueModel(run.policy, shared=kind == "head"))
+    return policy + _count(load_value_model(kind, run.policy))
+
+
+def _count(model: nn.Module, adapters: bool = False) -> int:
+    "The weights of a model, or of the adapters in it."
+    weights = model.named_parameters()
+    return sum(p.numel() for name, p in weights if ("lora_" in name) == adapters)
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #bc61d52e
-def _gained(group: list[Run], held_out: list[str]) -> dict[str, float]:
-    "What was measured on held-out queries, before and after; NaN where it was not."
-    gained = {}
-    names = held_out or HELD_OUT[:1]
-    for name in names:
-        what = name.removeprefix("eval/")
-        prefix = "" if name == names[0] else f"{what} "
-        curves = [curve(run, name) for run in group]
-        first = [y.iloc[0] if len(y) else float("nan") for y in curves]
-        last = [y.iloc[-1] if len(y) else float("nan") for y in curves]
-        gained |= {
-            f"held-out {what} before": sum(first) / len(group),
-            f"held-out {what} after": sum(last) / len(group),
-            f"{prefix}after, lowest seed": min(last),
-            f"{prefix}after, highest seed": max(last),
-        }
-    return gained
-
-
 def comparison_table(
     runs: dict[str, list[Run]],  # label -> runs with different seeds
 ) -> pd.DataFrame:  # one row a label; means over the seeds where nothing else is said
-    "What was gained, and what it cost. KL is that of the last 10 steps, in nats a token."
+    """Tabulate what was gained, and what it cost.
+
+    KL is that of the last 10 steps, in nats a token."""
     _refuse_empty(runs)
-    every = [run for group in runs.values() for run in group]
+    every = list(itertools.chain(*runs.values()))
     held_out = [name for name in HELD_OUT if any(len(curve(r, name)) for r in every)]
     rows = {}
     for label, group in runs.items():
-        mean = lambda f: sum(map(f, group)) / len(group)
-        last = lambda name: mean(
-            lambda run: (
-                run.metrics[name].tail(10).mean()
-                if name in run.metrics
-                else float("nan")
-            )
-        )
-        rows[label] = {
-            "seeds": len(group),
-            **_gained(group, held_out),
-            "reward, last 10 steps": last("reward"),
-            "KL": last("kl"),
-            "seconds a step (median)": mean(
-                lambda run: run.metrics["step_time"].median()
-            ),
-            "seconds in total": mean(lambda run: run.metrics["step_time"].sum()),
-            "completions sampled": mean(
-                lambda run: run.metrics["num_completions"].max()
-            ),
-            "trained parameters": trained_parameters(group[0]),
-            "peak memory, MiB (largest)": max(
-                run.metrics["peak_memory"].max() for run in group
-            ),
-        }
+        row = {"seeds": len(group)}
+        row |= _gained(group, held_out or HELD_OUT[:1])
+        row |= _cost(group)
+        rows[label] = row
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _gained(group: list[Run], held_out: list[str]) -> dict[str, float]:
+    "What was measured on held-out queries, before and after; NaN where it was not."
+    gained = {}
+    for name in held_out:
+        what = name.removeprefix("eval/")
+        prefix = f"{what} "
+        if name == held_out[0]:
+            prefix = ""
+        ends = [_ends(curve(run, name)) for run in group]
+        first, last = zip(*ends)
+        gained[f"held-out {what} before"] = sum(first) / len(group)
+        gained[f"held-out {what} after"] = sum(last) / len(group)
+        gained[f"{prefix}after, lowest seed"] = min(last)
+        gained[f"{prefix}after, highest seed"] = max(last)
+    return gained
+
+
+def _ends(y: pd.Series) -> tuple[float, float]:
+    "The first and the last value of a curve."
+    if not len(y):
+        return float("nan"), float("nan")
+    return y.iloc[0], y.iloc[-1]
+
+
+def _cost(group: list[Run]) -> dict[str, float]:
+    "What the runs of a label cost."
+    metrics = [run.metrics for run in group]
+    steps = [table["step_time"] for table in metrics]
+    memory = [table["peak_memory"].max() for table in metrics]
+    return {
+        "reward, last 10 steps": _mean(_last(table, "reward") for table in metrics),
+        "KL": _mean(_last(table, "kl") for table in metrics),
+        "seconds a step (median)": _mean(seconds.median() for seconds in steps),
+        "seconds in total": _mean(seconds.sum() for seconds in steps),
+        "completions sampled": _mean(t["num_completions"].max() for t in metrics),
+        "trained parameters": trained_parameters(group[0]),
+        "peak memory, MiB (largest)": max(memory),
+    }
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    "The mean over the seeds."
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def _last(metrics: pd.DataFrame, name: str) -> float:
+    "The mean of the last 10 steps; NaN where there is none."
+    if name not in metrics:
+        return float("nan")
+    return metrics[name].tail(10).mean()
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #e0cddff9
 @dataclass(frozen=True)
@@ -376,77 +384,75 @@ class GroupView:
 def _token_texts(
     ids: list[int], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[str]:
-    "What each token adds to the text; decoded behind its neighbour, because some tokenizers drop a space that comes first."
+    "What each token adds to the text, decoded behind its neighbour."
     if tokenizer is None:
         return [f"{i} " for i in ids]
-    decode = lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False)
-    return [
-        decode(ids[max(0, k - 1) : k + 1])[len(decode(ids[max(0, k - 1) : k])) :]
-        for k in range(len(ids))
-    ]
+    texts = []
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    for k in range(len(ids)):  # some tokenizers drop a space that comes first
+        neighbour = ids[max(0, k - 1) : k]
+        both = decode([*neighbour, ids[k]])
+        texts.append(both[len(decode(neighbour)) :])
+    return texts
+
+
+_COLOURED = "background:rgba({},{:.2f});outline:1px solid rgba(128,128,128,.4);"
+_PADDED = "padding:0 2px;margin-right:2px"
+_ABOVE_A_NUMBER = (
+    ";display:inline-block;text-align:center;line-height:1.2;margin-bottom:3px"
+)
+_BELOW = '<br><small style="opacity:.75;font-size:.75em">{}</small>'
 
 
 def _token(
     text: str, numbers: dict[str, float], strength: float, below: str = ""
 ) -> str:
-    "One token as HTML: coloured by a strength in [-1, 1], its numbers in the title, and one of them below it."
+    "One token as HTML, coloured by a strength in [-1, 1]; its numbers in the title."
+    colour = "176,74,74"
+    if strength > 0:
+        colour = "72,120,168"
     opacity = 0.7 * abs(strength) ** 0.5  # the root, so that small ones are seen too
-    style = (
-        f"background:rgba({'72,120,168' if strength > 0 else '176,74,74'},{opacity:.2f});outline:1px solid rgba(128,128,128,.4);"
-        "padding:0 2px;margin-right:2px"
-    )
+    style = _COLOURED.format(colour, opacity) + _PADDED
+    content = escape(text)
     if below:
-        style += (
-            ";display:inline-block;text-align:center;line-height:1.2;margin-bottom:3px"
-        )
-    title = ", ".join(f"{name} {x:+.3f}" for name, x in numbers.items())
-    number = (
-        f'<br><small style="opacity:.75;font-size:.75em">{below}</small>'
-        if below
-        else ""
-    )
-    return (
-        f'<span title="{escape(title)}" style="{style}">{escape(text)}{number}</span>'
-    )
+        style += _ABOVE_A_NUMBER
+        content += _BELOW.format(below)
+    title = escape(", ".join(f"{name} {x:+.3f}" for name, x in numbers.items()))
+    return f'<span title="{title}" style="{style}">{content}</span>'
+
+
+_CELL = "padding:2px 12px 2px 0;white-space:pre-wrap;color:inherit;background:none"
 
 
 def _row(cells: list[str], tag: str = "td") -> str:
     "One row of the table: reward, advantage, completion."
-    style = "padding:2px 12px 2px 0;white-space:pre-wrap;color:inherit;background:none"
-    return (
-        "<tr>"
-        + "".join(
-            f'<{tag} style="text-align:{side};{style}">{cell}</{tag}>'
-            for side, cell in zip(("right", "right", "left"), cells)
-        )
-        + "</tr>"
-    )
+    html = ""
+    for side, cell in zip(("right", "right", "left"), cells):
+        html += f'<{tag} style="text-align:{side};{_CELL}">{cell}</{tag}>'
+    return f"<tr>{html}</tr>"
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #f3308b8c
 def _token_numbers(
-    r: Rollout, policy: PreTrainedModel | None, temperature: float
+    rollout: Rollout, policy: PreTrainedModel | None, temperature: float
 ) -> dict[str, torch.Tensor]:
-    "What is known of each token of a rollout, by name, each [N,T]; with a policy, also where that policy is now."
-    A = (
-        r.advantages
-        if r.advantages is None or r.advantages.dim() == 2
-        else r.advantages[:, None].expand(r.completion_mask.shape)
-    )
-    now, entropy, rho = r.logprobs, None, None
+    "What is known of each token, by name, each [N, T]; with a policy, also of now."
+    known = {"log-prob": rollout.logprobs, "advantage": rollout.advantages}
+    if rollout.advantages is not None and rollout.advantages.dim() == 1:
+        shape = rollout.completion_mask.shape
+        known["advantage"] = rollout.advantages[:, None].expand(shape)
+    now = rollout.logprobs
+    entropy = None
     if policy is not None:
         with torch.no_grad():
-            now, entropy = token_logprobs(policy, r, temperature, return_entropy=True)
-        rho = None if r.logprobs is None else (now - r.logprobs).exp()
-    known = {
-        "log-prob": r.logprobs,
-        "advantage": A,
-        "ratio": rho,
-        "KL": None
-        if r.ref_logprobs is None or now is None
-        else kl(now, r.ref_logprobs),
-        "entropy": entropy,
-        "value": r.values,
-    }
+            now, entropy = token_logprobs(
+                policy, rollout, temperature, return_entropy=True
+            )
+        if rollout.logprobs is not None:
+            known["ratio"] = (now - rollout.logprobs).exp()
+    if rollout.ref_logprobs is not None and now is not None:
+        known["KL"] = kl(now, rollout.ref_logprobs)
+    known["entropy"] = entropy
+    known["value"] = rollout.values
     return {name: x for name, x in known.items() if x is not None}
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #bcd43f4c
@@ -454,64 +460,90 @@ def show_group(
     rollout: Rollout,  # as far as it has come: what is still None is not shown
     group: int = 0,  # which query
     tokenizer: PreTrainedTokenizerBase | None = None,  # None: token ids are shown
-    policy: PreTrainedModel
-    | None = None,  # as it is now, for ratio, KL and entropy; None: KL at sampling
-    color: str = "advantage",  # what colours the tokens: "advantage" | "ratio" | "KL" | "entropy" | "value" | "log-prob"
+    policy: PreTrainedModel | None = None,  # as it is now; None: KL at sampling
+    color: str = "advantage",  # | "ratio" | "KL" | "entropy" | "value" | "log-prob"
     temperature: float = 1.0,  # the one it was sampled with
 ) -> GroupView:
-    """One group token by token: blue where the number is positive (a ratio above 1), red where it is negative. Padding is not shown.
+    """Show one group token by token, without padding.
 
-    `ValueError` for a group that is not there, or a colour that the rollout and the policy do not tell."""
-    if not 0 <= group < len(rollout.queries):
-        raise ValueError(
-            f"group must lie in 0..{len(rollout.queries) - 1}, got {group}"
-        )
+    Blue where the number is positive (a ratio above 1), red where it is negative. The
+    policy is needed for ratio and entropy.
+
+    Raises: `ValueError`: a group that is not there, or a colour that the rollout and
+    the policy do not tell."""
+    last = len(rollout.queries) - 1
+    if not 0 <= group <= last:
+        raise ValueError(f"group must lie in 0..{last}, got {group}")
     r = rollout.select([group])
     numbers = _token_numbers(r, policy, temperature)
     if color not in numbers and color != "advantage":
         raise ValueError(f"color must be one of {', '.join(numbers)}; got {color!r}")
-    x = numbers.get(color, torch.zeros(r.completion_mask.shape))
-    x = (x.log() if color == "ratio" else x).masked_fill(~r.completion_mask, 0.0)
-    strength, numbers = (
-        (x / x.abs().max().clamp(min=1e-12)).tolist(),
-        {name: n.tolist() for name, n in numbers.items()},
-    )
-    number = lambda x, form: "–" if x is None or x != x else format(x, form)
-    rows = [
-        _row(
-            [
-                "reward",
-                "advantage",
-                "completion" + f" ({color} below)" * (color != "advantage"),
-            ],
-            "th",
-        )
-    ]
+    strengths = _strengths(numbers, color, r.completion_mask)
+    columns = ["reward", "advantage", "completion"]
+    if color != "advantage":
+        columns[-1] += f" ({color} below)"
+    rows = [_row(columns, "th")]
     for i, n in enumerate(r.completion_mask.sum(1).tolist()):
-        mine = [{name: x[i][j] for name, x in numbers.items()} for j in range(n)]
-        below = [number(m[color], ".2f") if color != "advantage" else "" for m in mine]
-        tokens = "".join(
-            map(
-                _token,
-                _token_texts(r.completion_ids[i, :n].tolist(), tokenizer),
-                mine,
-                strength[i],
-                below,
-            )
-        )
-        A = sum(m["advantage"] for m in mine) / n if "advantage" in numbers else None
-        reward = number(None if r.rewards is None else r.rewards[i].item(), ".2f")
-        rows.append(
-            _row(
-                [
-                    reward,
-                    number(A, "+.2f"),
-                    tokens + " (truncated)" * bool(r.truncated[i]),
-                ]
-            )
-        )
+        texts = _token_texts(r.completion_ids[i, :n].tolist(), tokenizer)
+        of_token = _by_token(numbers, i, n)
+        tokens = _tokens(texts, of_token, strengths[i], color)
+        if r.truncated[i]:
+            tokens += " (truncated)"
+        rows.append(_row([_reward(r, i), _mean_advantage(of_token), tokens]))
+    return GroupView(_page(r.queries[0].text, rows))
+
+
+def _strengths(numbers: dict, color: str, mask: torch.Tensor) -> list[list[float]]:
+    "How strongly each token is coloured, in [-1, 1]."
+    x = numbers.get(color, torch.zeros(mask.shape))
+    if color == "ratio":
+        x = x.log()
+    x = x.masked_fill(~mask, 0.0)
+    return (x / x.abs().max().clamp(min=1e-12)).tolist()
+
+
+def _by_token(numbers: dict, i: int, n: int) -> list[dict[str, float]]:
+    "The numbers of each token of a completion."
+    rows = {name: x[i, :n].tolist() for name, x in numbers.items()}
+    return [{name: row[t] for name, row in rows.items()} for t in range(n)]
+
+
+def _tokens(texts, numbers, strengths: list[float], color: str) -> str:
+    "A completion, with the number that colours it below each token."
+    html = ""
+    for text, of_token, strength in zip(texts, numbers, strengths):
+        below = ""
+        if color != "advantage":
+            below = _formatted(of_token[color], ".2f")
+        html += _token(text, of_token, strength, below)
+    return html
+
+
+def _formatted(x: float | None, form: str) -> str:
+    "A number, or a dash where there is none."
+    if x is None or x != x:
+        return "–"
+    return format(x, form)
+
+
+def _reward(rollout: Rollout, i: int) -> str:
+    "The reward of a completion."
+    if rollout.rewards is None:
+        return "–"
+    return _formatted(rollout.rewards[i].item(), ".2f")
+
+
+def _mean_advantage(numbers: list[dict[str, float]]) -> str:
+    "The mean over the tokens of a completion."
+    if not numbers or "advantage" not in numbers[0]:
+        return "–"
+    total = sum(of_token["advantage"] for of_token in numbers)
+    return _formatted(total / len(numbers), "+.2f")
+
+
+def _page(query: str, rows: list[str]) -> str:
+    "The query above the table."
     style = "font-family:monospace;color:inherit;background:none"
-    return GroupView(
-        f'<div style="{style};overflow-x:auto"><p style="white-space:pre-wrap">{escape(r.queries[0].text)}</p>'
-        f'<table style="{style}">{"".join(rows)}</table></div>'
-    )
+    head = f'<p style="white-space:pre-wrap">{escape(query)}</p>'
+    table = f'<table style="{style}">{"".join(rows)}</table>'
+    return f'<div style="{style};overflow-x:auto">{head}{table}</div>'

@@ -25,15 +25,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .plots import COLORS
 from ..engine.decoding import sample
 from .sweep import sweep
-from ..task import Task
 from ..run.run_directory import read_json, write_atomically
+from ..task import Query, Task
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #34e821a5
 def iqm(
     x,  # numbers, e.g. one final accuracy a seed
     axis: int = -1,
-) -> np.ndarray:
-    "Interquartile mean: without the lowest and the highest quarter (Agarwal et al. 2108.13264, sec. 4.3); NaN of nothing."
+) -> np.ndarray:  # NaN of nothing
+    """Average without the lowest and the highest quarter: the interquartile mean.
+
+    Source: Agarwal et al. 2108.13264, sec. 4.3."""
     from scipy.stats import trim_mean
 
     return trim_mean(np.asarray(x, dtype=float), 0.25, axis=axis)
@@ -44,7 +46,11 @@ def interval(
     statistic: Callable = iqm,  # f(*samples, axis=-1) -> number
     level: float = 0.95,
 ) -> tuple[float, float]:  # NaN if a sample has fewer than two numbers
-    "Percentile bootstrap interval of a statistic; the same numbers give the same interval."
+    """Bootstrap a percentile interval of a statistic.
+
+    The same numbers give the same interval.
+
+    Raises: `ValueError`: a level that is no share."""
     from scipy.stats import bootstrap
 
     if not 0 < level < 1:
@@ -67,9 +73,14 @@ def difference(
     a,
     b,  # one number a run
 ) -> tuple[float, float, float]:  # (iqm(a) - iqm(b), lower end, upper end)
-    "How much larger is the interquartile mean of `a`, with its 95 % bootstrap interval?"
-    gap = lambda a, b, axis=-1: iqm(a, axis) - iqm(b, axis)
-    return float(gap(a, b)), *interval(a, b, statistic=gap)
+    "Measure how much larger the mean of `a` is, with its 95 % bootstrap interval."
+    low, high = interval(a, b, statistic=_gap)
+    return float(_gap(a, b)), low, high
+
+
+def _gap(a, b, axis: int = -1) -> np.ndarray:
+    "The difference of two interquartile means."
+    return iqm(a, axis) - iqm(b, axis)
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #0136b1fc
 def summarise(
@@ -77,20 +88,15 @@ def summarise(
     by: str | list[str],  # columns that name a configuration
     value: str,  # the column that is averaged
 ) -> pd.DataFrame:  # indexed by `by`: runs, iqm, low, high
-    "Each configuration with its interquartile mean and 95 % bootstrap interval."
+    "Average each configuration: interquartile mean and 95 % bootstrap interval."
+    groups = table.groupby(by, sort=False)[value]
+    return groups.apply(_summary).unstack().astype({"runs": int})
 
-    def row(x):
-        return pd.Series(
-            {
-                "runs": len(x),
-                "iqm": float(iqm(x)),
-                **dict(zip(("low", "high"), interval(x))),
-            }
-        )
 
-    return (
-        table.groupby(by, sort=False)[value].apply(row).unstack().astype({"runs": int})
-    )
+def _summary(x: pd.Series) -> pd.Series:
+    "One configuration."
+    low, high = interval(x)
+    return pd.Series({"runs": len(x), "iqm": float(iqm(x)), "low": low, "high": high})
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #0c53391c
 def plot_summary(
@@ -100,48 +106,24 @@ def plot_summary(
     value: str,  # column that is averaged over the runs
     by: str | None = None,  # column of names: one line, or one set of points, for each
 ) -> Axes:
-    "Interquartile means over the runs, with 95 % bootstrap intervals."
+    "Draw interquartile means over the runs, with 95 % bootstrap intervals."
+    groups = [(None, table)]
+    if by is not None:
+        groups = list(table.groupby(by, sort=False))
     names = list(table[x].unique())
-    groups = [(None, table)] if by is None else list(table.groupby(by, sort=False))
-    line = pd.api.types.is_numeric_dtype(table[x])
+    is_line = pd.api.types.is_numeric_dtype(table[x])
     for i, (label, part) in enumerate(groups):
-        found, color, marker = (
-            summarise(part, x, value),
-            COLORS[i % len(COLORS)],
-            "osD^vP"[i % 6],
-        )
-        if line:
-            found = found.sort_index()
-            ax.fill_between(
-                found.index, found["low"], found["high"], color=color, alpha=0.18, lw=0
-            )
-            ax.plot(
-                found.index,
-                found["iqm"],
-                color=color,
-                marker=marker,
-                ms=4,
-                lw=1.8,
-                ls=("-", "--", ":", "-.")[i % 4],
-                label=label,
-            )
+        found = summarise(part, x, value)
+        style = {"color": COLORS[i % len(COLORS)], "label": label}
+        marker = "osD^vP"[i % 6]
+        if is_line:
+            dashes = ("-", "--", ":", "-.")[i % 4]
+            _draw_line(ax, found.sort_index(), marker=marker, ls=dashes, **style)
         else:
-            at = [
-                names.index(name) + 0.16 * (i - (len(groups) - 1) / 2)
-                for name in found.index
-            ]
-            ax.errorbar(
-                at,
-                found["iqm"],
-                yerr=[found["iqm"] - found["low"], found["high"] - found["iqm"]],
-                fmt=marker,
-                color=color,
-                ms=6,
-                capsize=3,
-                lw=1.5,
-                label=label,
-            )
-    if not line:
+            beside = 0.16 * (i - (len(groups) - 1) / 2)
+            places = [names.index(name) + beside for name in found.index]
+            _draw_points(ax, places, found, fmt=marker, **style)
+    if not is_line:
         ax.set_xticks(range(len(names)), names)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#999", alpha=0.2)
@@ -149,9 +131,28 @@ def plot_summary(
         ax.legend(frameon=False, fontsize=9)
     return ax
 
+
+def _draw_line(ax: Axes, found: pd.DataFrame, color: str, **style):
+    "A line with its band."
+    band = {"color": color, "alpha": 0.18, "lw": 0}
+    ax.fill_between(found.index, found["low"], found["high"], **band)
+    ax.plot(found.index, found["iqm"], color=color, ms=4, lw=1.8, **style)
+
+
+def _draw_points(ax: Axes, places: list[float], found: pd.DataFrame, **style):
+    "Points with their bars."
+    below = found["iqm"] - found["low"]
+    above = found["high"] - found["iqm"]
+    bars = {"yerr": [below, above], "capsize": 3, "lw": 1.5}
+    ax.errorbar(places, found["iqm"], ms=6, **bars, **style)
+
 # %% ../../nbs/4_evidence/46_statistics.ipynb #25cdbe6d
 def pass_at_k(n: int, c: int, k: int) -> float:
-    "Probability that one of `k` answers is right, if `c` of `n` are (Chen et al. 2107.03374, eq. 1). `ValueError` unless 0 <= c <= n, 1 <= k <= n."
+    """Estimate the probability that one of `k` answers is right, if `c` of `n` are.
+
+    Raises: `ValueError` unless 0 <= c <= n and 1 <= k <= n.
+
+    Source: Chen et al. 2107.03374, eq. 1."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(
             f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}"
@@ -167,30 +168,32 @@ def probe(
     k: int = 16,  # answers to each
     split: str = "heldout",  # "heldout" | "train"
     max_completion_length: int = 16,
-) -> dict[
-    str, float
-]:  # accuracy (pass@1), pass_at_4, pass_at_k, distinct right answers a query, distinct answers a query
-    "What a policy does when it is sampled at temperature 1; the same queries and the same random numbers every time."
+) -> dict[str, float]:
+    """Measure what a policy does when it is sampled at temperature 1.
+
+    Accuracy (pass@1), pass_at_4, pass_at_k, distinct right answers and distinct answers
+    a query. The same queries and the same random numbers every time."""
     queries = list({query.text: query for query in task.queries(split, n)}.values())
     generator = torch.Generator(policy.device).manual_seed(0)
-    rollout = sample(
-        policy, tokenizer, queries, k, max_completion_length, generator=generator
-    )
-    groups = [
-        (query, rollout.completions[i * k : (i + 1) * k])
-        for i, query in enumerate(queries)
-    ]
-    right = [
-        [text for text in answers if task.is_right(text, query)]
-        for query, answers in groups
-    ]
-    mean = lambda numbers: float(np.mean(list(numbers)))
+    inputs = (policy, tokenizer, queries, k, max_completion_length)
+    texts = sample(*inputs, generator=generator).completions
+    rows = []
+    for i, query in enumerate(queries):
+        answers = texts[i * k : (i + 1) * k]
+        rows.append(_measured(answers, query, task))
+    return pd.DataFrame(rows).mean().to_dict()
+
+
+def _measured(answers: list[str], query: Query, task: Task) -> dict[str, float]:
+    "The answers to one query."
+    k = len(answers)
+    right = [answer for answer in answers if task.is_right(answer, query)]
     return {
-        "accuracy": mean(len(texts) / k for texts in right),
-        "pass_at_4": mean(pass_at_k(k, len(texts), min(4, k)) for texts in right),
-        "pass_at_k": mean(bool(texts) for texts in right),
-        "distinct_right": mean(len(set(texts)) for texts in right),
-        "distinct": mean(len(set(answers)) for _, answers in groups),
+        "accuracy": len(right) / k,
+        "pass_at_4": pass_at_k(k, len(right), min(4, k)),
+        "pass_at_k": float(len(right) > 0),
+        "distinct_right": len(set(right)),
+        "distinct": len(set(answers)),
     }
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #4982be12
@@ -198,38 +201,33 @@ def read_metrics(
     runs: pd.DataFrame,  # of `sweep` over `train`: a row for each cell
     names: list[str],  # metrics to keep
     every: int = 1,  # keep each so many steps, and the last
-) -> pd.DataFrame:  # a row for each run and step: the cell's parameters, `run` (its number), `seconds` (of the run), step, metrics
-    "The metrics of a sweep's runs in one tidy table; step 0 has the accuracy before training. Failed cells are left out."
+) -> pd.DataFrame:  # a row for each run and step
+    """Read the metrics of a sweep's runs into one tidy table.
+
+    Its columns: `run` (the number of the cell), the parameters of the cell, `seconds`
+    (of the run), step, metrics. Step 0 has the accuracy before training. Failed cells
+    are left out.
+
+    Raises: `ValueError`: `every` is below 1."""
     if not every >= 1:
         raise ValueError(f"every must be at least 1, got {every}")
     tables = []
     for number, run in runs[runs["error"].isna()].iterrows():
         metrics = pd.read_json(Path(run["directory"]) / "metrics.jsonl", lines=True)
-        start = pd.DataFrame(
-            [
-                {
-                    "step": 0,
-                    "num_completions": 0,
-                    "eval/accuracy": metrics["eval/initial_accuracy"].iloc[0],
-                }
-            ]
-        )
-        kept = pd.concat(
-            [
-                start,
-                metrics[
-                    (metrics["step"] % every == 0)
-                    | (metrics["step"] == metrics["step"].max())
-                ],
-            ]
-        )
+        steps = metrics["step"]
+        kept = metrics[(steps % every == 0) | (steps == steps.max())]
+        table = pd.concat([_start(metrics), kept]).reindex(columns=["step", *names])
         settings = run.drop(["directory", "error"]).to_dict()
-        tables.append(
-            kept.reindex(columns=["step", *names]).assign(run=number, **settings)
-        )
-    return pd.concat(tables, ignore_index=True)[
-        ["run", *runs.columns.drop(["directory", "error"]), "step", *names]
-    ]
+        tables.append(table.assign(run=number, **settings))
+    settings = runs.columns.drop(["directory", "error"])
+    columns = ["run", *settings, "step", *names]
+    return pd.concat(tables, ignore_index=True)[columns]
+
+
+def _start(metrics: pd.DataFrame) -> pd.DataFrame:
+    "What was measured before training, as a step of its own."
+    accuracy = metrics["eval/initial_accuracy"].iloc[0]
+    return pd.DataFrame([{"step": 0, "num_completions": 0, "eval/accuracy": accuracy}])
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #262d856f
 @dataclass
@@ -245,137 +243,150 @@ class Claim:
     def __post_init__(self):
         if not re.fullmatch(r"\w+", self.name):
             raise ValueError(
-                f"name must be letters, digits and _, because files are called by it; got {self.name!r}"
+                f"name must be letters, digits and _, because files are called by it; "
+                f"got {self.name!r}"
             )
-        here = [Path.cwd(), *Path.cwd().parents]
-        self.root = next(
-            (folder for folder in here if (folder / "settings.ini").exists()), None
-        )
-        if self.root is None:
-            raise ValueError(
-                f"no settings.ini in {here[0]} or above it: run this inside a checkout of the repository"
-            )
-        self.directory = (
-            self.root
-            / "runs"
-            / "claims"
-            / (f"smoke-{self.name}" if self.smoke else self.name)
-        )  # of runs
-        self.results = (
-            self.directory if self.smoke else self.root / "benchmarks" / "claims"
-        )  # of tables and the verdict
+        self.root = _checkout()
+        runs = self.root / "runs" / "claims"
+        self.directory = runs / self.name  # of runs
+        self.results = self.root / "benchmarks" / "claims"  # of tables and verdict
+        if self.smoke:
+            self.directory = runs / f"smoke-{self.name}"
+            self.results = self.directory
 
     def sweep(
         self,
         cells: list[dict],
-        notebook: str = "train",
+        notebook: str = "train",  # of nbs/experiments
         jobs: int | None = None,
         threads: int = 1,
     ) -> pd.DataFrame:
-        "Run a notebook of nbs/experiments over a grid, in this claim's directory; in a smoke run a failed cell is an error."
+        """Run a notebook over a grid, in this claim's directory.
+
+        Raises: `RuntimeError`: a cell failed in a smoke run."""
         path = self.root / "nbs" / "experiments" / f"{notebook}.ipynb"
-        runs = sweep(
-            path,
-            cells,
-            self.directory / Path(notebook).name,
-            jobs or self.jobs,
-            threads,
-        )
+        directory = self.directory / Path(notebook).name
+        runs = sweep(path, cells, directory, jobs or self.jobs, threads)
         if self.smoke and runs["error"].notna().any():
             raise RuntimeError(f"{self.name}: {runs['error'].dropna().iloc[0]}")
         return runs
 
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        "The table of that name: as it was kept, or made now (`rerun`, `smoke`). `ValueError` if there is none yet."
+        """Give the table of that name: as it was kept, or made now.
+
+        Raises: `ValueError`: there is none yet."""
         path = self.results / f"{self.name}_{name}.csv"
         if self.smoke or self.rerun:
-            began, table = time.time(), make()
+            began = time.time()
+            table = make()
             self.results.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, table.to_csv(index=False, float_format="%.6g"))
-            each = (
-                table.groupby("run")["seconds"].first()
-                if {"run", "seconds"} <= set(table)
-                else [time.time() - began]
-            )
-            fact = {
-                "runs": len(each),
-                "rows": len(table),
-                "seconds": round(float(sum(each))),
-                **_versions(),
-            }
-            self._note(tables=self._noted().get("tables", {}) | {name: fact})
+            text = table.to_csv(index=False, float_format="%.6g")
+            write_atomically(path, text)
+            facts = _size(table, time.time() - began) | _versions()
+            self._note(tables=self._noted().get("tables", {}) | {name: facts})
         if not path.exists():
             raise ValueError(
-                f"{path.relative_to(self.root)} is not there yet; papermill this notebook with -p rerun True"
+                f"{path.relative_to(self.root)} is not there yet; "
+                f"papermill this notebook with -p rerun True"
             )
         return pd.read_csv(path)
 
     def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        "The rows of one run, with its `seconds`: made now, or as this claim's directory keeps them, so that a table of many runs goes on where it was."
+        """Give the rows of one run, with its `seconds`: as they were kept, or made now.
+
+        So a table of many runs goes on where it was."""
         path = self.directory / f"{name}.csv"
         if not path.exists():
-            began, rows = time.time(), make()
+            began = time.time()
+            rows = make()
+            seconds = round(time.time() - began, 1)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                path,
-                rows.assign(seconds=round(time.time() - began, 1)).to_csv(index=False),
-            )
+            write_atomically(path, rows.assign(seconds=seconds).to_csv(index=False))
         return pd.read_csv(path)
 
     def conclude(self, verdict: str, reason: str, practice: str):
-        "Print the verdict, with the numbers behind it and what to take from it, and keep them beside the tables."
+        """Print the verdict, the numbers behind it and what to take from it; keep them.
+
+        Raises: `ValueError`: neither "holds …" nor "does not hold …"."""
         if not verdict.startswith(("holds", "does not hold")):
             raise ValueError(
                 f'a verdict begins with "holds" or "does not hold", got {verdict!r}'
             )
-        print(
-            f"Verdict: {verdict}{' (a smoke run: it says nothing)' if self.smoke else ''}\n\n{reason}\n\nIn practice: {practice}"
-        )
-        self._note(
-            claim=self.statement, verdict=verdict, reason=reason, practice=practice
-        )
+        note = ""
+        if self.smoke:
+            note = " (a smoke run: it says nothing)"
+        print(f"Verdict: {verdict}{note}\n\n{reason}\n\nIn practice: {practice}")
+        conclusion = {"verdict": verdict, "reason": reason, "practice": practice}
+        self._note(claim=self.statement, **conclusion)
 
     def _noted(self) -> dict:
         path = self.results / f"{self.name}.json"
-        return read_json(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        return read_json(path)
 
     def _note(self, **facts):
         "Add facts to this claim's file; a file that would not change is not touched."
-        if (new := self._noted() | facts) == self._noted():
+        noted = self._noted()
+        if noted | facts == noted:
             return
         self.results.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            self.results / f"{self.name}.json",
-            json.dumps(new, indent=1, ensure_ascii=False) + "\n",
-        )
+        text = json.dumps(noted | facts, indent=1, ensure_ascii=False)
+        write_atomically(self.results / f"{self.name}.json", text + "\n")
+
+
+def _checkout() -> Path:
+    "The root of the repository that this process runs in."
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "settings.ini").exists():
+            return folder
+    raise ValueError(
+        f"no settings.ini in {here} or above it: run this inside a checkout of the "
+        f"repository"
+    )
+
+
+def _size(table: pd.DataFrame, seconds: float) -> dict[str, int]:
+    "How many runs a table took and how long they were; without runs, how long it took."
+    each = [seconds]
+    if {"run", "seconds"} <= set(table):
+        each = table.groupby("run")["seconds"].first()
+    total = round(float(sum(each)))
+    return {"runs": len(each), "rows": len(table), "seconds": total}
 
 
 def _versions() -> dict[str, str]:
     "What a result was made with."
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "transformers", "grpo_nb")} | {
-        "python": platform.python_version()
-    }
+    versions = {name: version(name) for name in ("torch", "transformers", "grpo_nb")}
+    return versions | {"python": platform.python_version()}
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #d5a0f6cb
 def verdicts(
     directory: str | Path,  # benchmarks/claims
-) -> pd.DataFrame:  # indexed by the name of the claim: claim, verdict, reason, practice, runs, seconds; in the order of their names
-    "Every verdict that is kept in a directory, with the runs behind it and the seconds that they took."
+) -> (
+    pd.DataFrame
+):  # by claim, in order: claim, verdict, reason, practice, runs, seconds
+    """Read every verdict that is kept, with the runs behind it and their seconds.
+
+    Raises: `ValueError`: a file that is damaged."""
     rows = {}
     for path in sorted(Path(directory).glob("*.json")):
         noted = read_json(path)
         try:
-            rows[path.stem] = {
-                name: noted.get(name)
-                for name in ("claim", "verdict", "reason", "practice")
-            } | {
-                name: sum(table[name] for table in noted.get("tables", {}).values())
-                for name in ("runs", "seconds")
-            }
+            rows[path.stem] = _verdict(noted)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged: {type(error).__name__} {error}"
-            ) from None
+            reason = f"{type(error).__name__} {error}"
+            raise ValueError(f"{path} is damaged: {reason}") from None
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _verdict(noted: dict) -> dict:
+    "One claim."
+    row = {name: noted.get(name) for name in ("claim", "verdict", "reason", "practice")}
+    tables = noted.get("tables", {}).values()
+    for name in ("runs", "seconds"):
+        row[name] = sum(table[name] for table in tables)
+    return row

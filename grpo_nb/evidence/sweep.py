@@ -27,11 +27,10 @@ from ..run.run_directory import read_json, write_atomically
 def grid(
     **axes,  # parameter: a list of values, or one value
 ) -> list[dict[str, Any]]:  # the parameters of each cell
-    "All combinations of the values; `ValueError` for an axis without any."
-    lists = {
-        name: values if isinstance(values, list) else [values]
-        for name, values in axes.items()
-    }
+    """List all combinations of the values.
+
+    Raises: `ValueError`: an axis without any."""
+    lists = {name: _as_list(values) for name, values in axes.items()}
     for name, values in lists.items():
         if not values:
             raise ValueError(
@@ -39,69 +38,65 @@ def grid(
             )
     return [dict(zip(lists, values)) for values in product(*lists.values())]
 
+
+def _as_list(values) -> list:
+    "One value as a list of one."
+    if isinstance(values, list):
+        return values
+    return [values]
+
 # %% ../../nbs/4_evidence/45_sweep.ipynb #481a5855
 def cell_name(cell: dict[str, Any]) -> str:
-    "A name for the folder of a cell: its parameters, shortened where they are long, and different where they differ."
-    text = ",".join(f"{name}={value}" for name, value in cell.items()) or "default"
+    """Name the folder of a cell after its parameters.
+
+    Names are shortened where they are long, and different where the cells differ."""
+    text = ",".join(f"{name}={value}" for name, value in cell.items())
+    text = text or "default"
     plain = re.sub(r"[^\w=.,+-]+", "_", text)
-    return (
-        plain
-        if plain == text and len(plain) <= 100
-        else f"{plain[:90]}-{crc32(text.encode()):08x}"
-    )
+    if plain == text and len(plain) <= 100:
+        return plain
+    return f"{plain[:90]}-{crc32(text.encode()):08x}"
 
 # %% ../../nbs/4_evidence/45_sweep.ipynb #3bcb23b6
 def _run_cell(
     notebook: Path, cell: dict[str, Any], folder: Path, threads: int
 ) -> dict[str, Any]:
-    "Run the notebook with these parameters; returns what `cell.json` says, with an `error` if it is not written."
+    "Run the notebook with these parameters: what `cell.json` says, and an `error`."
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        notebook,
-        folder / "notebook.ipynb",
-        "--kernel",
-        "python3",
-        "--cwd",
-        notebook.parent,
-        "--no-progress-bar",
-        "--parameters_yaml",
-        json.dumps(cell | {"output_dir": str(folder)}),
-    ]
-    environment = os.environ | {
-        name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    }
-    ended = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    done = {
-        "notebook": notebook.name,
-        "parameters": cell,
-        "seconds": round(time.time() - began, 1),
-    }
+    ended = _papermill(notebook, cell, folder, threads)
+    seconds = round(time.time() - began, 1)
+    done = {"notebook": notebook.name, "parameters": cell, "seconds": seconds}
+    error = None
     if ended.returncode == 0:
         write_atomically(folder / "cell.json", json.dumps(done))
+    else:
+        error = _reason(ended)
     (folder / "log.txt").write_text(ended.stdout + ended.stderr)
-    said = [
-        f"papermill ended with {ended.returncode}",
-        *filter(str.strip, ended.stderr.splitlines()),
-    ]
-    error = next(
-        (
-            line
-            for line in reversed(said)
-            if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)
-        ),
-        said[-1],
-    )
-    return done | {"error": error if ended.returncode else None}
+    return done | {"error": error}
+
+
+def _papermill(notebook, cell, folder, threads) -> subprocess.CompletedProcess:
+    "The command of papermill, in a process of its own."
+    command = [sys.executable, "-m", "papermill", notebook, folder / "notebook.ipynb"]
+    command += ["--kernel", "python3", "--cwd", notebook.parent, "--no-progress-bar"]
+    cell = cell | {"output_dir": str(folder)}
+    command += ["--parameters_yaml", json.dumps(cell)]
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = str(threads)
+    environment["MKL_NUM_THREADS"] = str(threads)
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    return subprocess.run(command, env=environment, **streams)
+
+
+def _reason(ended: subprocess.CompletedProcess) -> str:
+    "The last line that names an error, or else the last line."
+    lines = [f"papermill ended with {ended.returncode}"]
+    lines += filter(str.strip, ended.stderr.splitlines())
+    for line in reversed(lines):
+        if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line):
+            return line
+    return lines[-1]
 
 # %% ../../nbs/4_evidence/45_sweep.ipynb #45db34ae
 def sweep(
@@ -111,13 +106,11 @@ def sweep(
     jobs: int = 1,  # cells at once
     threads: int | None = None,  # of each; None: the cores shared out
     progress: bool = True,  # one bar over all cells
-) -> pd.DataFrame:  # a row for each cell: its parameters, `directory`, `seconds`, `error` (missing: it is done)
-    """Run a notebook once for each cell that is not done yet.
+) -> pd.DataFrame:  # for each cell: its parameters, `directory`, `seconds`, `error`
+    """Run a notebook once for each cell that is not done yet; without `error` it is.
 
-    `ValueError`, before anything runs: a notebook, a parameter or a number of jobs that is not there, a cell that
-    stands twice, a folder that holds another cell."""
-    import papermill
-
+    Raises: `ValueError`, before anything runs: a notebook, a parameter or a number of
+    jobs that is not there, a cell that stands twice, a folder that holds another."""
     if not Path(notebook).is_file():
         raise ValueError(f"notebook={str(notebook)!r} is not a file")
     for name, value in {"jobs": jobs, "threads": threads or 1}.items():
@@ -125,78 +118,94 @@ def sweep(
             raise ValueError(
                 f"{name}={value} is not allowed; a whole number, at least 1"
             )
-    notebook, directory = Path(notebook).resolve(), Path(directory).resolve()
-    known = set(papermill.inspect_notebook(notebook))
-    if "output_dir" not in known:
-        raise ValueError(
-            f"{notebook.name} has no parameter output_dir, so its cells could not be kept apart"
-        )
-    folders, done = [], []
+    notebook = Path(notebook).resolve()
+    allowed = _parameters_of(notebook)
+    folders = []
+    done = []
     for cell in cells:
-        for name in cell:
-            if name in known - {"output_dir"}:
-                continue
-            raise ValueError(
-                f"{name!r} is not a parameter of {notebook.name} that a cell may set; "
-                f"allowed: {', '.join(sorted(known - {'output_dir'}))}"
-            )
-        folder = directory / cell_name(cell)
+        folder = Path(directory).resolve() / cell_name(cell)
+        _check_cell(cell, notebook, allowed)
         if folder in folders:
             raise ValueError(f"the cell {cell} stands twice in the sweep")
         folders.append(folder)
-        try:
-            plain = json.loads(json.dumps(cell, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"the cell {cell} cannot be handed to a notebook: {error}"
-            ) from None
-        found = (
-            read_json(folder / "cell.json") if (folder / "cell.json").exists() else None
-        )
-        if found and not {"notebook", "parameters", "seconds"} <= found.keys():
-            raise ValueError(
-                f"{folder / 'cell.json'} is damaged: it has only {', '.join(found)}"
-            )
-        if found and (found["notebook"], found["parameters"]) != (notebook.name, plain):
-            raise ValueError(
-                f"{folder} holds another cell, {found['parameters']} of {found['notebook']}; give another directory"
-            )
-        done.append(found and found | {"error": None})
+        done.append(_found(folder, notebook, cell))
 
-    todo, threads = (
-        [i for i, found in enumerate(done) if not found],
-        threads or max(1, (os.cpu_count() or 1) // jobs),
-    )
-    bar = tqdm(
-        total=len(cells),
-        initial=len(cells) - len(todo),
-        unit="cell",
-        disable=not progress,
-    )
+    if threads is None:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+    initial = len(cells) - done.count(None)
+    bar = tqdm(total=len(cells), initial=initial, unit="cell", disable=not progress)
+    _run_missing(notebook, cells, folders, done, jobs, threads, bar)
+    return pd.DataFrame(map(_row, cells, folders, done))
+
+
+def _row(cell: dict[str, Any], folder: Path, result: dict) -> dict[str, Any]:
+    "What became of a cell."
+    outcome = {"seconds": result["seconds"], "error": result["error"]}
+    return cell | {"directory": str(folder)} | outcome
+
+
+def _parameters_of(notebook: Path) -> set[str]:
+    "What a cell may set: all parameters but `output_dir`, which has to be there."
+    import papermill
+
+    known = set(papermill.inspect_notebook(notebook))
+    if "output_dir" not in known:
+        raise ValueError(
+            f"{notebook.name} has no parameter output_dir, so its cells could not be "
+            f"kept apart"
+        )
+    return known - {"output_dir"}
+
+
+def _check_cell(cell: dict[str, Any], notebook: Path, allowed: set[str]):
+    "`ValueError` for a parameter that the notebook lacks, or that cannot be written."
+    for name in cell:
+        if name not in allowed:
+            raise ValueError(
+                f"{name!r} is not a parameter of {notebook.name} that a cell may set; "
+                f"allowed: {', '.join(sorted(allowed))}"
+            )
+    try:
+        json.dumps(cell, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the cell {cell} cannot be handed to a notebook: {error}"
+        ) from None
+
+
+def _found(folder: Path, notebook: Path, cell: dict[str, Any]) -> dict | None:
+    "What an earlier sweep left of this cell; None if it is still to be run."
+    path = folder / "cell.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not found:
+        return None
+    if not {"notebook", "parameters", "seconds"} <= found.keys():
+        raise ValueError(f"{path} is damaged: it has only {', '.join(found)}")
+    plain = json.loads(json.dumps(cell))
+    if (found["notebook"], found["parameters"]) != (notebook.name, plain):
+        raise ValueError(
+            f"{folder} holds another cell, {found['parameters']} of "
+            f"{found['notebook']}; give another directory"
+        )
+    return found | {"error": None}
+
+
+def _run_missing(notebook, cells, folders, done, jobs: int, threads: int, bar):
+    "Run the cells that are not done, several at once, and enter what became of them."
+    running = {}
     with bar, ThreadPoolExecutor(jobs) as pool:
-        running = {
-            pool.submit(_run_cell, notebook, cells[i], folders[i], threads): i
-            for i in todo
-        }
+        for i, cell in enumerate(cells):
+            if not done[i]:
+                task = pool.submit(_run_cell, notebook, cell, folders[i], threads)
+                running[task] = i
         try:
-            for future in as_completed(running):
-                i = running[future]
-                done[i] = future.result()
+            for task in as_completed(running):
+                i = running[task]
+                done[i] = task.result()
                 if done[i]["error"]:
                     bar.write(f"{folders[i].name}: {done[i]['error']}")
                 bar.update()
-        finally:
-            pool.shutdown(
-                cancel_futures=True
-            )  # after an interrupt: what runs ends, what has not begun does not
-    return pd.DataFrame(
-        [
-            cell
-            | {
-                "directory": str(folder),
-                "seconds": found["seconds"],
-                "error": found["error"],
-            }
-            for cell, folder, found in zip(cells, folders, done)
-        ]
-    )
+        finally:  # after an interrupt: what runs ends, what has not begun does not
+            pool.shutdown(cancel_futures=True)
