@@ -43,6 +43,7 @@ from grpo_nb.reward import (
 from grpo_nb.sampling import draw, generate, sample
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
+from grpo_nb.engine import packing
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.update import piece_loss, update
 from grpo_nb.value import ValueModel, value_loss
@@ -841,7 +842,7 @@ def test_the_weights_of_another_sampler_are_no_advantages(llama, rollout):
     rollout.sampling_logprobs = rollout.logprobs - 0.7 * rollout.values.sin()
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
     ours, _ = piece_loss(llama, rollout, config, 0.0, totals)
-    logprobs, truth = token_logprobs(llama, rollout), 0.0
+    logprobs, truth = packing.token_logprobs(llama, rollout), 0.0
     for i, n in enumerate(mask.sum(1).tolist()):
         A = rollout.advantages[i].item()
         difference = logprobs[i, :n] - rollout.logprobs[i, :n]
@@ -1173,7 +1174,7 @@ def test_bfloat16_samples_are_scored_again(tokenizer):
         rollout = generate(
             model, tokenizer, queries, 1, config, torch.Generator().manual_seed(0)
         )
-        logprobs = token_logprobs(model, rollout).detach()
+        logprobs = packing.token_logprobs(model, rollout).detach()
         assert (
             own.completion_ids.equal(rollout.completion_ids)
             and (own.logprobs - logprobs).abs().max() > 1e-3
@@ -1185,7 +1186,7 @@ def test_bfloat16_samples_are_scored_again(tokenizer):
         )
         assert group.logprobs is None
         before, group.advantages = (
-            token_logprobs(model, group).detach(),
+            packing.token_logprobs(model, group).detach(),
             torch.randn(16, generator=torch.Generator().manual_seed(0)),
         )
         metrics = update(
