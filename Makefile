@@ -39,7 +39,7 @@ run: setup ## train with GRPO on the embedded model, into the next free runs/NNN
 
 test: setup ## run every notebook's tests, then tests/ (but tests/browser: make browser)
 	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
-	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --ignore tests/browser $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal --ignore tests/browser $(ARGS)
 
 # vLLM has an environment of its own: its build for CPUs, the newest that there is, pins an older transformers than this library needs,
 # so that is installed over it. Its torchvision, torchaudio and torchcodec are built for CUDA, and nothing here uses them.
@@ -66,7 +66,7 @@ define test_end
 @.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check setuptools wheel
 @.venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation $(3) -e '.[$(2)]'
 @.venv-$(1)/bin/python tools/version_ends.py installed $(2)
-OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) .venv-$(1)/bin/python -m pytest $(ENDS_TESTS) -q -n $(WORKERS) --dist loadfile $(4) $(ARGS)
+OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) .venv-$(1)/bin/python -m pytest $(ENDS_TESTS) -q -n $(WORKERS) --dist worksteal $(4) $(ARGS)
 endef
 
 test-oldest: ## run the library's tests with the lowest versions that settings.ini allows, in an environment of its own (.venv-oldest)
@@ -79,16 +79,17 @@ test-newest: ## the same with the highest (.venv-newest)
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
 
-# A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores.
+# A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores:
+# runs of one claim, or in a smoke run, where each claim has few, claims.
 CLAIMS ?= $(basename $(notdir $(wildcard nbs/experiments/claims/[0-9]*.ipynb)))
 claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and verdicts in benchmarks/claims/ (SMOKE=1: in miniature; CLAIMS=02_explore: that one)
-	@mkdir -p runs/claims; $(if $(SMOKE),rm -rf runs/claims/smoke-*;) failed=; \
-	for name in $(CLAIMS); do \
-	  echo "=== $$name"; began=$$SECONDS; \
-	  OMP_NUM_THREADS=1 $(BIN)/papermill --progress-bar -k python3 --cwd nbs/experiments/claims nbs/experiments/claims/$$name.ipynb \
-	    runs/claims/$(if $(SMOKE),smoke-)$$name.ipynb -p $(if $(SMOKE),smoke,rerun) True -p jobs $(CPUS) $(ARGS) || failed="$$failed $$name"; \
-	  echo "$$name: $$((SECONDS - began)) s"; \
-	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+	@mkdir -p runs/claims; $(if $(SMOKE),rm -rf runs/claims/smoke-*;) \
+	printf '%s\n' $(CLAIMS) | xargs -P $(if $(SMOKE),$(CPUS),1) -I {} bash -c ' \
+	  echo "=== {}"; began=$$SECONDS; \
+	  OMP_NUM_THREADS=1 $(BIN)/papermill $(if $(SMOKE),--no-progress-bar,--progress-bar) -k python3 --cwd nbs/experiments/claims nbs/experiments/claims/{}.ipynb \
+	    runs/claims/$(if $(SMOKE),smoke-){}.ipynb -p $(if $(SMOKE),smoke,rerun) True -p jobs $(if $(SMOKE),1,$(CPUS)) $(ARGS) \
+	    || { echo "failed: {}" >&2; exit 1; }; \
+	  echo "{}: $$((SECONDS - began)) s"'
 	@$(if $(SMOKE),,$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(CLAIMS:%=nbs/experiments/claims/%.ipynb) nbs/experiments/claims/index.ipynb && $(BIN)/nbdev_clean)
 
 mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--random 40 --seed 1", "--jobs 2")

@@ -55,7 +55,7 @@ def seconds(algorithm, processes, steps, fsdp=False):
             sys.executable,
             *launcher,
             "-m",
-            "grpo_nb.run.training",
+            "grpo_nb",
             *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
         ]
         subprocess.run(

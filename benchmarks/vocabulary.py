@@ -24,7 +24,7 @@ from grpo_nb.engine import packing
 from grpo_nb.engine.packing import token_logprobs
 from grpo_nb.policy import model_inputs
 from grpo_nb.rollout import Rollout
-from grpo_nb.run.training import write_atomically
+from grpo_nb.run.run_directory import write_atomically
 
 VOCABULARIES = (1024, 8192, 49152, 151936)  # the last two: SmolLM2, Qwen2.5
 B, G, P, T = (

@@ -43,10 +43,11 @@ import transformers
 from tqdm.auto import tqdm
 
 from grpo_nb.engine.packing import first_of_equal
-from grpo_nb.policy import TINY, cache_directory, load_policy, resolve_device
+from grpo_nb.loading import TINY, cache_directory, resolve_device
+from grpo_nb.policy import load_policy
 from grpo_nb.task import Query, load_task
 
-# grpo_nb.algorithm, grpo_nb.run.training, trl and pandas are imported where they are used: what one side loads is no memory of the other
+# grpo_nb.algorithm, grpo_nb.run, trl and pandas are imported where they are used: what one side loads is no memory of the other
 
 COMMON = {
     "beta": 0.01,
@@ -335,7 +336,7 @@ class Ours:
     def __init__(self, setting, directory, device, checkpointing=False):
         from grpo_nb import algorithm
         from grpo_nb.run import options
-        from grpo_nb.run import training
+        from grpo_nb.run import build, training
 
         self.step, self.meter, self.algorithm = (
             algorithm.grpo_step,
@@ -352,7 +353,7 @@ class Ours:
             **setting.options,
         )
         self.precision = lambda: training._precision(self.config, device)
-        self.models = training.build_models(
+        self.models = build.build_models(
             self.config, load_task("add"), [reward_of(setting)]
         )
         self.policy, self.reference = self.models.policy, self.models.reference
@@ -905,7 +906,7 @@ def chosen(names, device):
     if not (cache_directory() / "smollm2" / "config.json").exists():
         missing |= dict.fromkeys(
             ("c", "c_bf16"),
-            "SmolLM2 is not here; fetch it once: python -m grpo_nb.run.training fetch smollm2",
+            "SmolLM2 is not here; fetch it once: python -m grpo_nb fetch smollm2",
         )
     wanted = [name.strip() for name in names.split(",")] if names else NAMES
     unknown = [name for name in wanted if name not in NAMES]
@@ -1015,7 +1016,7 @@ def parse(words):
 
 def run(arguments):
     "Measure, and write after every setting: what is measured is not lost if a later one fails."
-    from grpo_nb.run.training import write_atomically
+    from grpo_nb.run.run_directory import write_atomically
 
     device = resolve_device(arguments.device)
     path = arguments.output or ROOT / "benchmarks" / "results" / f"{device.type}.json"

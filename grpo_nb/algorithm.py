@@ -6,95 +6,49 @@
 __all__ = ['STEPS', 'ppo_step', 'grpo_step']
 
 # %% ../nbs/1_figure/13_algorithm.ipynb #f82051a1
-import torch
-
-from . import gae, group
+from . import gae
 from .models import Models
-from .reference import next_beta, reference_logprobs, token_rewards
-from .reward import score
+from .reference import next_beta, token_rewards
 from .rollout import Rollout
-from .run.options import GRPOConfig, PPOConfig
-from .sampling import generate
 from .task import Query
 from .update import update
-from .value import predict_values
 
 # %% ../nbs/1_figure/13_algorithm.ipynb #5726c0b8
 def ppo_step(
     models: Models,
     queries: list[Query],
-    config: PPOConfig,
-    generator: torch.Generator | None = None,
+    config,  # a PPOConfig
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
-    "One step of PPO: q -> o -> KL and r, v -> GAE -> update of policy and value model (DeepSeekMath 2402.03300, fig. 4, top)."
-    rollout = generate(
-        models.policy, models.tokenizer, queries, 1, config, generator, models.sampler
-    )  # q -> o
-    rollout.ref_logprobs = reference_logprobs(
-        models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch
-    )  # reference model
-    metrics = score(
-        rollout, models.rewards, config.reward_weights, config.on_reward_error
-    )  # reward model -> r
-    rollout.values = predict_values(
-        models.value, rollout, config.max_tokens_per_micro_batch
-    )  # value model -> v
+    """Take one step of PPO: the upper half of the figure.
+
+    Source: DeepSeekMath 2402.03300, fig. 4, top."""
+    rollout = models.sample(queries, 1, config)  # q -> o
+    rollout.ref_logprobs = models.reference_logprobs(rollout, config)  # reference
+    metrics = models.score(rollout, config)  # reward model -> r
+    rollout.values = models.predict_values(rollout, config)  # value model -> v
     rewards = token_rewards(rollout, models.beta)  # r (+) KL
-    rollout.advantages, rollout.returns = gae.advantages(
-        rollout, rewards, config
-    )  # GAE -> A
-    metrics |= update(
-        models.policy,
-        models.optimizer,
-        rollout,
-        config,
-        value_model=models.value,
-        value_optimizer=models.value_optimizer,
-    )
-    metrics["beta"], models.beta = (
-        models.beta,
-        next_beta(models.beta, rollout, config.kl_target),
-    )
+    estimate = gae.advantages(rollout, rewards, config)  # GAE
+    rollout.advantages, rollout.returns = estimate  # A, and what V should have been
+    metrics |= update(models, rollout, config)  # policy and value model
+    metrics["beta"] = models.beta
+    models.beta = next_beta(models.beta, rollout, config.kl_target)
     return rollout, metrics
 
 # %% ../nbs/1_figure/13_algorithm.ipynb #3148a117
 def grpo_step(
     models: Models,
     queries: list[Query],
-    config: GRPOConfig,
-    generator: torch.Generator | None = None,
+    config,  # a GRPOConfig
 ) -> tuple[Rollout, dict[str, float]]:  # (the rollout, every field filled; metrics)
-    "One step of GRPO: q -> o_1 ... o_G -> r_1 ... r_G -> group computation -> update (DeepSeekMath 2402.03300, fig. 4, bottom)."
+    """Take one step of GRPO: the lower half of the figure.
 
-    def sample_groups(queries):
-        return generate(
-            models.policy,
-            models.tokenizer,
-            queries,
-            config.num_generations,
-            config,
-            generator,
-            models.sampler,
-        )
-
-    def score_groups(rollout):
-        return score(
-            rollout, models.rewards, config.reward_weights, config.on_reward_error
-        )
-
-    rollout, metrics = group.dynamic_sampling(
-        sample_groups, score_groups, queries, config
-    )  # q -> o_1 ... o_G -> r_1 ... r_G
-    rollout.ref_logprobs = reference_logprobs(
-        models.reference, rollout, config.temperature, config.max_tokens_per_micro_batch
-    )  # reference model
-    rollout.advantages = group.advantages(
-        rollout, config
-    )  # group computation -> A_1 ... A_G
-    metrics |= update(
-        models.policy, models.optimizer, rollout, config, beta=config.beta
-    )  # KL in the loss
+    Source: DeepSeekMath 2402.03300, fig. 4, bottom."""
+    rollout = models.sample(queries, config.num_generations, config)  # q -> o_1 … o_G
+    rollout.ref_logprobs = models.reference_logprobs(rollout, config)  # reference
+    metrics = models.score(rollout, config)  # reward model -> r_1 … r_G
+    rollout.advantages = models.advantages(rollout, config)  # group -> A_1 … A_G
+    metrics |= update(models, rollout, config, beta=config.beta)  # KL in the loss
     return rollout, metrics
 
 
-STEPS = {"ppo": ppo_step, "grpo": grpo_step}
+STEPS = {"ppo": ppo_step, "grpo": grpo_step}  # of an algorithm

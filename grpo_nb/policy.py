@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .loading import TINY, cache_directory, load_policy, resolve_device
-from .loading import resolve_dtype
+from .loading import load_policy
 from .rollout import Rollout
 from .task import Query
 

@@ -37,7 +37,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .policy import encode_prompts, padding_id, resolve_device
+from .loading import resolve_device
+from .policy import encode_prompts, padding_id
 from .engine.distributed import gather, my_share, process
 from .rollout import Rollout
 from .task import Query, Task, hub_options, near

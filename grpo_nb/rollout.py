@@ -36,6 +36,7 @@ class Rollout:
     sampling_logprobs: Float[Tensor, "N T"] | None = (
         None  # the same, as another engine computed it; None where there is none
     )
+    loss_weights: Float[Tensor, "N T"] | None = None  # of each token's loss; None: 1
     ref_logprobs: Float[Tensor, "N T"] | None = (
         None  # log pi_ref; None without a reference model
     )

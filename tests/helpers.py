@@ -2,13 +2,13 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -24,7 +24,8 @@ from grpo_nb.engine.packing import token_logprobs
 from grpo_nb.policy import encode_prompts
 from grpo_nb.rollout import Rollout
 from grpo_nb.task import Query
-from grpo_nb.run.training import checkpoints, train
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARACTERS = "0123456789+-*()=:"
@@ -258,6 +259,42 @@ def same_run(a, b):
         f"{last}/trainer.json",
     ):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["pytest", "accelerate.tracking", "grpo_nb.run.training"]
+)
+
+
+def start_process(function, *arguments, cwd=None, log=os.devnull, **environment):
+    """Call a function of a module in a process of its own, of one thread.
+
+    Forked from a process that has imported the library and done nothing else, so that it
+    starts at once; it can be killed like any other. What it prints is in the file `log`."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    plain = os.environ.copy()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    try:
+        process = PROCESSES.Process(
+            target=_in_a_process, args=(function, arguments, cwd, log, environment)
+        )
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(plain)
+    return process
+
+
+def _in_a_process(function, arguments, cwd, log, environment):
+    torch.set_num_threads(1)  # with two, the last bits are others
+    os.environ.update(environment)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    if cwd is not None:
+        os.chdir(cwd)
+    function(*arguments)
 
 
 def python(*arguments, cwd, stdin="", path=None, timeout=120):

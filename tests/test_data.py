@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import plot_run
 from grpo_nb.reward import accuracy_reward, process_reward
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import (
     GYM_UNFIT,
     TASKS,
@@ -53,8 +53,9 @@ from grpo_nb.task import (
     same_number,
     task_from_rows,
 )
-from grpo_nb.run.training import chat, evaluate, main, open_run, train
-from helpers import ROOT, python, read_metrics, reproducible, short_config
+from grpo_nb.run.command_line import chat, main
+from grpo_nb.run.training import evaluate, open_run, train
+from helpers import ROOT, read_metrics, reproducible, short_config
 
 SUMS = [
     {
@@ -721,20 +722,11 @@ def test_a_run_on_a_file_resumes_bit_for_bit(tmp_path):
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     write(tmp_path / "rows.jsonl", SUMS)
     flags = "--max_steps 1 --num_prompts 4 --num_generations 4 --eval_size 5 --device cpu --output_dir out".split()
-    done = python(
-        "-m",
-        "grpo_nb.run.training",
-        "--task",
-        "rows.jsonl",
-        *flags,
-        cwd=tmp_path,
-        path=ROOT,
-    )
-    assert done.returncode == 0 and "held-out accuracy after" in done.stdout, (
-        done.stderr
-    )
-    assert re.search(r"^task +rows.jsonl$", done.stdout, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
+    main(["--task", "rows.jsonl", *flags])
+    shown = capsys.readouterr().out
+    assert "held-out accuracy after" in shown
+    assert re.search(r"^task +rows.jsonl$", shown, re.MULTILINE)
     chat(open_run("out"), ["1+1="], 4)
     assert "reward" in capsys.readouterr().out
     with pytest.raises(

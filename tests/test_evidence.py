@@ -2,7 +2,6 @@
 
 import json
 from itertools import combinations, product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,7 +136,7 @@ def test_the_probe_counts(monkeypatch):
         "1+",
     ]  # three right ones, two of them alike; none
     monkeypatch.setattr(
-        evidence, "sample", lambda *_, **__: SimpleNamespace(completions=answers)
+        statistics, "sample", lambda *_, **__: SimpleNamespace(completions=answers)
     )
     policy = SimpleNamespace(device="cpu")
     assert probe(policy, None, task, n=2, k=4) == {
@@ -294,7 +293,7 @@ def test_an_unchanged_verdict_does_not_touch_its_file(checkout, capsys):
 
 def test_a_failed_cell_is_fatal_in_a_smoke_run_only(checkout, monkeypatch):
     monkeypatch.setattr(
-        evidence,
+        statistics,
         "sweep",
         lambda *_: pd.DataFrame(
             {

@@ -1,27 +1,22 @@
 "What goes wrong while training: killed processes, damaged checkpoints, full disks, failing rewards, gradients that are no numbers, signals, memory."
 
 import errno
-import json
 import math
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from dataclasses import asdict
 
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from grpo_nb import update
-from grpo_nb.run import training
+from grpo_nb.run import checkpoint, command_line, run_directory, trackers, training
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
-from grpo_nb.run.training import checkpoints, is_whole
-from helpers import read_metrics, same_run, short_config
+from grpo_nb.run.checkpoint import checkpoints, is_whole
+from helpers import read_metrics, same_run, short_config, start_process
 from helpers import run as run_with
 
 OPTIONS = {
@@ -80,23 +75,42 @@ def stopped(tmp_path):
 # Killed ------------------------------------------------------------------------------------------------------------------
 
 
-def child(directory, tmp_path, before=""):
-    "The same run in a process of its own; `before` is done there first."
-    config = asdict(short_config(**OPTIONS, output_dir=str(directory))) | {
-        "resume": (directory / "config.json").exists()
-    }
-    code = f"import json, os, signal, sys\nfrom grpo_nb.run import training\nfrom grpo_nb.run.options import make_config\n{textwrap.dedent(before)}\ntraining.train(make_config(**json.loads(sys.argv[1])), progress=False)"
-    threads = {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }  # as here; with two, the last bits are others
-    return subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(config)],
-        cwd=tmp_path,
-        env=os.environ | threads,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def train_or_resume(directory, damage=None):
+    "The same run, resumed where it has begun; `damage` is done first."
+    if damage is not None:
+        damage()
+    resume = (directory / "config.json").exists()
+    run(directory, resume=resume)
+
+
+def half_a_checkpoint():
+    "Dies with half of the third checkpoint's tensors on the disk."
+    save = checkpoint.save_file
+
+    def half(tensors, path):
+        save(tensors, path)
+        if "checkpoint-3" in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = half
+
+
+def no_rename():
+    "Dies with all of the third checkpoint on the disk, and not its name."
+    rename = checkpoint._replace_directory
+
+    def replace(scratch, target):
+        if "checkpoint-3" in str(target):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(scratch, target)
+
+    checkpoint._replace_directory = replace
+
+
+def stamp(path):
+    "When a file was last written; 0 if it is not there."
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
@@ -105,52 +119,35 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
     while kills < KILLS and runs <= KILLS:
         directory, runs = tmp_path / f"run-{runs}", runs + 1
         while kills < KILLS and not (directory / "model").exists():
-            process = child(directory, tmp_path)
-            while process.poll() is None and not (directory / "config.json").exists():
-                time.sleep(0.01)
-            before = (
-                (directory / "metrics.jsonl").stat().st_mtime_ns
-                if (directory / "metrics.jsonl").exists()
-                else 0
-            )
+            written = stamp(directory / "metrics.jsonl")
+            process = start_process(train_or_resume, directory, log=tmp_path / "log")
             deadline = time.monotonic() + 60
             while (
-                process.poll() is None
+                process.is_alive()
                 and time.monotonic() < deadline
-                and (
-                    not (directory / "metrics.jsonl").exists()
-                    or (directory / "metrics.jsonl").stat().st_mtime_ns == before
-                )
+                and stamp(directory / "metrics.jsonl") == written
             ):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.4))
             process.kill()
-            said = process.communicate()[1].decode()
-            assert "Error" not in said, said
-            kills += process.returncode == -signal.SIGKILL
+            process.join()
+            said = (tmp_path / "log").read_text()
+            assert process.exitcode in (0, -signal.SIGKILL) and "Error" not in said, (
+                said
+            )
+            kills += process.exitcode == -signal.SIGKILL
         run(directory, resume=True)
         same_run(directory, straight)
         assert not list(directory.glob(".*.tmp"))
     assert kills == KILLS
 
 
-@pytest.mark.parametrize("where", ["in the tensors", "before the rename"])
-def test_killed_in_the_middle_of_a_checkpoint(tmp_path, straight, where):
+@pytest.mark.parametrize("damage", [half_a_checkpoint, no_rename])
+def test_killed_in_the_middle_of_a_checkpoint(tmp_path, straight, damage):
     "Half of a checkpoint's tensors are on the disk, or all of it and not its name: the one before is used."
-    before = {
-        "in the tensors": """
-        def half(tensors, path):
-            save(tensors, path)
-            if "checkpoint-3" in str(path): os.truncate(path, os.path.getsize(path) // 2); os.kill(os.getpid(), signal.SIGKILL)
-        save, training.save_file = training.save_file, half""",
-        "before the rename": """
-        def replace(scratch, target):
-            if "checkpoint-3" in str(target): os.kill(os.getpid(), signal.SIGKILL)
-            rename(scratch, target)
-        rename, training._replace_directory = training._replace_directory, replace""",
-    }[where]
-    process = child(tmp_path / "run", tmp_path, before)
-    assert process.communicate(timeout=120) and process.returncode == -signal.SIGKILL
+    process = start_process(train_or_resume, tmp_path / "run", damage)
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [1, 2] and list(
         (tmp_path / "run").glob(".checkpoint-3.tmp")
     )
@@ -221,7 +218,7 @@ def test_only_what_is_its_own_is_removed(tmp_path, straight):
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch):
-    save = training.save_file
+    save = checkpoint.save_file
 
     def full(tensors, path):
         save(tensors, path)
@@ -236,7 +233,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch
             match="checkpoint-3 could not be written.*No space left.*that are whole: checkpoint-1, checkpoint-2",
         ),
     ):
-        patched.setattr(training, "save_file", full)
+        patched.setattr(checkpoint, "save_file", full)
         run(tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*.tmp")) and all(
         is_whole(path) for _, path in checkpoints(tmp_path / "run")
@@ -274,7 +271,9 @@ def test_an_error_does_not_hide_the_one_before(tmp_path, monkeypatch, name):
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Tracker)
     if name != "finish":
-        monkeypatch.setattr(training, name, breaks)
+        monkeypatch.setattr(
+            run_directory if name == "_write_rows" else training, name, breaks
+        )
     with pytest.raises(RuntimeError, match="'accuracy' raised ZeroDivision") as error:
         run(
             tmp_path / "run",
@@ -293,9 +292,9 @@ def test_the_command_line_shows_the_note(tmp_path, monkeypatch):
         error.add_note("then: ValueError: no light")
         raise error
 
-    monkeypatch.setattr(training, "train", fails)
+    monkeypatch.setattr(command_line, "train", fails)
     with pytest.raises(SystemExit, match="error: no space\nthen: ValueError: no light"):
-        training.main([])
+        command_line.main([])
 
 
 def test_an_end_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
@@ -319,10 +318,10 @@ def test_a_tracker_that_cannot_finish_loses_no_model(tmp_path, monkeypatch):
         def finish(self):
             raise ConnectionError("no network")
 
-    monkeypatch.setattr(training, "_tracker", lambda *_: Tracker())
+    monkeypatch.setattr(trackers, "_tracker", lambda *_: Tracker())
     config = short_config(report_to=["tensorboard"])
     with pytest.warns(UserWarning, match="tracker tensorboard could not finish"):
-        with training._trackers(config, tmp_path, 0):
+        with trackers._trackers(config, tmp_path, 0):
             pass
 
 
@@ -398,14 +397,14 @@ def test_dropping_is_by_group_and_for_every_function(tmp_path):
 
 def broken(monkeypatch, calls):
     "The loss of these calls is multiplied with infinity: its gradient is no number."
-    piece_loss, count = update.piece_loss, []
+    batch_loss, count = update.batch_loss, []
 
     def inner(*arguments):
-        loss, sums = piece_loss(*arguments)
+        loss, sums = batch_loss(*arguments)
         count.append(1)
         return loss * (math.inf if len(count) in calls else 1.0), sums
 
-    monkeypatch.setattr(update, "piece_loss", inner)
+    monkeypatch.setattr(update, "batch_loss", inner)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
@@ -417,7 +416,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     moments = torch.cat(
         [
             x.flatten()
-            for x in training.load_file(
+            for x in checkpoint.load_file(
                 found.directory / "checkpoint-3/state.safetensors"
             ).values()
             if x.is_floating_point()

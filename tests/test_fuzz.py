@@ -40,8 +40,7 @@ from hypothesis import strategies as st
 import grpo_nb
 from grpo_nb import gae as gae_stage, group as group_stage
 from grpo_nb.engine import distributed, vllm_sampler
-from grpo_nb.evidence import ledger, plots
-from grpo_nb.evidence import sweep as sweeping
+from grpo_nb.evidence import ledger, plots, sweep as sweeping
 from grpo_nb.run import training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
@@ -83,19 +82,12 @@ from grpo_nb.engine.packing import (
 from grpo_nb.figure import boxes, draw_figure
 from grpo_nb.objective import aggregate, policy_loss, ratio
 from grpo_nb.loading import check_causal, check_weights
-from grpo_nb.policy import (
-    as_rollout,
-    check_tokens,
-    encode_prompts,
-    eos_token_ids,
-    load_policy,
-    model_inputs,
-    padding_id,
-    position_ids,
-    resolve_device,
-    resolve_dtype,
-    token_logprobs,
-)
+from grpo_nb.policy import as_rollout, check_tokens, encode_prompts
+from grpo_nb.policy import eos_token_ids
+from grpo_nb.policy import load_policy, model_inputs, padding_id
+from grpo_nb.loading import resolve_device, resolve_dtype
+from grpo_nb.policy import position_ids
+from grpo_nb.policy import token_logprobs
 from grpo_nb.reference import (
     adapt_beta,
     kl,
@@ -120,7 +112,10 @@ from grpo_nb.reward import (
     text_of,
 )
 from grpo_nb.rollout import Rollout, join, loss_mask, select
-from grpo_nb.sampling import check_context, generate, lacks_memory, sample
+from grpo_nb.engine.decoding import lacks_memory, sample
+from grpo_nb.sampling import check_context, check_numbers, decode_completions
+from grpo_nb.sampling import keep_likely, prepare_prompts
+from grpo_nb.sampling import sample as simple_sample
 from grpo_nb.evidence.sweep import cell_name, grid, sweep
 from grpo_nb.task import (
     MAX_EXPRESSION,
@@ -135,28 +130,16 @@ from grpo_nb.task import (
     sums,
     target,
 )
-from grpo_nb.run.training import (
-    Run,
-    build_models,
-    build_schedulers,
-    checkpoints,
-    fetch_smollm2,
-    is_whole,
-    load_checkpoint,
-    load_rewards,
-    main,
-    open_run,
-    parse_arguments,
-    preference_pairs,
-    prepare_directory,
-    read_completions,
-    read_json,
-    rollout_metrics,
-    save_checkpoint,
-    table,
-    train,
-)
-from grpo_nb.update import piece_loss, update
+from grpo_nb.engine.hub import fetch_smollm2
+from grpo_nb.run.build import build_models, build_schedulers, load_rewards
+from grpo_nb.run.checkpoint import checkpoints, is_whole, load_checkpoint
+from grpo_nb.run.checkpoint import save_checkpoint
+from grpo_nb.run.command_line import main, parse_arguments
+from grpo_nb.run.iterative import preference_pairs
+from grpo_nb.run.run_directory import prepare_directory, read_completions, read_json
+from grpo_nb.run.training import Run, open_run, rollout_metrics, table, train
+from grpo_nb.engine.models import EngineModels
+from grpo_nb.update import batch_loss, update
 from grpo_nb.value import ValueModel, predict_values, value_loss
 from helpers import (
     CHARACTERS,
@@ -1402,7 +1385,7 @@ def test_stages(f, data):
     assert kept is rollout
 
 
-@fuzz(update, piece_loss, times=1)
+@fuzz(update, batch_loss, times=1)
 @given(rollout_fields(T_min=1), st.sampled_from([0.0, 0.1, -0.1, math.nan]), st.data())
 def test_update(f, beta, data):
     "One step on any rollout: finite weights afterwards, or a refusal before."
@@ -1418,14 +1401,17 @@ def test_update(f, beta, data):
     found = outcome(
         update,
         {
-            "policy": model,
-            "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+            "models": EngineModels(
+                model, None, torch.optim.SGD(model.parameters(), 0.1)
+            ),
             "rollout": rollout,
             "config": config,
             "beta": beta,
         },
     )
-    refused = empty == "advantages" or beta != 0 and empty == "ref_logprobs"
+    refused = (
+        empty in ("advantages", "logprobs") or beta != 0 and empty == "ref_logprobs"
+    )
     assert (found is None) == refused
     assert all(p.isfinite().all() for p in model.parameters())
     if refused or math.isnan(beta):
@@ -1736,7 +1722,11 @@ def test_scores(rollout, data):
 
 @fuzz(
     sample,
-    generate,
+    simple_sample,
+    keep_likely,
+    decode_completions,
+    prepare_prompts,
+    check_numbers,
     check_context,
     check_tokens,
     lacks_memory,
@@ -1769,7 +1759,7 @@ def test_sampling(queries, data):
             st.sampled_from([2, 0.5, *[x for x in ODD if x != 10**15]])
         )
     rollout = outcome(
-        sample,
+        data.draw(st.sampled_from([sample, simple_sample])),
         {"model": LLAMA, "tokenizer": TOKENIZER, "queries": queries} | arguments,
         "query",
     )
@@ -1801,7 +1791,9 @@ def test_sampling(queries, data):
     )
     assert again is None or len(again) % len(queries) == 0
     assert len(
-        generate(LLAMA, TOKENIZER, queries, 1, short_config(max_completion_length=2))
+        EngineModels(LLAMA, TOKENIZER).sample(
+            queries, 1, short_config(max_completion_length=2)
+        )
     ) == len(queries)
 
 
@@ -2099,8 +2091,8 @@ def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
     assert found.pop(5 - step) and found.get(step, False) == (not other)
     newest = 3 if step == 2 or not other else 2
     models, generator = build_models(config, load_task("add")), torch.Generator()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         done = training._resume(
             directory, models, build_schedulers(config, models), generator, {}
         )
@@ -2354,8 +2346,9 @@ EXCEPTIONS = (
         "engine.precision.autocast_as_it_is": "takes a device that `resolve_device` made",
         "loading.cache_directory": "takes nothing",
         "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
+        "engine.decoding.draw_by_blocks": "the same",
         "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py",
-        "training.checkpoint_layers": "takes a model; test_training.py",
+        "run.build.checkpoint_layers": "takes a model; test_training.py",
         "task.read_rows": "test_data.py damages files",
         "task.task_from_rows": "test_data.py",
         "task.check_task": "in `load_task`",
@@ -2371,22 +2364,22 @@ EXCEPTIONS = (
         "task.extract_answer": "hostile texts in test_data.py",
         "task.gsm8k": "in `load_task`; test_data.py",
         "task.gym": "in `load_task`; test_data.py",
-        "training.add_adapters": "takes a model and a checked config; test_models.py",
-        "training.load_value_model": "wrong models in test_models.py",
-        "training.token_classifier": "takes a value model; test_models.py",
+        "engine.adapters.add_adapters": "takes a model and a checked config; test_models.py",
+        "run.build.load_value_model": "wrong models in test_models.py",
+        "run.build.token_classifier": "takes a value model; test_models.py",
         "run.options.option": "of transformers",
         "run.options.expand_path": "any text is a path; test_run_directory.py",
-        "training.make_directory": "makes what `prepare_directory` chose",
+        "run.run_directory.make_directory": "makes what `prepare_directory` chose",
         "models.Models": "holds models",
         "algorithm.ppo_step": "the stages above, in order",
         "algorithm.grpo_step": "the stages above, in order",
-        "training.evaluate": "`sample` and a task",
-        "training.peak_memory": "takes a device",
-        "training.write_atomically": "test_security.py",
-        "training.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`",
-        "training.outer_iteration": "part of `train`",
-        "training.step_queries": "`Task.queries`",
-        "training.chat": "any line of text is a question: `Task.parse`",
+        "run.training.evaluate": "`sample` and a task",
+        "run.training.peak_memory": "takes a device",
+        "run.run_directory.write_atomically": "test_security.py",
+        "run.iterative.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`",
+        "run.iterative.outer_iteration": "part of `train`",
+        "run.training.step_queries": "`Task.queries`",
+        "run.command_line.chat": "any line of text is a question: `Task.parse`",
         "evidence.summarise": "pandas",
         "evidence.probe": "`sample` and a task",
         "evidence.read_metrics": "of runs that `sweep` made",

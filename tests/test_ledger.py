@@ -205,14 +205,14 @@ def test_nan_in_one_of_many_settings_is_seen(monkeypatch):
     pytest.importorskip("trl")
     from grpo_nb.evidence import ledger
 
-    right, calls = ledger.piece_loss, []
+    right, calls = ledger.batch_loss, []
 
-    def piece_loss(*arguments):
+    def batch_loss(*arguments):
         calls.append(1)
         loss, sums = right(*arguments)
         return (loss * math.nan if len(calls) == 17 else loss), sums
 
-    monkeypatch.setattr(ledger, "piece_loss", piece_loss)
+    monkeypatch.setattr(ledger, "batch_loss", batch_loss)
     (check,) = (check for check in CHECKS if check.name == "grpo, TRL")
     row = check.measure()
     assert len(calls) == 30 and math.isnan(row["value"]) and row["holds"] is False

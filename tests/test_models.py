@@ -18,34 +18,31 @@ from transformers import (
 )
 
 from grpo_nb import reference
-from grpo_nb.run import training
+from grpo_nb.engine import adapters
+from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.engine.packing import shared_rows, shares_prompt, token_logprobs
-from grpo_nb.policy import TINY, load_policy
+from grpo_nb.loading import TINY
+from grpo_nb.policy import load_policy
 from grpo_nb.reference import reference_logprobs
 from grpo_nb.reward import RewardModel
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import (
-    build_models,
-    checkpoints,
-    load_value_model,
-    open_run,
-    parse_arguments,
-    train,
-)
-from grpo_nb.value import ValueModel, predict_values
+from grpo_nb.run.build import build_models, load_value_model
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.command_line import chat, parse_arguments
+from grpo_nb.run.training import open_run, train
+from grpo_nb.value import predict_values
 from helpers import (
     EOS,
     PAD,
-    ROOT,
     VOCABULARY,
     character_tokenizer,
-    python,
     random_rollout,
     read_metrics,
     reproducible,
+    start_process,
 )
 
 SMALL = {
@@ -380,7 +377,7 @@ def test_two_steps_of_training_are_those_of_the_plain_loop(
     "Two steps, each of two updates at 1e-3, on what was sampled: in float64 (norms and rewards in float32) every weight agrees to 1e-5."
     path, steps, mu, beta, lr = directory(family), [], 2, 0.1, 1e-3
     monkeypatch.setattr(
-        training, "load_policy", lambda name, device: load(name, torch.float64)
+        build, "load_policy", lambda name, device: load(name, torch.float64)
     )
     config = small(
         path,
@@ -541,7 +538,7 @@ def test_two_steps_with_adapters_are_those_of_the_definition(
     "A plain loop that trains A and B of W + (alpha / r) B A, with a second model as the reference: the same A and B, to 1e-5, after steps of 1e-2."
     path, steps, mu, beta = directory(family), [], 2, 0.1
     monkeypatch.setattr(
-        training, "load_policy", lambda name, device: load(name, torch.float64)
+        build, "load_policy", lambda name, device: load(name, torch.float64)
     )
     config = small(
         path,
@@ -719,6 +716,11 @@ def test_adapters_resume(tmp_path, options):
     assert names and all("lora_" in name for name in names)
 
 
+def talk(directory):
+    "Open a run, and ask one question."
+    chat(open_run(directory), ["3+4="])
+
+
 @pytest.mark.parametrize("path", ["tiny", "mine"])
 def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
     "The embedded model, or one that was named by a relative path: the run opens, and talks, in another process and another directory."
@@ -740,16 +742,10 @@ def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
     )
     monkeypatch.chdir(tmp_path / "there")
     train(parse_arguments(flags), progress=False)
-    spoken = python(
-        "-m",
-        "grpo_nb.run.training",
-        "chat",
-        tmp_path / "there/run",
-        cwd=tmp_path / "elsewhere",
-        stdin="3+4=\n\n",
-        path=ROOT,
-    )
-    assert spoken.returncode == 0 and "reward" in spoken.stdout, spoken.stderr
+    place, log = tmp_path / "elsewhere", tmp_path / "log"
+    process = start_process(talk, tmp_path / "there/run", cwd=place, log=log)
+    process.join(timeout=120)
+    assert process.exitcode == 0 and "reward" in log.read_text(), log.read_text()
     assert (
         json.loads((tmp_path / "there/run/model/adapter_config.json").read_text())["r"]
         == 16
@@ -860,9 +856,9 @@ def test_what_adapters_cannot_do_is_refused(directory, tmp_path, monkeypatch):
         RewardModel.from_policy(run.policy, run.tokenizer)
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "peft", None)
-        patched.setattr(training.importlib.util, "find_spec", lambda name: None)
+        patched.setattr(adapters.importlib.util, "find_spec", lambda name: None)
         patched.setattr(
-            training, "load_policy", lambda *_: pytest.fail("a model was loaded")
+            build, "load_policy", lambda *_: pytest.fail("a model was loaded")
         )
         with pytest.raises(ImportError, match=r'pip install "grpo_nb\[peft\]"'):
             train(small("tiny", tmp_path / "no", **LORA))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_nb.run import training
+from grpo_nb.run import build, command_line, training
 from grpo_nb.engine.distributed import (
     all_rows,
     gather,
@@ -21,8 +22,10 @@ from grpo_nb.engine.distributed import (
     on_main,
     process,
 )
-from grpo_nb.run.training import checkpoints, open_run, train
-from helpers import ROOT, read_metrics, reproducible, short_config
+from grpo_nb.run.checkpoint import checkpoints
+from grpo_nb.run.training import open_run, train
+from helpers import ROOT, read_metrics, reproducible, short_config, start_process
+import worker
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -54,24 +57,24 @@ GREEDY = {
 }  # nothing is random: one process and two sample the same
 
 
-def start(
-    *program,
-    launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-    cwd=None,
-    **environment,
-):
-    "Two processes of one thread each."
-    environment = (
-        os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            "PYTHONWARNINGS": "ignore",
-            "PYTHONFAULTHANDLER": "1",
-        }
-        | environment
-    )
-    return subprocess.Popen(
+ACCELERATE = (
+    *("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
+    *("--use_fsdp", "--fsdp_version", "2"),
+)
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def launch(*program, launcher=TORCHRUN, cwd=None, **environment):
+    "Two processes of one thread each by a launcher: (exit status, what it said)."
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONFAULTHANDLER": "1",
+        **environment,
+    }
+    running = subprocess.Popen(
         [sys.executable, "-m", *launcher, *map(str, program)],
         cwd=cwd,
         env=environment,
@@ -79,11 +82,6 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def launch(*program, **options):
-    "The same, waited for: (exit status, what it said)."
-    running = start(*program, **options)
     try:
         said = running.communicate(timeout=120)[0]
     finally:
@@ -91,16 +89,42 @@ def launch(*program, **options):
     return running.returncode, said
 
 
+def start_pair(log, function, *arguments, **environment):
+    "Two processes with what a launcher tells them; nobody ends one when the other fails."
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": "2", "PYTHONFAULTHANDLER": "1"}
+    return [
+        start_process(
+            function,
+            *arguments,
+            log=log,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **environment,
+        )
+        for rank in range(2)
+    ]
+
+
+def run_pair(log, function, *arguments, **environment):
+    "The same, waited for: (their exit statuses, what they said)."
+    pair = start_pair(log, function, *arguments, **environment)
+    for one in pair:
+        one.join(timeout=120)
+        one.kill()
+        one.join()
+    return [one.exitcode for one in pair], log.read_text()
+
+
 def line(directory, options):
     "The command line of a run."
     return [
-        "-m",
-        "grpo_nb.run.training",
-        *(
-            str(x)
-            for name, value in {"output_dir": directory, **options}.items()
-            for x in (f"--{name}", value)
-        ),
+        str(x)
+        for name, value in {"output_dir": directory, **options}.items()
+        for x in (f"--{name}", value)
     ]
 
 
@@ -130,39 +154,30 @@ def test_alone_nothing_changes():
 
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
-def test_two_processes_have_the_gradient_of_one(engine):
+def test_two_processes_have_the_gradient_of_one(tmp_path, engine):
     """GRPO with each way of aggregating, PPO with whitening, and a whole step of GRPO, each against the same alone (tests/worker.py says how).
 
     Completions are of different lengths, the groups of one process carry no loss at all, and of five groups one process gets two."""
-    status, said = launch(ROOT / "tests/worker.py", "updates", **engine)
-    assert (
-        status == 0 and "14 updates" in said and said.count(f"cut {bool(engine)}") == 2
-    ), said
+    status, said = run_pair(tmp_path / "log", worker.updates, **engine)
+    assert status == [0, 0] and "14 updates" in said, said
+    assert said.count(f"cut {bool(engine)}") == 2, said
 
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
 def test_a_run_is_that_of_one_process(tmp_path, engine, monkeypatch):
-    "Greedy PPO with whitening and an adaptive beta: every metric, completion and weight of four steps; by Accelerate's launcher."
+    "Greedy PPO with whitening and an adaptive beta: every metric, completion and weight of four steps; sharded by Accelerate's launcher."
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = train(
         short_config(output_dir=str(tmp_path / "one"), **GREEDY), progress=False
     )
-    kind = (
-        ["--use_fsdp", "--fsdp_version", "2"] if engine else ["--multi_gpu"]
-    )  # Accelerate's name for torchrun; without a GPU it is gloo
-    status, said = launch(
-        *line(tmp_path / "two", GREEDY),
-        launcher=(
-            "accelerate.commands.launch",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-            *kind,
-        ),
-        cwd=tmp_path,
-    )
-    assert status == 0, said
+    words = line(tmp_path / "two", GREEDY)
+    if engine:
+        program = ("-m", "grpo_nb", *words)
+        status, said = launch(*program, launcher=ACCELERATE, cwd=tmp_path)
+        assert status == 0, said
+    else:
+        status, said = run_pair(tmp_path / "log", command_line.main, words)
+        assert status == [0, 0], said
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [list(x) for x in one] == [list(x) for x in two]
     for a, b in zip(map(reproducible, one), map(reproducible, two)):
@@ -194,28 +209,27 @@ def test_a_run_is_that_of_one_process(tmp_path, engine, monkeypatch):
 def straight(tmp_path_factory):
     "A run of GRPO by two processes that nothing happens to."
     directory = tmp_path_factory.mktemp("straight") / "run"
-    status, said = launch(*line(directory, OPTIONS))
-    assert status == 0, said
+    log = directory.parent / "log"
+    status, said = run_pair(log, command_line.main, line(directory, OPTIONS))
+    assert status == [0, 0], said
     return directory
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight):
     "Both processes killed in the middle; resumed by as many they end where the straight run ended, and by another number they are refused."
     directory = tmp_path / "run"
-    running = start(*line(directory, OPTIONS))
+    pair = start_pair(tmp_path / "log", command_line.main, line(directory, OPTIONS))
     deadline = time.monotonic() + 90
     while (
         time.monotonic() < deadline
-        and running.poll() is None
+        and all(one.is_alive() for one in pair)
         and not any(step >= 2 for step, _ in checkpoints(directory))
     ):
         time.sleep(0.01)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True
-    ).stdout.split()
-    for pid in map(int, children):
-        os.kill(pid, signal.SIGKILL)
-    assert running.wait(timeout=60) != 0 and len(children) == 2
+    for one in pair:
+        one.kill()
+        one.join()
+    assert [one.exitcode for one in pair] == [-signal.SIGKILL] * 2
     assert (
         not (directory / "model").exists()
         and json.loads((directory / "config.json").read_text())["num_processes"] == 2
@@ -225,8 +239,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight):
             short_config(**OPTIONS | {"output_dir": str(directory), "resume": True}),
             progress=False,
         )
-    status, said = launch(*line(directory, OPTIONS | {"resume": True}))
-    assert status == 0, said
+    again = line(directory, OPTIONS | {"resume": True})
+    status, said = run_pair(tmp_path / "log", command_line.main, again)
+    assert status == [0, 0], said
     same_run(directory, straight, 6)
     lines, rows = (
         read_metrics(directory),
@@ -241,11 +256,9 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch):
     "The main one those of a run of one process."
     seeds = []
     for rank in range(3):
-        monkeypatch.setattr(training, "process", lambda: (rank, 3))
+        monkeypatch.setattr(build, "process", lambda: (rank, 3))
         seeds.append(
-            training._generator(
-                short_config(seed=5), torch.device("cpu")
-            ).initial_seed()
+            build._generator(short_config(seed=5), torch.device("cpu")).initial_seed()
         )
     assert seeds[0] == 5 and len(set(seeds)) == 3
 
@@ -272,17 +285,23 @@ def test_it_learns_as_one_process_does(straight, tmp_path):
     [
         ("raise", 2, "the sandbox does not answer"),
         ("signal", 3, "stopped after step 3"),
-        ("crash", 0, "exitcode  : 7"),
     ],
 )
 def test_what_happens_to_one_stops_all(tmp_path, fault, last, said):
-    "In the second process a reward function raises, a signal arrives, or it is gone: no process waits for ever, and what can be saved is."
-    began = time.monotonic()
-    status, output = launch(
-        ROOT / "tests/worker.py", "run", tmp_path / "run", FAULT=fault
-    )
-    assert status != 0 and said in output and time.monotonic() - began < 60
-    assert [step for step, _ in checkpoints(tmp_path / "run")] == [last] * bool(last)
+    "In the second process a reward function raises, or a signal arrives: no process waits for ever, and what can be saved is."
+    began, run = time.monotonic(), tmp_path / "run"
+    status, output = run_pair(tmp_path / "log", worker.run, str(run), FAULT=fault)
+    assert all(x > 0 for x in status) and said in output
+    assert time.monotonic() - began < 60
+    assert [step for step, _ in checkpoints(run)] == [last]
+
+
+def test_a_process_that_is_gone_stops_all(tmp_path):
+    "By its launcher: nothing can be saved, and no process waits for ever."
+    program = [ROOT / "tests/worker.py", "run", tmp_path / "run"]
+    status, output = launch(*program, FAULT="crash")
+    assert status != 0 and "exitcode  : 7" in output
+    assert checkpoints(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_nb.engine.models import EngineModels
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
@@ -473,8 +474,7 @@ def test_order_changes_no_gradient(llama, rollout, order):
     def step(r):
         llama.zero_grad()
         metrics = update(
-            llama,
-            torch.optim.SGD(llama.parameters(), lr=0.0),
+            EngineModels(llama, None, torch.optim.SGD(llama.parameters(), lr=0.0)),
             r,
             short_config(max_grad_norm=1e9),
             beta=0.1,

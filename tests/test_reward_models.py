@@ -19,8 +19,10 @@ from transformers import (
 from grpo_nb.policy import as_rollout
 from grpo_nb.reward import RewardModel, score
 from grpo_nb.task import Query, load_task, task_from_rows
-from grpo_nb.run.training import load_rewards, preference_pairs, train
-from grpo_nb.run.training import train_reward_model
+from grpo_nb.run.build import load_rewards
+from grpo_nb.run.iterative import preference_pairs
+from grpo_nb.run.training import train
+from grpo_nb.run.iterative import train_reward_model
 from helpers import EOS, PAD, VOCABULARY, character_tokenizer, ids_of, short_config
 
 SMALL = {

@@ -7,7 +7,7 @@ from grpo_nb import gae
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
 from grpo_nb.task import load_task
-from grpo_nb.run.training import build_models
+from grpo_nb.run.build import build_models
 
 TASK = load_task("add")
 
@@ -19,12 +19,13 @@ def nothing(prompts, **columns):
 
 def steps_without_reward(n=2, **parameters):
     "The rollout and the metrics of each of n steps."
-    config = make_config(device="cpu", num_prompts=32, **parameters)
+    config = make_config(device="cpu", num_prompts=16, **parameters)
     models = build_models(config, TASK, [nothing])
     generator = torch.Generator().manual_seed(0)
     for step in range(n):
         queries = TASK.queries("train", config.num_prompts, seed=step)
-        yield STEPS[config.algorithm](models, queries, config, generator)
+        models.generator = generator
+        yield STEPS[config.algorithm](models, queries, config)
 
 
 @pytest.mark.parametrize(

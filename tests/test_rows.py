@@ -29,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from grpo_nb.engine.models import EngineModels
 from grpo_nb import policy
 from grpo_nb.engine import packing
 from grpo_nb.engine.packing import (
@@ -321,8 +322,7 @@ def test_the_prompt_is_computed_once(tiny):
         lambda: token_logprobs(model, rollout),
         lambda: reference_logprobs(model, rollout),
         lambda: update(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.0),
+            EngineModels(model, None, torch.optim.SGD(model.parameters(), lr=0.0)),
             rollout,
             short_config(num_generations=8),
         ),
@@ -332,8 +332,7 @@ def test_the_prompt_is_computed_once(tiny):
         assert real <= sum(count) <= 4 * longest
     count.clear()
     update(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.0),
+        EngineModels(model, None, torch.optim.SGD(model.parameters(), lr=0.0)),
         rollout,
         short_config(num_generations=8, max_tokens_per_micro_batch=1),
     )
@@ -578,11 +577,10 @@ def test_ppo_cuts_for_its_value_model(llama):
         )
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (llama, value)]
     update(
-        llama,
-        optimizers[0],
+        EngineModels(
+            llama, None, optimizers[0], value=value, value_optimizer=optimizers[1]
+        ),
         rollout,
         short_config(algorithm="ppo", max_tokens_per_micro_batch=45),
-        value_model=value,
-        value_optimizer=optimizers[1],
     )
     assert len(seen) > 2 and max(seen) <= 45

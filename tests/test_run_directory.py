@@ -4,59 +4,48 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from papermill import cli as papermill_cli
 
-from grpo_nb.run import training
+from grpo_nb.run import command_line, run_directory, training
 from grpo_nb.run.options import make_config
-from grpo_nb.run.training import (
-    make_directory,
-    prepare_directory,
-    read_completions,
-    train,
-)
-from helpers import ROOT, run, short_config
+from grpo_nb.run.run_directory import make_directory, prepare_directory
+from grpo_nb.run.run_directory import read_completions
+from grpo_nb.run.training import train
+from helpers import PROCESSES, ROOT, run, short_config, start_process
 
 sys.path.append(str(ROOT / "tools"))
 import run as make_run  # noqa: E402  tools/run.py
 
-TRAIN = """
-import json, sys, time
-from grpo_nb.run.options import make_config
-from grpo_nb.run.training import train
-options, start = json.loads(sys.argv[1]), float(sys.argv[2])
-config = make_config(**options)
-time.sleep(max(0, start - time.time()))
-try:
-    print("done", train(config, progress=False).directory)
-except ValueError as error:
-    print("refused", error)
-"""
+
+def train_at_once(barrier, options):
+    config = make_config(**options)
+    barrier.wait()
+    try:
+        print("done", train(config, progress=False).directory)
+    except ValueError as error:
+        print("refused", error)
 
 
 def two_at_once(tmp_path, **options):
     "Two processes that call `train` at the same moment: what each has printed, and its id."
     options |= {"num_prompts": 4, "num_generations": 4, "eval_size": 5, "device": "cpu"}
-    arguments = [json.dumps(options), str(time.time() + 8)]
+    barrier, logs = PROCESSES.Barrier(2, timeout=60), [tmp_path / "a", tmp_path / "b"]
     both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN, *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
+        start_process(train_at_once, barrier, options, cwd=tmp_path, log=log)
+        for log in logs
     ]
-    return [(one.communicate(timeout=200)[0], one.pid) for one in both]
+    for one in both:
+        one.join(timeout=200)
+    return [(log.read_text(), one.pid) for log, one in zip(logs, both)]
 
 
 # One at a time -----------------------------------------------------------------------------------------------------------
@@ -93,29 +82,24 @@ def test_a_number_that_is_taken_meanwhile(tmp_path, monkeypatch):
     assert make_directory(config, chosen) == Path("runs/0002")
 
 
+def hold(directory, locked):
+    "Lock a directory, and keep it until killed."
+    run_directory._lock(directory)
+    locked.set()
+    time.sleep(100)
+
+
 def test_a_lock_is_gone_with_its_process(tmp_path):
     "Killed, it leaves the file and not the lock; a lock that is held names its process."
-    code = f"""
-import time
-from pathlib import Path
-from grpo_nb.run.training import _lock
-_lock(Path({str(tmp_path)!r}))
-print("locked", flush=True)
-time.sleep(100)"""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == "locked\n"
+    locked = PROCESSES.Event()
+    holder = start_process(hold, tmp_path, locked)
+    assert locked.wait(timeout=60)
     with pytest.raises(ValueError, match=f"in use by process {holder.pid} on "):
-        training._lock(tmp_path)
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    holder.stdout.close()
+        run_directory._lock(tmp_path)
+    holder.kill()
+    holder.join()
     assert (tmp_path / ".lock").exists()
-    with training._locked(tmp_path):
+    with run_directory._locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
     assert not any(tmp_path.iterdir())
 
@@ -126,9 +110,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(training.fcntl, "flock", flock)
+    monkeypatch.setattr(run_directory.fcntl, "flock", flock)
     with pytest.warns(UserWarning, match="cannot be locked.*no other run uses it"):
-        with training._locked(tmp_path):
+        with run_directory._locked(tmp_path):
             pass
     assert not any(tmp_path.iterdir())
 
@@ -175,7 +159,7 @@ def test_paths_and_the_home_directory(tmp_path, monkeypatch):
     assert (config.model, config.output_dir) == (f"{tmp_path}/m", f"{tmp_path}/x")
     assert (config.value_model, config.task) == ("/a/v", f"{tmp_path}/data.csv")
     assert config.reward_funcs == ["accuracy", f"{tmp_path}/judge"]
-    parsed = training.parse_arguments(["--output_dir=~/x", "--model", "~/m"])
+    parsed = command_line.parse_arguments(["--output_dir=~/x", "--model", "~/m"])
     assert (parsed.model, parsed.output_dir) == (config.model, config.output_dir)
     assert make_config(reward_funcs="brevity").reward_funcs == ["brevity"]
     assert make_config(model="a~b/c").model == "a~b/c"
@@ -205,7 +189,7 @@ def rows_of(step, n=256):
 
 def write_run(directory, steps, saves, start=1):
     directory.mkdir(exist_ok=True)
-    found = training._Completions(directory)
+    found = run_directory._Completions(directory)
     for step in range(start, steps + 1):
         found.add(rows_of(step))
         if step % saves == 0:
@@ -215,7 +199,7 @@ def write_run(directory, steps, saves, start=1):
 
 def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
     "Saved often, seldom, never, or cut and gone on with: the same bytes; and the rows are what pandas made of them."
-    monkeypatch.setattr(training, "ROW_GROUP", 1000)
+    monkeypatch.setattr(run_directory, "ROW_GROUP", 1000)
     files = []
     for name, saves in {"often": 1, "seldom": 7, "never": 10**9}.items():
         found = write_run(tmp_path / name, 20, saves)
@@ -225,12 +209,12 @@ def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
         assert os.listdir(tmp_path / name) == ["completions.parquet"]
     cut = tmp_path / "cut"
     write_run(cut, 16, 4).merge()
-    training._check_completions(cut, 12)
-    training._cut_completions(cut, 12)
+    run_directory._check_completions(cut, 12)
+    run_directory._cut_completions(cut, 12)
     write_run(cut, 15, 4, start=13)  # killed: its rows of 13 to 15 were not saved
     write_run(cut, 18, 5, start=13)  # killed after a part of 13 to 15
-    training._check_completions(cut, 12)
-    training._cut_completions(cut, 12)
+    run_directory._check_completions(cut, 12)
+    run_directory._cut_completions(cut, 12)
     write_run(cut, 20, 3, start=13).merge()
     files.append(cut / "completions.parquet")
     assert len({path.read_bytes() for path in files}) == 1
@@ -248,14 +232,14 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     directory.mkdir()
     rows = [row for step in range(1, 6) for row in rows_of(step)]
     pd.DataFrame(rows).to_parquet(directory / "completions.parquet", index=False)
-    training._check_completions(directory, 4)
-    training._cut_completions(directory, 4)
+    run_directory._check_completions(directory, 4)
+    run_directory._cut_completions(directory, 4)
     write_run(directory, 8, 2, start=5).merge()
     write_run(tmp_path / "new", 8, 3).merge()
     old, new = (tmp_path / x / "completions.parquet" for x in ("run", "new"))
     assert old.read_bytes() == new.read_bytes()
     with pytest.raises(ValueError, match="completions.parquet is damaged.*up to 9"):
-        training._check_completions(directory, 9)
+        run_directory._check_completions(directory, 9)
 
 
 def test_killed_between_two_files(tmp_path):
@@ -263,18 +247,18 @@ def test_killed_between_two_files(tmp_path):
     directory = tmp_path / "run"
     write_run(directory, 6, 2)
     parts = {path: path.read_bytes() for path in directory.iterdir()}
-    training._Completions(directory).merge()
+    run_directory._Completions(directory).merge()
     for path, content in parts.items():
         path.write_bytes(content)
     assert read_completions(directory).groupby("step").size().tolist() == [256] * 6
-    training._Completions(directory).merge()
+    run_directory._Completions(directory).merge()
     assert os.listdir(directory) == ["completions.parquet"]
     assert read_completions(directory).groupby("step").size().tolist() == [256] * 6
 
 
 def test_a_save_does_not_grow_with_the_run(tmp_path):
     "Memory of a save after 20 steps and after 200, and what it writes."
-    found, peaks, sizes = training._Completions(tmp_path), {}, {}
+    found, peaks, sizes = run_directory._Completions(tmp_path), {}, {}
     for step in range(1, 201):
         found.add(rows_of(step))
         if step % 10 == 0:
@@ -287,23 +271,20 @@ def test_a_save_does_not_grow_with_the_run(tmp_path):
     assert peaks[200] < 1.5 * peaks[20] and sizes[200] < 1.1 * sizes[20]
 
 
+def train_until_killed(directory):
+    def stop(line):
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    config = short_config(output_dir=str(directory), max_steps=4, save_steps=1)
+    train(config, progress=False, on_step=stop)
+
+
 def test_an_interrupted_run_opens(tmp_path):
     "Killed after a checkpoint: its completions are there, all together; another run is refused."
-    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    code = f"""
-from grpo_nb.run.training import train
-from helpers import short_config
-def stop(line):
-    if line["step"] == 3:
-        {kill}
-train(short_config(output_dir="run", max_steps=4, save_steps=1), progress=False, on_step=stop)"""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL
+    process = start_process(train_until_killed, tmp_path / "run")
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     names = {path.name for path in (tmp_path / "run").glob("completions*")}
     assert names == {"completions-1.parquet", "completions-2.parquet"}
     assert read_completions(tmp_path / "run")["step"].tolist() == [1] * 16 + [2] * 16
@@ -323,6 +304,11 @@ def papermill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked, real = [], make_run.papermill
 
+    def here(command):
+        assert command[:3] == [sys.executable, "-m", "papermill"]
+        papermill_cli.papermill.main(command[3:], standalone_mode=False)
+        return SimpleNamespace(returncode=0)
+
     def pretend(output, arguments):
         if "--prepare-only" in arguments:
             return real(output, arguments)
@@ -333,6 +319,7 @@ def papermill(tmp_path, monkeypatch):
         (where / "summary.txt").write_text(f"this is {found['output_dir']}\n")
         return 0
 
+    monkeypatch.setattr(make_run, "subprocess", SimpleNamespace(run=here))
     monkeypatch.setattr(make_run, "papermill", pretend)
     return asked
 
@@ -374,7 +361,8 @@ def test_make_run_keeps_the_notebook_of_a_run(tmp_path, papermill, capsys):
     assert len(papermill) == 1
 
 
-def test_make_run_with_a_wrong_option(tmp_path, papermill):
+def test_make_run_with_a_wrong_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         make_run.main(["--nonsense"])
     assert stop.value.code == 2 and not any(tmp_path.iterdir())

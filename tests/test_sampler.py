@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo_nb.engine.models import EngineModels, importance_weights
 from grpo_nb.engine import vllm_sampler
-from grpo_nb.run import training
+from grpo_nb.run import build
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
-from grpo_nb.engine.packing import token_logprobs
-from grpo_nb.policy import load_policy
-from grpo_nb.sampling import generate, sample
+from grpo_nb.engine.decoding import sample
+from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import build_models, rollout_metrics, train
-from grpo_nb.update import piece_loss, update
+from grpo_nb.run.build import build_models
+from grpo_nb.run.training import rollout_metrics, train
+from grpo_nb.update import batch_loss, update
 from helpers import (
     VOCABULARY,
     gradient,
@@ -90,27 +91,27 @@ def every_token(model, tokenizer, off=1.3):
         rollout,
         completion_ids=torch.arange(V)[:, None],
         ref_logprobs=None,
-        logprobs=None,
     )
     with torch.no_grad():
-        pi, mu = (
-            token_logprobs(model, rollout),
-            token_logprobs(model, rollout, temperature=off),
-        )
-    return replace(rollout, sampling_logprobs=mu), pi[:, 0].exp(), mu[:, 0].exp()
+        pi = token_logprobs(model, rollout)
+        mu = token_logprobs(model, rollout, temperature=off)
+    rollout = replace(rollout, logprobs=pi, sampling_logprobs=mu)
+    return rollout, pi[:, 0].exp(), mu[:, 0].exp()
 
 
-def piece_gradient(model, rollout, **options):
-    config = make_config(device="cpu", **options)
-    model.zero_grad()
+def loss_of(model, rollout, limit=None, beta=0.0, **options):
+    "The loss of a whole step; corrected, if there is a limit of the weights."
+    weights = None if limit is None else importance_weights(rollout, limit)
     mask = rollout.completion_mask
-    piece_loss(
-        model,
-        replace(rollout),
-        config,
-        0.0,
-        {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()},
-    )[0].backward()
+    totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
+    config = make_config(device="cpu", beta=beta, **options)
+    weighted = replace(rollout, loss_weights=weights)
+    return batch_loss(EngineModels(model, None), weighted, config, beta, totals)[0]
+
+
+def loss_gradient(model, rollout, limit=None):
+    model.zero_grad()
+    loss_of(model, rollout, limit).backward()
     return gradient(model)
 
 
@@ -133,20 +134,14 @@ def test_the_expected_gradient_is_that_on_policy(llama, tokenizer):
     off_policy = replace(
         rollout, advantages=V * mu * (reward - 0.5)
     )  # a baseline changes no expectation on-policy
-    exact = piece_gradient(
-        llama, off_policy, **CORRECTED, vllm_importance_sampling_clip_max=1e9
-    )
+    exact = loss_gradient(llama, off_policy, limit=1e9)
     assert (exact - right).norm() < 1e-9 * right.norm()
-    uncorrected = piece_gradient(llama, off_policy)
+    uncorrected = loss_gradient(llama, off_policy)
     assert (uncorrected - right).norm() > 0.05 * right.norm()
-    upside_down = piece_gradient(
-        llama,
-        replace(
-            off_policy, sampling_logprobs=2 * pi.log()[:, None] - mu.log()[:, None]
-        ),
-        **CORRECTED,
-        vllm_importance_sampling_clip_max=1e9,
+    wrong = replace(
+        off_policy, sampling_logprobs=2 * pi.log()[:, None] - mu.log()[:, None]
     )
+    upside_down = loss_gradient(llama, wrong, limit=1e9)
     assert (upside_down - right).norm() > (uncorrected - right).norm()
 
 
@@ -159,13 +154,8 @@ def test_weights_are_bounded(llama, tokenizer, cap):
     )
     assert weights.max() == cap and (weights < cap).any() and ((pi / mu).max() > cap)
     advantages = torch.linspace(-1, 2, len(pi), dtype=torch.float64)
-    ours = piece_gradient(
-        llama,
-        replace(rollout, advantages=advantages),
-        **CORRECTED,
-        vllm_importance_sampling_clip_max=cap,
-    )
-    by_hand = piece_gradient(llama, replace(rollout, advantages=advantages * weights))
+    ours = loss_gradient(llama, replace(rollout, advantages=advantages), limit=cap)
+    by_hand = loss_gradient(llama, replace(rollout, advantages=advantages * weights))
     assert (ours - by_hand).norm() < 1e-10 * by_hand.norm()
 
 
@@ -185,14 +175,6 @@ def test_against_trl(llama, rollout, monkeypatch, beta, loss_type):
             generator=torch.Generator().manual_seed(2),
             dtype=torch.float64,
         ),
-    )
-    config = make_config(
-        device="cpu",
-        beta=beta,
-        loss_type=loss_type,
-        max_completion_length=6,
-        vllm_importance_sampling_clip_max=1.2,
-        **CORRECTED,
     )
     mask, trainer = rollout.completion_mask, import_trl().GRPOTrainer
     plain, weights = (
@@ -215,12 +197,8 @@ def test_against_trl(llama, rollout, monkeypatch, beta, loss_type):
         beta=beta,
         max_completion_length=6,
     )
-    ours, _ = piece_loss(
-        llama,
-        rollout,
-        config,
-        beta,
-        {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()},
+    ours = loss_of(
+        llama, rollout, 1.2, beta, loss_type=loss_type, max_completion_length=6
     )
     gradients = []
     for loss in (theirs, ours):
@@ -233,38 +211,26 @@ def test_against_trl(llama, rollout, monkeypatch, beta, loss_type):
     )
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_the_corrected_gradient_does_not_depend_on_the_cut(tokenizer, fresh):
-    "In one piece or a piece a group, with log-probs of the first pass or recorded ones; the first pass fills in what the weights need."
+def test_the_corrected_gradient_does_not_depend_on_the_cut(tokenizer):
+    "In one piece or a piece a group: the weights go with their tokens."
     moves = []
     for tokens in (10_000, 1):
         model = random_model("llama")
         rollout = random_rollout(model, tokenizer)
-        rollout.sampling_logprobs = rollout.logprobs
-        if fresh:
-            rollout.logprobs = None
-        config = make_config(
-            device="cpu",
-            max_tokens_per_micro_batch=tokens,
-            num_iterations=2,
-            **CORRECTED,
+        rollout.loss_weights = torch.linspace(0.5, 2, rollout.logprobs.numel()).view(
+            rollout.logprobs.shape
         )
+        config = short_config(max_tokens_per_micro_batch=tokens, num_iterations=2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
         metrics = update(
-            model, torch.optim.SGD(model.parameters(), 0.1), rollout, config, beta=0.1
+            EngineModels(model, None, optimizer), rollout, config, beta=0.1
         )
-        assert rollout.logprobs is not None and metrics["grad_norm"] > 0
+        assert metrics["grad_norm"] > 0
         moves.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert (moves[0] - moves[1]).abs().max() < 1e-12
 
 
-def test_without_the_samplers_log_probs_there_is_no_correction(llama, rollout):
-    with pytest.raises(ValueError, match="rollout.sampling_logprobs is None"):
-        update(
-            llama,
-            torch.optim.SGD(llama.parameters()),
-            rollout,
-            make_config(device="cpu", **CORRECTED),
-        )
+def test_only_another_engine_is_corrected():
     with pytest.raises(
         ValueError,
         match="vllm_importance_sampling_correction = True needs use_vllm = True",
@@ -282,9 +248,8 @@ def test_a_step_with_another_sampler(algorithm):
     models = build_models(config, task := load_task("add"))
     before = load_policy("tiny", "cpu")[0]
     models.sampler = elsewhere
-    rollout, _ = STEPS[algorithm](
-        models, task.queries("train", 4), config, torch.Generator().manual_seed(0)
-    )
+    models.generator = torch.Generator().manual_seed(0)
+    rollout, _ = STEPS[algorithm](models, task.queries("train", 4), config)
     with torch.no_grad():
         pi, mu = (
             token_logprobs(before, rollout),
@@ -312,14 +277,13 @@ def test_a_step_with_another_sampler(algorithm):
 def test_our_own_sampler_reports_no_mismatch():
     config = short_config()
     models = build_models(config, task := load_task("add"))
-    rollout, _ = STEPS["grpo"](
-        models, task.queries("train", 4), config, torch.Generator().manual_seed(0)
-    )
+    models.generator = torch.Generator().manual_seed(0)
+    rollout, _ = STEPS["grpo"](models, task.queries("train", 4), config)
     assert models.sampler is sample and rollout.sampling_logprobs is None
     assert not any(name.startswith("sampling/") for name in rollout_metrics(rollout))
 
 
-def test_generate_asks_the_sampler_for_what_the_config_says(tiny):
+def test_the_verb_asks_the_sampler_for_what_the_config_says(tiny):
     asked = []
 
     def noted(*arguments):
@@ -330,7 +294,7 @@ def test_generate_asks_the_sampler_for_what_the_config_says(tiny):
     config = make_config(
         device="cpu", max_completion_length=5, temperature=0.5, max_num_seqs=2
     )
-    generate(*tiny, queries, 3, config, generator, noted)
+    EngineModels(*tiny, generator=generator, sampler=noted).sample(queries, 3, config)
     assert asked == [(*tiny, queries, 3, 5, 0.5, 1.0, 0, generator, 2)]
 
 
@@ -376,7 +340,7 @@ def test_vllm_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkey
     "The extra is named; no model has been loaded and nothing written."
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setattr(
-        training, "load_policy", lambda *_: pytest.fail("a model was loaded")
+        build, "load_policy", lambda *_: pytest.fail("a model was loaded")
     )
     with pytest.raises(
         ImportError, match=r'use_vllm = True needs vLLM: pip install "grpo_nb\[vllm\]"'
@@ -390,7 +354,7 @@ def test_vllm_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkey
 
 def test_adapters_are_refused_before_anything_is_done(monkeypatch):
     monkeypatch.setattr(
-        training, "load_policy", lambda *_: pytest.fail("a model was loaded")
+        build, "load_policy", lambda *_: pytest.fail("a model was loaded")
     )
     with pytest.raises(ValueError, match="use_vllm = True sends whole weights"):
         build_models(short_config(use_vllm=True, use_peft=True), load_task("add"))

@@ -19,14 +19,16 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from grpo_nb import sampling
+from grpo_nb.engine import decoding
 from grpo_nb.algorithm import grpo_step, ppo_step
 from grpo_nb.engine.packing import token_logprobs
 from grpo_nb.policy import load_policy
 from grpo_nb.reference import reference_logprobs
-from grpo_nb.sampling import _close_gaps, _Room, _similar, draw, sample
+from grpo_nb.engine.decoding import sample
+from grpo_nb.engine.decoding import _by_length, _fill_gaps, _PreallocatedLayer
+from grpo_nb.engine.decoding import draw_by_blocks
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import build_models, checkpoint_layers
+from grpo_nb.run.build import build_models, checkpoint_layers
 from helpers import VOCABULARY, character_tokenizer, short_config
 from test_rows import MODELS, SMALL, make, plain
 
@@ -99,7 +101,7 @@ def test_prompts_of_similar_length_are_read_together():
     passes.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            sampling, "_similar", lambda lengths: _similar(lengths, padding=8)
+            decoding, "_by_length", lambda lengths: _by_length(lengths, padding=8)
         )
         rollout = sample(
             model,
@@ -123,9 +125,9 @@ def test_prompts_of_similar_length_are_read_together():
 
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=30), st.integers(0, 300))
-def test_similar(lengths, padding):
+def test_by_length(lengths, padding):
     "Each prompt once, no piece with more padding than allowed, and a piece is closed only when the next would be too much."
-    pieces = _similar(lengths, padding)
+    pieces = _by_length(lengths, padding)
     assert sorted(i for piece in pieces for i in piece) == list(range(len(lengths)))
 
     def wasted(piece):
@@ -142,15 +144,16 @@ def test_room():
     layer = DynamicCache().layer_class_to_replicate()
     keys, values = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     layer.update(keys, values)
-    room = _Room([([0, 1], layer)], G=3, P=6, more=4)
-    assert (
-        room.keys.shape == (6, 3, 6, 5) and not room.keys[:, :, :2].any()
-    )  # padded on the left
+    room = _PreallocatedLayer(layer, N=6, P=6, T=4)
+    room.fill(torch.arange(6), layer)
+    assert room.keys.shape == (6, 3, 6, 5)
+    assert not room.keys[:, :, :2].any()  # padded on the left
     for g in range(6):
         assert room.keys[g, :, 2:].equal(keys[g // 3]) and room.values[g, :, 2:].equal(
             values[g // 3]
         )
-    places, new = [x.data_ptr() for x in room.places], torch.randn(6, 3, 1, 5)
+    places = room.all_keys.data_ptr(), room.all_values.data_ptr()
+    new = torch.randn(6, 3, 1, 5)
     shown, _ = room.update(new, -new)
     assert (
         shown.shape[2] == room.get_seq_length() == 7
@@ -158,12 +161,10 @@ def test_room():
         and room.values[:, :, -1:].equal(-new)
     )
     before = room.keys.clone()
-    gaps, movers = _close_gaps(6, [1, 3])
+    gaps, movers = _fill_gaps(6, [1, 3])
     room.move(torch.tensor(gaps), torch.tensor(movers), 4)
-    assert (
-        room.keys.equal(before[[0, 4, 2, 5]])
-        and [x.data_ptr() for x in room.places] == places
-    )
+    assert room.keys.equal(before[[0, 4, 2, 5]])
+    assert (room.all_keys.data_ptr(), room.all_values.data_ptr()) == places
     shown, _ = room.update(new[:4], new[:4])
     assert shown.shape == (4, 3, 8, 5) and shown[:, :, :7].equal(before[[0, 4, 2, 5]])
 
@@ -219,7 +220,9 @@ def test_draw_by_blocks(V):
     p = torch.rand(V, generator=torch.Generator().manual_seed(V)).square().softmax(0)
     n = 400 * V
     seen = torch.bincount(
-        draw(p.log().expand(n, V), generator=torch.Generator().manual_seed(0)),
+        draw_by_blocks(
+            p.log().expand(n, V), generator=torch.Generator().manual_seed(0)
+        ),
         minlength=V,
     )
     assert len(seen) == V
@@ -232,7 +235,7 @@ def test_no_draw_of_what_was_cut():
     logprobs = torch.randn(
         1, 50, generator=torch.Generator().manual_seed(0)
     ).log_softmax(-1)
-    drawn = draw(
+    drawn = draw_by_blocks(
         logprobs.expand(5000, 50), top_k=3, generator=torch.Generator().manual_seed(0)
     )
     assert set(drawn.tolist()) == set(logprobs[0].topk(3).indices.tolist())
@@ -250,9 +253,8 @@ def test_a_step_in_bfloat16_reaches_every_weight():
         lambda module, arguments, output: rounded.append(output.dtype)
     )
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        grpo_step(
-            models, task.queries("train", 4), config, torch.Generator().manual_seed(1)
-        )
+        models.generator = torch.Generator().manual_seed(1)
+        grpo_step(models, task.queries("train", 4), config)
         assert not torch.is_autocast_cache_enabled()
     hook.remove()
     assert torch.bfloat16 in rounded
@@ -326,9 +328,8 @@ def test_inside_an_autocast_of_ones_own(tiny):
     )
     models = build_models(config, task)
     with torch.autocast("cpu", torch.bfloat16):
-        ppo_step(
-            models, task.queries("train", 8), config, torch.Generator().manual_seed(0)
-        )
+        models.generator = torch.Generator().manual_seed(0)
+        ppo_step(models, task.queries("train", 8), config)
     for model in (models.policy, models.value):
         assert all(p.grad is not None for p in model.parameters())
 
@@ -416,9 +417,8 @@ def test_gradient_checkpointing(tiny):
         models.policy.model.layers[0].mlp.register_forward_pre_hook(
             lambda *_: calls.append(torch.is_grad_enabled())
         )
-        _, metrics = grpo_step(
-            models, task.queries("train", 4), config, torch.Generator().manual_seed(1)
-        )
+        models.generator = torch.Generator().manual_seed(1)
+        _, metrics = grpo_step(models, task.queries("train", 4), config)
         seen[lean] = (
             metrics,
             sum(calls),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_nb import algorithm
+from grpo_nb.engine.models import EngineModels
+
 from grpo_nb.run import training
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import RECIPES
@@ -39,7 +40,9 @@ from grpo_nb.reward import (
 )
 from grpo_nb.rollout import join
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import build_models, outer_iteration, preference_pairs, train
+from grpo_nb.run.build import build_models
+from grpo_nb.run.iterative import outer_iteration, preference_pairs
+from grpo_nb.run.training import train
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (
@@ -451,12 +454,11 @@ def test_a_head_on_the_trunk_adds_its_gradient_to_the_policy(tokenizer):
             max_tokens_per_micro_batch=budget,
         )
         update(
-            policy,
-            optimizers[0],
+            EngineModels(
+                policy, None, optimizers[0], value=value, value_optimizer=optimizers[1]
+            ),
             rollout,
             config,
-            value_model=value,
-            value_optimizer=optimizers[1],
         )
         return gradient(policy).clone(), gradient(value).clone()
 
@@ -573,8 +575,9 @@ def test_outer_iteration():
         p.requires_grad
         for p in (*models.reference.parameters(), *models.rewards[0].model.parameters())
     )
+    models.generator = generator
     STEPS["grpo"](
-        models, task.queries("train", 4), config, generator
+        models, task.queries("train", 4), config
     )  # the renewed boxes go on working
 
 
@@ -640,7 +643,7 @@ def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
 
         return spy
 
-    monkeypatch.setattr(algorithm, "generate", spied(algorithm.generate))  # of a step
+    monkeypatch.setattr(EngineModels, "sample", spied(EngineModels.sample))
     monkeypatch.setattr(
         training, "sample", spied(training.sample)
     )  # of preferences and of evaluations
@@ -677,7 +680,7 @@ def test_more_steps_later_is_more_steps_at_once(tmp_path):
     )
     for name, steps in {"once": [4], "twice": [2, 4]}.items():
         for n in steps:
-            run = train(
+            train(
                 short_config(
                     **options,
                     max_steps=n,

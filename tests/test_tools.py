@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import signal
 import subprocess
@@ -218,33 +219,6 @@ def test_signatures_are_plain():
     )
 
 
-def test_a_rebuild_changes_no_byte(tmp_path):
-    def files(name):
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / "tools/build_docs.py",
-                "--engine",
-                "smalldocs",
-                "--output",
-                tmp_path / name,
-            ],
-            check=True,
-        )
-        return {
-            p.relative_to(tmp_path / name): p.read_bytes()
-            for p in (tmp_path / name).rglob("*")
-            if p.is_file()
-        }
-
-    first, second = files("a"), files("b")
-    assert [
-        name
-        for name in first.keys() | second.keys()
-        if first.get(name) != second.get(name)
-    ] == []
-
-
 def test_readme_prose():
     source = (
         '::: {.callout-note title="Ways"}\nSee [setup](01_task.ipynb#add).\n:::\n\n$$x^{.5}$$ {#eq-x}\n\n## Why {#sec-why}\n\n'
@@ -358,10 +332,33 @@ def test_references_are_numbered():
         build_docs.mend_references({"cells": [markdown("@eq-c")]}, "x")
 
 
-def test_preview_serves_the_site_and_stops_at_an_interrupt():
+def contents(site):
+    return {
+        path.relative_to(site): path.read_bytes()
+        for path in site.rglob("*")
+        if path.is_file()
+    }
+
+
+def built(folder):
+    "The site of GRPO_NB_SITE, else one built now."
+    if site := os.environ.get("GRPO_NB_SITE"):
+        return (ROOT / site).resolve()
+    command = [sys.executable, ROOT / "tools/build_docs.py"]
+    command += ["--engine", "smalldocs", "--output", folder]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def test_preview_serves_the_site_and_stops_at_an_interrupt(tmp_path):
+    "What it has built is what another build has made: a rebuild changes no byte."
     command = [sys.executable, ROOT / "tools/preview.py", "--port", "0"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     ) as server:
         try:
             address = next(
@@ -371,6 +368,11 @@ def test_preview_serves_the_site_and_stops_at_an_interrupt():
             )
             with urlopen(address + "gae.html") as page:
                 assert b"<h1" in page.read()
+            (folder,) = tmp_path.glob("grpo_nb_preview_*/site")
+            first, second = contents(folder), contents(built(tmp_path / "other"))
+            assert len(first) > 100
+            names = first.keys() | second.keys()
+            assert [x for x in names if first.get(x) != second.get(x)] == []
             server.send_signal(signal.SIGINT)
             assert (
                 server.communicate(timeout=20)[0].split() == ["stopped"]

@@ -20,15 +20,16 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from grpo_nb import sampling
-from grpo_nb.run import training
+from grpo_nb.engine import adapters, decoding
+from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.packing import shares_prompt, takes_padding, token_logprobs
 from grpo_nb.policy import as_rollout, check_tokens, encode_prompts, load_policy
 from grpo_nb.reference import reference_logprobs
-from grpo_nb.sampling import sample
+from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
-from grpo_nb.run.training import evaluate, load_value_model, open_run, train
+from grpo_nb.run.build import load_value_model
+from grpo_nb.run.training import evaluate, open_run, train
 from grpo_nb.value import ValueModel
 from helpers import EOS, PAD, VOCABULARY, character_tokenizer, random_model
 
@@ -550,13 +551,13 @@ def test_the_embedding_alone_decides():
 @pytest.fixture
 def widest(monkeypatch):
     "How many rows each pass through the decoding loop has."
-    seen, decode = [], sampling._decode
+    seen, decode = [], decoding._decode
 
     def noted(model, prompts, mask, G, *rest):
         seen.append(len(prompts) * G)
         return decode(model, prompts, mask, G, *rest)
 
-    monkeypatch.setattr(sampling, "_decode", noted)
+    monkeypatch.setattr(decoding, "_decode", noted)
     return seen
 
 
@@ -592,7 +593,9 @@ def test_greedy_answers_do_not_depend_on_the_limit(widest):
 
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_a_limit_of_no_rows_is_refused(wrong):
-    with pytest.raises(ValueError, match=f"max_num_seqs is out of range: {wrong}"):
+    with pytest.raises(
+        ValueError, match=f"max_num_seqs must be >= 1 or None, got {wrong}"
+    ):
         drawn(make("llama"), max_num_seqs=wrong)
     with pytest.raises(ValueError, match="max_num_seqs"):
         make_config(max_num_seqs=wrong)
@@ -702,8 +705,8 @@ def test_a_name_that_fits_no_layer_is_refused(tmp_path, names):
 def test_too_old_a_peft_is_named(tmp_path, monkeypatch):
     "What is found, what is needed, and for which transformers; no word of layers."
     pytest.importorskip("peft")
-    monkeypatch.setattr(training.peft_integration, "MIN_PEFT_VERSION", "99.1")
-    monkeypatch.setattr(training, "load_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(adapters.peft_integration, "MIN_PEFT_VERSION", "99.1")
+    monkeypatch.setattr(build, "load_policy", lambda *_: pytest.fail("loaded"))
     match = r"use_peft = True needs PEFT >= 99.1 for transformers \d.*found \d.*pip"
     with pytest.raises(ImportError, match=match) as error:
         train(config_of("tiny", tmp_path / "run", **LORA))

@@ -19,14 +19,15 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import grpo_nb.evidence.plots
-import grpo_nb.run.training
+from grpo_nb.run import trackers, training
 from grpo_nb.algorithm import STEPS, ppo_step
 from grpo_nb.run.options import CONFIGS, Config, PPOConfig, make_config
 from grpo_nb.evidence.plots import LivePlot, comparison_table, plot_comparison, plot_run
 from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import load_policy
 from grpo_nb.task import load_task
-from grpo_nb.run.training import Run, parse_arguments, train
+from grpo_nb.run.command_line import parse_arguments
+from grpo_nb.run.training import Run, train
 from grpo_nb.value import ValueModel
 from helpers import ROOT, python, read_metrics, short_config
 
@@ -122,10 +123,8 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path, save_steps):
 @pytest.mark.parametrize("name", ["tensorbored", "wandb", "none"])
 def test_a_tracker_that_is_not_there(tmp_path, name, monkeypatch):
     "Refused, with what there is, before anything is loaded or written."
-    monkeypatch.setattr(
-        grpo_nb.run.training, "get_available_trackers", lambda: ["tensorboard"]
-    )
-    monkeypatch.setattr(grpo_nb.run.training, "build_models", None)
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(training, "build_models", None)
     with pytest.raises(
         ValueError, match=rf"report_to = \['{name}'\] cannot be used; .*: tensorboard$"
     ):
@@ -213,10 +212,8 @@ def test_a_tracker_of_ones_own(tmp_path, memory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_has_trackers(tmp_path, memory, monkeypatch, rank):
-    monkeypatch.setattr(grpo_nb.run.training, "process", lambda: (rank, 2))
-    with grpo_nb.run.training._trackers(
-        short_config(report_to=["memory"]), tmp_path, 0
-    ) as track:
+    monkeypatch.setattr(trackers, "process", lambda: (rank, 2))
+    with trackers._trackers(short_config(report_to=["memory"]), tmp_path, 0) as track:
         track({"step": 1, "reward": 1.0})
     assert (
         bool(memory.told) == (rank == 0) and len(list(tmp_path.iterdir())) <= 1 - rank
@@ -399,27 +396,55 @@ def test_an_algorithm_of_ones_own_runs(tmp_path, monkeypatch):
     assert "value_loss" in found.metrics
 
 
-def test_a_cell_that_ends_in_a_plot_shows_one_picture(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    monkeypatch.delenv("MPLBACKEND", raising=False)
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    "The cells of a notebook that papermill has run: plots, the live plot, and its figure drawn again."
+    folder = tmp_path_factory.mktemp("executed")
     setup = """
-from grpo_nb.evidence.plots import plot_comparison, plot_run
+from grpo_nb.evidence.plots import LivePlot, plot_comparison, plot_run
+from IPython.display import Image
 from helpers import short_config
-from test_watching import REWARDED, synthetic
+from test_watching import LINES, REWARDED, synthetic
+import io
 run = synthetic(short_config(), REWARDED)"""
     sources = [setup, "plot_run(run)", "plot_comparison({'a': [run]})"]
     sources.append("fig = plot_run(run)\nfig")
+    sources.append("""
+with LivePlot(seconds=1e-9) as plot:
+    for line in LINES[:8]: plot(line)
+png = io.BytesIO(); plot.figure().savefig(png)
+Image(png.getvalue())""")
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "in.ipynb")
-    done = papermill.execute_notebook(
-        tmp_path / "in.ipynb",
-        tmp_path / "out.ipynb",
-        kernel_name="python3",
-        progress_bar=False,
-        log_output=False,
-    )
-    shown = [str(cell.outputs).count("'image/png'") for cell in done.cells]
-    assert shown == [0, 1, 1, 1]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "in.ipynb")
+    with pytest.MonkeyPatch.context() as patched:
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        patched.setenv("PYTHONPATH", paths)
+        patched.delenv("MPLBACKEND", raising=False)
+        done = papermill.execute_notebook(
+            folder / "in.ipynb",
+            folder / "out.ipynb",
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+        )
+    return [
+        [
+            output["data"]["image/png"]
+            for output in cell.outputs
+            if "image/png" in output.get("data", {})
+        ]
+        for cell in done.cells
+    ]
+
+
+def test_a_cell_that_ends_in_a_plot_shows_one_picture(executed):
+    assert [len(pictures) for pictures in executed[:4]] == [0, 1, 1, 1]
+
+
+def test_the_live_plot_under_papermill(executed):
+    "The executed notebook holds one picture, the last."
+    pictures = executed[4]
+    assert len(pictures) == 2 and pictures[0] == pictures[1]
 
 
 def test_the_live_plot_elsewhere(tmp_path):
@@ -429,41 +454,3 @@ def test_the_live_plot_elsewhere(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == ["None", "False", "50"], (
         done.stderr
     )
-
-
-def test_the_live_plot_under_papermill(tmp_path, monkeypatch):
-    "The executed notebook holds one picture, the last."
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    code = f"""
-from grpo_nb.evidence.plots import LivePlot
-from IPython.display import Image
-import io
-with LivePlot(seconds=1e-9) as plot:
-    for line in {LINES[:8]}: plot(line)
-png = io.BytesIO(); plot.figure().savefig(png)
-Image(png.getvalue())"""
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(code)],
-            metadata={
-                "kernelspec": {
-                    "name": "python3",
-                    "display_name": "python3",
-                    "language": "python",
-                }
-            },
-        ),
-        tmp_path / "in.ipynb",
-    )
-    (cell,) = papermill.execute_notebook(
-        tmp_path / "in.ipynb",
-        tmp_path / "out.ipynb",
-        progress_bar=False,
-        log_output=False,
-    ).cells
-    pictures = [
-        output["data"]["image/png"]
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) == 2 and pictures[0] == pictures[1]

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from grpo_nb.engine.models import EngineModels
 from grpo_nb import algorithm, gae
 from grpo_nb.engine import distributed
 from grpo_nb.run import training
-from grpo_nb.models import Models
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.engine.distributed import full, process, shard
@@ -89,13 +89,12 @@ def one_update(policy, rollout, config, ppo=False, fresh=False, cut=False):
         if model is not None
     ]
     metrics = update(
-        policy,
-        optimizers[0],
+        EngineModels(
+            policy, None, optimizers[0], value=value, value_optimizer=optimizers[-1]
+        ),
         rollout,
         config,
         beta=0.0 if ppo else 0.1,
-        value_model=value,
-        value_optimizer=optimizers[-1],
     )
     return (
         gradients(*[model for model in (policy, value) if model is not None]),
@@ -183,14 +182,14 @@ def given_step():
         judge = lambda completions, **_: [
             float(len(text)) + 0.1 for text in completions
         ]
-        models = Models(
+        models = EngineModels(
             policy,
             tokenizer,
             torch.optim.SGD(policy.parameters(), lr=1e-4),
             [judge],
             copy.deepcopy(policy),
         )
-        algorithm.generate = lambda *_: rollout
+        models.sample = lambda *_: rollout
         rollout, metrics = algorithm.grpo_step(
             models, rollout.queries, make_config(**BASE, scale_rewards="batch")
         )

@@ -36,6 +36,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import group
+from ..engine.models import EngineModels
 from ..run.options import GRPOConfig, make_config
 from ..gae import gae, whiten
 from ..group import group_advantages, process_advantages
@@ -45,7 +46,7 @@ from ..reference import adapt_beta, kl, kl_in_reward, reference_logprobs
 from ..reward import bradley_terry_loss, overlong_reward
 from ..rollout import Rollout
 from ..task import Query, load_task
-from ..update import piece_loss, update
+from ..update import batch_loss, update
 from ..value import value_loss
 
 # %% ../../nbs/4_evidence/44_ledger.ipynb #a82c9800
@@ -1007,8 +1008,7 @@ def check_micro_batches() -> tuple[float, float]:
                 max_tokens_per_micro_batch=budget,
             )
             metrics = update(
-                model,
-                torch.optim.SGD(model.parameters(), lr=0.0),
+                EngineModels(model, None, torch.optim.SGD(model.parameters(), lr=0.0)),
                 rollout,
                 config,
                 beta=0.1,
@@ -1055,7 +1055,7 @@ def check_slope(h: float = 1e-5) -> tuple[None, float]:
         with torch.no_grad():
             for p, d in zip(model.parameters(), direction):
                 p.add_(d, alpha=by)
-        return piece_loss(model, rollout, config, 0.1, totals)[0]
+        return batch_loss(EngineModels(model, None), rollout, config, 0.1, totals)[0]
 
     slope = sum(
         (g * d).sum()
@@ -1071,7 +1071,7 @@ _slope_row = Check(
     "slope of the loss",
     r"\frac{L(\theta+hv)-L(\theta-hv)}{2h}\approx v\cdot\nabla L",
     "calculus",
-    "update.piece_loss",
+    "update.batch_loss",
     "finite differences, relative",
     check_slope,
     1e-6,
@@ -1177,8 +1177,12 @@ def check_trl_loss(loss_type: str) -> tuple[float, float]:
             importance_sampling_level=level,
             **shared,
         )
-        ours, _ = piece_loss(
-            model, replace(rollout, advantages=A), config, beta, totals
+        ours, _ = batch_loss(
+            EngineModels(model, None),
+            replace(rollout, advantages=A),
+            config,
+            beta,
+            totals,
         )
         if cispo:
             shared["epsilon_high"] = 1 + bounds.get(
@@ -1204,7 +1208,7 @@ _trl_rows = [
         f"{name}, TRL",
         formula,
         source,
-        "update.piece_loss",
+        "update.batch_loss",
         "TRL: _compute_loss, up to 30 settings",
         partial(check_trl_loss, name),
     )
@@ -1246,8 +1250,8 @@ def check_trl_pieces(loss_type: str) -> tuple[float, float]:
         make_config(device="cpu", loss_type=loss_type, max_completion_length=9),
     )
     n = int(rollout.completion_mask.sum())
-    ours, _ = piece_loss(
-        model,
+    ours, _ = batch_loss(
+        EngineModels(model, None),
         rollout,
         config,
         0.1,
@@ -1276,7 +1280,7 @@ _trl_pieces_rows = [
         f"{name} in pieces, TRL",
         r"L=\sum_{\text{pieces}}L_p",
         "linearity",
-        "update.piece_loss",
+        "update.batch_loss",
         "TRL: _compute_loss of each piece",
         partial(check_trl_pieces, name),
     )
@@ -1489,7 +1493,7 @@ def replay(
     optimizer = torch.optim.AdamW(
         policy.parameters(), config.learning_rate, weight_decay=0.0
     )  # as training.build_models makes it
-    update(policy, optimizer, rollout, config, beta=config.beta)
+    update(EngineModels(policy, None, optimizer), rollout, config, beta=config.beta)
     return dict(policy.named_parameters())
 
 # %% ../../nbs/4_evidence/44_ledger.ipynb #3a5857a2

@@ -25,7 +25,8 @@ from ..run.options import PPOConfig
 from ..engine.packing import token_logprobs
 from ..reference import kl
 from ..rollout import Rollout
-from ..run.training import Run, load_value_model
+from ..run.build import load_value_model
+from ..run.training import Run
 from ..value import ValueModel
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #75c6a1f2

@@ -23,10 +23,10 @@ from matplotlib.axes import Axes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .plots import COLORS
-from ..sampling import sample
+from ..engine.decoding import sample
 from .sweep import sweep
 from ..task import Task
-from ..run.training import read_json, write_atomically
+from ..run.run_directory import read_json, write_atomically
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #34e821a5
 def iqm(

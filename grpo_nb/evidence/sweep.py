@@ -21,7 +21,7 @@ from zlib import crc32
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..run.training import read_json, write_atomically
+from ..run.run_directory import read_json, write_atomically
 
 # %% ../../nbs/4_evidence/45_sweep.ipynb #70bbc0d3
 def grid(

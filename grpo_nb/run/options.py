@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as validated_dataclass
 from transformers.hf_argparser import HfArg
 
-from ..policy import resolve_device
+from ..loading import resolve_device
 from ..task import check_task
 
 # %% ../../nbs/2_run/20_options.ipynb #abfb55f6
