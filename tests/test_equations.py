@@ -46,6 +46,7 @@ from grpo_nb.engine.decoding import sample
 from grpo_nb.sampling import draw
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
+from grpo_nb.engine import packing
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.update import batch_loss, update
 from grpo_nb.value import ValueModel, value_loss
@@ -883,7 +884,7 @@ def test_the_weights_of_another_sampler_are_no_advantages(llama, rollout):
     rollout.loss_weights = importance_weights(rollout, 3.0)
     totals = {"num_sequences": mask.any(1).sum(), "num_tokens": mask.sum()}
     ours, _ = batch_loss(EngineModels(llama, None), rollout, config, 0.0, totals)
-    logprobs, truth = token_logprobs(llama, rollout), 0.0
+    logprobs, truth = packing.token_logprobs(llama, rollout), 0.0
     for i, n in enumerate(mask.sum(1).tolist()):
         A = rollout.advantages[i].item()
         difference = logprobs[i, :n] - rollout.logprobs[i, :n]
@@ -1225,7 +1226,7 @@ def test_bfloat16_samples_are_scored_again(tokenizer, num_generations):
             generator=torch.Generator().manual_seed(0),
         )
         rollout = models.sample(queries, num_generations, config)
-        logprobs = token_logprobs(model, rollout).detach()
+        logprobs = packing.token_logprobs(model, rollout).detach()
         assert own.completion_ids.equal(rollout.completion_ids)
         assert (own.logprobs - logprobs).abs().max() > 1e-3
         # cut in pieces, products of bfloat16 round in another way
