@@ -16,22 +16,24 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..run.options import Config
-from ..policy import check_tokens, encode_prompts, eos_token_ids, padding_id
+from ..policy import eos_token_ids, padding_id
 from .distributed import process
 from ..rollout import Rollout
-from ..sampling import check_context
+from ..sampling import decode_completions, prepare_prompts
 from ..task import Query
 
 # %% ../../nbs/3_engine/36_vllm_sampler.ipynb #8710c673
 def import_vllm():
-    "The package vllm, set up to live in this process. `ImportError`: it is not installed; `ValueError`: there is more than one process."
+    """Import the package vllm, set up to live in this process.
+
+    Raises: `ImportError`: it is not installed; `ValueError`: there are several processes."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault(
-        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-    )  # the cores are the trainer's, too
-    if process()[1] > 1:
+    # the cores are the trainer's, too
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    world_size = process()[1]
+    if world_size > 1:
         raise ValueError(
-            f"use_vllm = True works in one process, this run has {process()[1]}"
+            f"use_vllm = True works in one process, this run has {world_size}"
         )
     try:
         import vllm
@@ -48,104 +50,112 @@ def start_engine(
     config: Config,  # its dtype and seed
     **options,  # of `vllm.LLM`, in place of those chosen here
 ):  # vllm.LLM
-    "A vLLM engine for models like this one, in this process, still without their weights. `ValueError`: the policy has adapters."
+    """Start a vLLM engine for models like this one, in this process, without weights.
+
+    Raises: `ValueError`: the policy has adapters."""
     vllm = import_vllm()
     if any(".base_layer." in name for name, _ in policy.named_parameters()):
         raise ValueError(
-            "use_vllm = True sends whole weights to the engine, and this policy has adapters: merge them, or leave vLLM out"
+            "use_vllm = True sends whole weights to the engine, and this policy has "
+            "adapters: merge them, or leave vLLM out"
         )
-    place = (
-        {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32}
-        if policy.device.type == "cpu"
-        else {"gpu_memory_utilization": 0.3}
-    )
-    ours = {
-        "dtype": config.dtype,
-        "seed": config.seed,
-        "load_format": "dummy",
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "max_model_len": -1,
-        "disable_log_stats": True,
-    }  # -1: what fits into memory
-    if config.max_num_seqs is not None:
-        ours["max_num_seqs"] = config.max_num_seqs
+    defaults = _engine_options(policy.device, config)
     with (
         tempfile.TemporaryDirectory() as directory,
         torch.autocast(policy.device.type, enabled=False),
     ):
         policy.config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        return vllm.LLM(model=directory, **ours | place | options)
+        return vllm.LLM(model=directory, **defaults | options)
+
+
+def _engine_options(device: torch.device, config: Config) -> dict:
+    "Choose the options of `vllm.LLM` for a device."
+    options = {
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "load_format": "dummy",
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "max_model_len": -1,  # what fits into memory
+        "disable_log_stats": True,
+    }
+    if config.max_num_seqs is not None:
+        options["max_num_seqs"] = config.max_num_seqs
+    if device.type == "cpu":
+        options["enforce_eager"] = True
+        options["kv_cache_memory_bytes"] = 2**30
+        options["block_size"] = 32
+    else:
+        options["gpu_memory_utilization"] = 0.3
+    return options
 
 # %% ../../nbs/3_engine/36_vllm_sampler.ipynb #5a4b4acd
 def send_weights(
     llm,  # vllm.LLM
     model: PreTrainedModel,
 ):
-    "Give the engine the weights of this model, and forget the keys and values that others have made. `RuntimeError`: some are in use."
-    llm.collective_rpc(
-        "reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())}
-    )
+    """Give the engine the weights of this model, and forget the keys of older ones.
+
+    Raises: `RuntimeError`: some of those keys and values are in use."""
+    weights = {"weights_iterator": iter(model.state_dict().items())}
+    llm.collective_rpc("reload_weights", kwargs=weights)
     if not llm.reset_prefix_cache():
         raise RuntimeError(
-            "vLLM could not forget the keys and values of the old weights: they are in use"
+            "vLLM could not forget the keys and values of the old weights: "
+            "they are in use"
         )
 
 # %% ../../nbs/3_engine/36_vllm_sampler.ipynb #504a8544
 def _requests(
-    how: dict, prompt_ids: Tensor, prompt_mask: Tensor, seeds: list[int]
+    options: dict,  # of `SamplingParams`, the same for all
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    seeds: list[int],
 ) -> tuple[list[dict], list]:
-    "What `LLM.generate` takes: prompts as token ids, and for each how to sample."
-    params, same = (
-        import_vllm().SamplingParams,
-        {"logprobs": 0, "detokenize": False, "ignore_eos": True},
-    )  # 0: of the drawn token
-    return (
-        [
-            {"prompt_token_ids": row[real].tolist()}
-            for row, real in zip(prompt_ids, prompt_mask)
-        ],
-        [params(seed=seed, **same, **how) for seed in seeds],
-    )
+    "Make what `LLM.generate` takes: prompts as ids, and for each how to sample."
+    params = import_vllm().SamplingParams
+    prompts = []
+    for row, real in zip(prompt_ids, prompt_mask):
+        prompts.append({"prompt_token_ids": row[real].tolist()})
+    # no log-probs but those of the drawn tokens, no text, and no end of its own
+    fixed = {"logprobs": 0, "detokenize": False, "ignore_eos": True}
+    return prompts, [params(seed=seed, **fixed, **options) for seed in seeds]
 
 
 def _rows(outputs: list, device: torch.device) -> tuple[Tensor, Tensor]:
-    "What it returns: token ids, -1 behind the end, and their log-probs as the engine reports them, both [N, T]."
-    drawn = [completion for output in outputs for completion in output.outputs]
-    ids = [torch.tensor(each.token_ids) for each in drawn]
-    logprobs = [
-        torch.tensor([at[i].logprob for at, i in zip(each.logprobs, each.token_ids)])
-        for each in drawn
-    ]
-    return tuple(
-        pad_sequence(x, batch_first=True, padding_value=fill).to(device)
-        for x, fill in ((ids, -1), (logprobs, 0.0))
-    )
+    "Read its answer: ids, -1 behind the end, and the engine's log-probs, both [N, T]."
+    ids, logprobs = [], []
+    for output in outputs:
+        for completion in output.outputs:
+            tokens = completion.token_ids
+            steps = zip(completion.logprobs, tokens)
+            ids.append(torch.tensor(tokens))
+            logprobs.append(torch.tensor([step[i].logprob for step, i in steps]))
+    ids = pad_sequence(ids, batch_first=True, padding_value=-1)
+    logprobs = pad_sequence(logprobs, batch_first=True, padding_value=0.0)
+    return ids.to(device), logprobs.to(device)
 
 # %% ../../nbs/3_engine/36_vllm_sampler.ipynb #f8414266
 class VLLMSampler:
-    """vLLM in the place of `sample`: an engine in this process, which gets the model's weights before it draws.
+    """vLLM in the place of `sample`: an engine that gets the model's weights and draws.
 
-    One at a time: a new one ends the one before. `options` are of `vllm.LLM`, in place of those of `start_engine`."""
+    It lives in this process, one at a time: a new one ends the one before."""
 
-    _running = (
-        weakref.WeakSet()
-    )  # vLLM keeps in globals what all engines of a process share
+    _running = weakref.WeakSet()  # engines of a process share vLLM's globals
 
     def __init__(
         self,
         policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         config: Config,
-        **options,
+        **options,  # of `vllm.LLM`, in place of those of `start_engine`
     ):
         for other in list(self._running):
             other.close()
         self.llm = start_engine(policy, tokenizer, config, **options)
-        self.room = (
-            self.llm.llm_engine.vllm_config.model_config.max_model_len
-        )  # tokens of prompt and completion
+        model_config = self.llm.llm_engine.vllm_config.model_config
+        self.room = model_config.max_model_len  # tokens of prompt and completion
         self._running.add(self)
 
     @torch.no_grad()
@@ -161,56 +171,59 @@ class VLLMSampler:
         top_k: int = 0,
         generator: torch.Generator | None = None,
         max_num_seqs: int | None = None,  # of the config, which the engine has
-    ) -> Rollout:
-        "Draw as `sample` does; `sampling_logprobs` are of the distribution drawn from. `ValueError`: what does not fit; `RuntimeError`: the engine has ended."
+    ) -> Rollout:  # `sampling_logprobs` are of the distribution drawn from
+        """Draw as `sample` does.
+
+        Raises: `ValueError`: what does not fit; `RuntimeError`: the engine has ended."""
         if self.llm is None:
             raise RuntimeError(
                 "the engine of this sampler has ended: a new one ends the one before"
             )
-        (prompt_ids, prompt_mask), eos = (
-            encode_prompts(tokenizer, queries),
-            eos_token_ids(model, tokenizer),
+        prompt_ids, prompt_mask = prepare_prompts(
+            model, tokenizer, queries, max_completion_length
         )
-        check_context(model, queries, prompt_mask.sum(1), max_completion_length)
-        check_tokens(model, prompt_ids, prompt_mask, tokenizer=tokenizer)
-        longest = int(prompt_mask.sum(1).max()) + max_completion_length
-        if longest > self.room:
-            raise ValueError(
-                f"prompt and completion may take {longest} tokens, the engine has memory for {self.room}"
-            )
-        seeds = torch.randint(
-            2**48, (len(queries),), generator=generator, device=model.device
-        ).tolist()
-        how = {
+        self._check_room(int(prompt_mask.sum(1).max()) + max_completion_length)
+        eos = eos_token_ids(model, tokenizer)
+        options = {
             "n": num_generations,
             "max_tokens": max_completion_length,
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
-            "stop_token_ids": eos,
-        }  # and it ends at no others
-        with torch.autocast(
-            model.device.type, enabled=False
-        ):  # the engine has its own dtype
-            send_weights(self.llm, model)
-            outputs = self.llm.generate(
-                *_requests(how, prompt_ids, prompt_mask, seeds), use_tqdm=False
-            )
+            "stop_token_ids": eos,  # and it ends at no others
+        }
+        seeds = torch.randint(
+            2**48, (len(queries),), generator=generator, device=model.device
+        ).tolist()
+        requests = _requests(options, prompt_ids, prompt_mask, seeds)
+        outputs = self._generate(model, *requests)
         ids, logprobs = _rows(outputs, model.device)
-        texts = tokenizer.batch_decode(
-            [row[row >= 0] for row in ids.cpu()], skip_special_tokens=True
-        )
+        mask = ids >= 0
         return Rollout(
             queries,
-            prompt_ids.to(model.device),
-            prompt_mask.to(model.device),
-            ids.masked_fill(ids < 0, padding_id(tokenizer)),
-            ids >= 0,
-            texts,
+            prompt_ids,
+            prompt_mask,
+            ids.masked_fill(~mask, padding_id(tokenizer)),
+            mask,
+            decode_completions(tokenizer, ids, mask),
             num_generations=num_generations,
             truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1),
             sampling_logprobs=logprobs,
         )
+
+    def _check_room(self, longest: int):
+        "Raise `ValueError` if the engine has no memory for so many tokens."
+        if longest > self.room:
+            raise ValueError(
+                f"prompt and completion may take {longest} tokens, "
+                f"the engine has memory for {self.room}"
+            )
+
+    def _generate(self, model: PreTrainedModel, prompts: list, params: list) -> list:
+        "Send the weights and draw, without autocast: the engine has its own dtype."
+        with torch.autocast(model.device.type, enabled=False):
+            send_weights(self.llm, model)
+            return self.llm.generate(prompts, params, use_tqdm=False)
 
     def close(self):
         "End the engine and free its memory; the sampler is of no use any more."
