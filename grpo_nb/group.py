@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .checks import check_choice
+
 # %% ../nbs/1_figure/09_group.ipynb #03db9c6d
 def has_variance(
     rewards: Float[Tensor, "N"],  # groups contiguous; NaN: not scored
@@ -19,54 +21,53 @@ def has_variance(
 
     Raises: `ValueError` for rewards that are not [N], of whole groups and floating
     point."""
-    _check_groups("rewards", rewards, "[N]", num_generations)
+    _check_groups("rewards", rewards, num_generations, dims=1)
     groups = rewards.view(-1, num_generations)
     highest = groups.nan_to_num(-torch.inf).amax(1)
     return highest > groups.nan_to_num(torch.inf).amin(1)
 
-
-def _check_groups(name: str, rewards: Tensor, shape: str, num_generations: int):
-    "Refuse rewards of another shape, not floating point, or not of whole groups."
-    if rewards.dim() != len(shape.split(",")) or not rewards.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating point and {shape}, got "
-            f"{tuple(rewards.shape)} {rewards.dtype}"
-        )
-    if num_generations < 1 or len(rewards) % num_generations:
-        raise ValueError(
-            f"{name} must be a multiple of num_generations = {num_generations}, "
-            f"got {len(rewards)}"
-        )
-
 # %% ../nbs/1_figure/09_group.ipynb #15495ea9
-def _count(r: Float[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
-    "Count the scored members of each group."
+def _count(r):
+    "Count the scored members of each group; [B, 1]."
     return (~r.isnan()).sum(1, keepdim=True).double()
 
 
-def _mean(r: Float[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
-    "Take the mean of each group, NaN left out."
+def _mean(r):
+    "Take the mean of each group, NaN left out; [B, 1]."
     return r.nansum(1, keepdim=True) / _count(r)
 
 
-def _mean_of_others(r: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    "Take the mean of the other members of the group."
+def _mean_of_others(r):
+    "Take the mean of the other members of the group; [B, G]."
     mean = _mean(r)
     return mean + (mean - r) / (_count(r) - 1)
 
 
-def _std(r: Float[Tensor, "B G"]) -> Float[Tensor, "B 1"]:
-    "Take the standard deviation with ddof 1, in two passes, NaN left out."
-    squares = (r - _mean(r)).square().nansum(1, keepdim=True)
-    return (squares / (_count(r) - 1).clamp(min=1)).sqrt()
+def _std(r):
+    "Take the standard deviation with ddof 1, in two passes, NaN left out; [B, 1]."
+    distances = r - _mean(r)
+    squares = distances.square().nansum(1, keepdim=True)
+    degrees = (_count(r) - 1).clamp(min=1)
+    return (squares / degrees).sqrt()
+
+
+def _by_group(r, eps):
+    "Divide by the standard deviation of the group."
+    return _std(r) + eps
+
+
+def _by_batch(r, eps):
+    "Divide by the standard deviation of all rewards of the step."
+    return _std(r.view(1, -1)) + eps
+
+
+def _by_nothing(r, eps):
+    "Divide by 1."
+    return 1.0
 
 
 BASELINES = {"mean": _mean, "leave_one_out": _mean_of_others}
-SCALES = {
-    "group": lambda r, eps: _std(r) + eps,
-    "batch": lambda r, eps: _std(r.view(1, -1)) + eps,
-    "none": lambda r, eps: 1.0,
-}
+SCALES = {"group": _by_group, "batch": _by_batch, "none": _by_nothing}
 
 # %% ../nbs/1_figure/09_group.ipynb #15495eaa
 def group_advantages(
@@ -98,6 +99,18 @@ def group_advantages(
 
 # %% ../nbs/1_figure/09_group.ipynb #15495eab
 _LARGEST = 1e150  # squares of it still fit into float64
+_SHAPES = {1: "[N]", 2: "[N, T]"}
+
+
+def _check_groups(name: str, rewards: Tensor, num_generations: int, dims: int):
+    "Refuse rewards of another shape, not floating point, or not of whole groups."
+    shape, N = tuple(rewards.shape), len(rewards) if rewards.dim() else 0
+    if len(shape) != dims or not rewards.is_floating_point():
+        expected = f"floating point and {_SHAPES[dims]}"
+        raise ValueError(f"{name} must be {expected}, got {shape} {rewards.dtype}")
+    if num_generations < 1 or N % num_generations:
+        expected = f"a multiple of num_generations = {num_generations}"
+        raise ValueError(f"{name} must be {expected}, got {N}")
 
 
 def _check_choices(num_generations: int, scale: str, baseline: str, eps: float):
@@ -107,31 +120,27 @@ def _check_choices(num_generations: int, scale: str, baseline: str, eps: float):
             "num_generations must be at least 2 (one has nothing to be compared with), "
             f"eps >= 0; got {num_generations}, {eps}"
         )
-    for name, choice, table in (
-        ("scale_rewards", scale, SCALES),
-        ("baseline", baseline, BASELINES),
-    ):
-        if choice not in table:
-            *others, last = (f'"{entry}"' for entry in table)
-            allowed = f"{', '.join(others)} or {last}"
-            raise ValueError(f"{name} must be {allowed}, got {choice!r}")
+    check_choice("scale_rewards", scale, SCALES)
+    check_choice("baseline", baseline, BASELINES)
 
 
 def _check_size(name: str, rewards: Tensor):
     "Refuse rewards whose squares float64 cannot hold."
     too_large = rewards.double().abs() > _LARGEST
     if too_large.any():
-        completion = too_large.nonzero()[0][0].item()
+        completion = too_large.nonzero()[0, 0].item()
+        reward = rewards[too_large][0].item()
         raise ValueError(
             f"{name} must be at most {_LARGEST:.2g} in size, NaN where not scored; "
-            f"got {rewards[too_large][0].item()} for completion {completion}"
+            f"got {reward} for completion {completion}"
         )
 
 
-def _rounded(name: str, x: Float[Tensor, "..."], dtype: torch.dtype) -> Tensor:
+def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     "Convert a result in float64; `ValueError` where `dtype` cannot hold it."
-    largest = x.abs().max().item() if x.numel() else 0.0
-    if largest > torch.finfo(dtype).max:
+    too_large = x.abs() > torch.finfo(dtype).max
+    if too_large.any():
+        largest = x.abs().max().item()
         raise ValueError(
             f"{name} lie too far apart: {dtype} cannot hold advantages of up to "
             f"{largest:.2g}"
@@ -156,7 +165,7 @@ def process_advantages(
 
     Source: DeepSeekMath 2402.03300, sec. 4.1.3."""
     _check_choices(num_generations, scale_rewards, baseline, eps)
-    _check_groups("step_rewards", step_rewards, "[N, T]", num_generations)
+    _check_groups("step_rewards", step_rewards, num_generations, dims=2)
     _check_size("step_rewards", step_rewards)
     if not step_rewards.numel():
         return torch.zeros_like(step_rewards)

@@ -83,19 +83,16 @@ class Rollout:
         groups = self._indices(groups)
         members = torch.arange(self.num_generations, device=groups.device)
         rows = (groups[:, None] * self.num_generations + members).flatten()
-        P = int(self.prompt_mask[groups].sum(1).max())
-        T = max(1, int(self.completion_mask[rows].sum(1).max()))
-        selected = {
-            "queries": [self.queries[i] for i in groups.tolist()],
-            "completions": [self.completions[i] for i in rows.tolist()],
-            "prompt_ids": self.prompt_ids[groups, -P:],
-            "prompt_mask": self.prompt_mask[groups, -P:],
-        }
+        selected = {}
         for field in fields(self):
+            index = groups if field.name in _OF_PROMPTS else rows
             x = getattr(self, field.name)
-            if field.name not in selected and isinstance(x, Tensor):
-                selected[field.name] = x[rows, :T] if x.dim() == 2 else x[rows]
-        return replace(self, **selected)
+            if isinstance(x, list):
+                x = [x[i] for i in index.tolist()]
+            elif isinstance(x, Tensor):
+                x = x[index]
+            selected[field.name] = x
+        return replace(self, **_trimmed(selected))
 
     @staticmethod
     def join(rollouts: list["Rollout"]) -> "Rollout":
@@ -118,23 +115,23 @@ class Rollout:
         "Turn indices of groups into a tensor, and refuse those that are not there."
         B = len(self.queries)
         groups = torch.as_tensor(groups, device=self.completion_ids.device)
-        integers = groups.dim() == 1 and groups.dtype == torch.long
-        if not (integers and len(groups) and groups.min() >= 0 and groups.max() < B):
-            raise ValueError(
-                "groups must name at least one group, by indices in "
-                f"0..{B - 1}; got {groups.tolist()}"
-            )
+        right = groups.dim() == 1 and groups.dtype == torch.long
+        if right and len(groups):
+            right = bool(groups.min() >= 0 and groups.max() < B)
+        if not right or not len(groups):
+            allowed = f"at least one group, by indices in 0..{B - 1}"
+            raise ValueError(f"groups must name {allowed}; got {groups.tolist()}")
         return groups
 
     def _check_shapes(self):
         "Refuse a tensor of another shape or kind than its annotation says."
         with jaxtyped("context"):  # a letter is the same number in every field
             for field in fields(self):
-                x = getattr(self, field.name)
-                if "Tensor" in str(field.type) and not isinstance(x, field.type):
-                    kind = getattr(field.type, "__name__", field.type)
-                    shape = (x.dtype, *x.shape) if isinstance(x, Tensor) else x
+                x, kind = getattr(self, field.name), field.type
+                if "Tensor" in str(kind) and not isinstance(x, kind):
                     N = len(self.queries) * self.num_generations
+                    kind = getattr(kind, "__name__", kind)
+                    shape = (x.dtype, *x.shape) if isinstance(x, Tensor) else x
                     raise ValueError(
                         f"{field.name} must be {kind} with N = {N}; got {shape}"
                     )
@@ -147,16 +144,14 @@ class Rollout:
                 "queries must hold at least one and num_generations be at least 1, "
                 f"got {B} and {G}"
             )
-        if len(self.prompt_ids) != B:
-            raise ValueError(
-                f"prompt_ids must have a row a query = {B}, got {len(self.prompt_ids)}"
-            )
+        rows = len(self.prompt_ids)
+        if rows != B:
+            raise ValueError(f"prompt_ids must have {B} rows, one a query; got {rows}")
         for name in ("completion_ids", "completions"):
-            if len(getattr(self, name)) != B * G:
-                raise ValueError(
-                    f"{name} must have {B} queries x {G} generations = {B * G} rows, "
-                    f"got {len(getattr(self, name))}"
-                )
+            rows = len(getattr(self, name))
+            if rows != B * G:
+                expected = f"{B} queries x {G} generations = {B * G} rows"
+                raise ValueError(f"{name} must have {expected}, got {rows}")
 
     def _check_padding(self):
         "Refuse padding on the wrong side, and an empty prompt."
@@ -167,6 +162,23 @@ class Rollout:
                 "prompt_mask must be padded on the left only, completion_mask on the "
                 "right only, and no prompt be empty"
             )
+
+
+_OF_PROMPTS = ("queries", "prompt_ids", "prompt_mask")  # a row a query; else N rows
+
+
+def _trimmed(selected: dict) -> dict:
+    "Cut away columns that are padding in every row that was selected."
+    longest_prompt = int(selected["prompt_mask"].sum(1).max())
+    longest_completion = int(selected["completion_mask"].sum(1).max())
+    for name, x in selected.items():
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            continue
+        if name in _OF_PROMPTS:
+            selected[name] = x[:, -longest_prompt:]
+        else:
+            selected[name] = x[:, : max(1, longest_completion)]
+    return selected
 
 
 def _joined(name: str, parts: list) -> list | Tensor | None:
@@ -180,11 +192,13 @@ def _joined(name: str, parts: list) -> list | Tensor | None:
     if parts[0].dim() == 1:
         return torch.cat(parts)
     width = max(x.shape[1] for x in parts)
-    fill = torch.nan if name == "step_rewards" else 0
-    return torch.cat([_widened(name, x, width - x.shape[1], fill) for x in parts])
+    return torch.cat([_widened(name, x, width) for x in parts])
 
 
-def _widened(name: str, x: Tensor, columns: int, fill: float) -> Tensor:
+def _widened(name: str, x: Tensor, width: int) -> Tensor:
     "Add columns of padding: to prompts on the left, to completions on the right."
-    sides = (columns, 0) if name.startswith("prompt_") else (0, columns)
-    return F.pad(x, sides, value=fill)
+    columns = width - x.shape[1]
+    if name in _OF_PROMPTS:
+        return F.pad(x, (columns, 0))
+    no_step = torch.nan if name == "step_rewards" else 0
+    return F.pad(x, (0, columns), value=no_step)
