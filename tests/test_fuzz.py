@@ -116,6 +116,7 @@ from grpo_nb.reward import (
     score,
     text_of,
 )
+from grpo_nb.checks import check_choice, check_shapes
 from grpo_nb.rollout import Rollout
 from grpo_nb.run.dynamic_sampling import dynamic_sampling
 from grpo_nb.sampling import check_context, generate, lacks_memory, sample
@@ -731,6 +732,31 @@ def test_kl_in_reward(data):
     agrees(kl_in_reward, data.draw(spoilt(arguments)), slow_kl_in_reward)
 
 
+def slow_check_shapes(mask, x):
+    need(is_mask(mask) and x.shape == mask.shape)
+    return torch.zeros(0)
+
+
+@fuzz(check_shapes, check_choice)
+@given(st.data(), st.lists(st.text(max_size=2), min_size=1, max_size=3), st.text())
+def test_checks(data, table, choice):
+    "What is refused is named; a choice is refused with all that is allowed."
+    arguments = data.draw(spoilt(data.draw(batches("x"))))
+
+    def check(mask, x):
+        check_shapes(mask, x=x)
+        return torch.zeros(0)
+
+    agrees(check, arguments, slow_check_shapes)
+    try:
+        check_choice("choice", choice, table)
+    except ValueError as error:
+        assert choice not in table
+        assert all(f'"{entry}"' in str(error) for entry in table)
+    else:
+        assert choice in table
+
+
 # The mathematics: groups -------------------------------------------------------------------------------------------------
 
 
@@ -810,6 +836,8 @@ def slow_process_advantages(
         and baseline in ("mean", "leave_one_out")
     )
     need(not step_rewards.isinf().any())
+    if not step_rewards.numel():
+        return torch.zeros(step_rewards.shape)
     steps = [
         [(t, r) for t, r in enumerate(row) if not math.isnan(r)]
         for row in step_rewards.tolist()
