@@ -10,34 +10,52 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .checks import check_shapes
+
 # %% ../nbs/1_figure/08_gae.ipynb #52263146
 def gae(
     rewards: Float[Tensor, "N T"],  # per token, KL included
     values: Float[Tensor, "N T"],  # V before each token
     mask: Bool[Tensor, "N T"],  # real tokens; padding on the right
-    gamma: float = 1.0,  # discount a token
+    gamma: float = 1.0,  # discount per token
     lam: float = 0.95,  # 0: trust V; 1: trust the reward
-) -> tuple[
-    Float[Tensor, "N T"], Float[Tensor, "N T"]
-]:  # (advantages, returns), 0 on padding
-    """Estimate advantages from rewards and values.
+) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+    """Estimate (advantages, returns) from rewards and values; 0 on padding.
 
-    Returns are A + V, for the value loss. Computed in float64, returned in the dtype of `rewards`.
+    Returns are A + V, for the value loss. Computed in float64, returned in the dtype
+    of `rewards`.
 
     Raises: `ValueError` for other shapes or dtypes, a mask with a gap, gamma or lam
     outside of [0, 1], results that the dtype of `rewards` cannot hold.
 
     Source: Schulman et al. 2016, 1506.02438, eq. 16."""
-    fits = (
-        rewards.shape == values.shape == mask.shape
-        and mask.dim() == 2
-        and mask.dtype == torch.bool
-        and rewards.is_floating_point()
-    )
-    if not fits:
-        raise ValueError(
-            f"rewards, values and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (rewards, values, mask)]}"
-        )
+    check_shapes(mask, rewards=rewards, values=values)
+    _check_gae(rewards, mask, gamma, lam)
+    r = _real(rewards, mask)
+    v = _real(values, mask)  # 0 after the last token: nothing more is expected
+
+    advantages = torch.zeros_like(r)
+    advantage = next_value = 0.0
+    for t in reversed(range(r.shape[1])):
+        delta = r[:, t] + gamma * next_value - v[:, t]
+        advantage = delta + gamma * lam * advantage
+        advantage = advantage.where(mask[:, t], 0.0)
+        advantages[:, t] = advantage
+        next_value = v[:, t]
+
+    returns = _real(advantages + v, mask)
+    return _rounded(advantages, rewards.dtype), _rounded(returns, rewards.dtype)
+
+
+def _real(x, mask):
+    "Put 0 on padding, and go on in float64."
+    return x.where(mask, 0.0).double()
+
+# %% ../nbs/1_figure/08_gae.ipynb #52263147
+def _check_gae(rewards: Tensor, mask: Tensor, gamma: float, lam: float):
+    "Refuse integers, a mask with a gap, and gamma or lambda outside of [0, 1]."
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floating point, got {rewards.dtype}")
     if (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError(
             "mask must be padded on the right only: behind a gap, as behind the last "
@@ -45,70 +63,58 @@ def gae(
         )
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
-    r, v = (torch.where(mask, x, 0.0).double() for x in (rewards, values))
-    advantage, next_value, columns = r.new_zeros(len(r)), r.new_zeros(len(r)), []
-    for t in reversed(range(r.shape[1])):
-        delta = r[:, t] + gamma * next_value - v[:, t]
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, 0.0)
-        next_value = v[
-            :, t
-        ]  # 0 on padding: after the last token nothing more is expected
-        columns.append(advantage)
-    advantages = torch.stack(columns[::-1], 1) if columns else r
-    returns = torch.where(mask, advantages + v, 0.0)
-    largest = torch.finfo(rewards.dtype).max
-    if (advantages.abs() > largest).any() or (returns.abs() > largest).any():
-        raise ValueError(
-            f"rewards and values are too large: {rewards.dtype} cannot hold their sums"
-        )
-    return advantages.to(rewards.dtype), returns.to(rewards.dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    "Convert a result in float64; `ValueError` where `dtype` cannot hold it."
+    too_large = x.abs() > torch.finfo(dtype).max
+    if too_large.any():
+        raise ValueError(f"rewards and values are too large: {dtype} cannot hold sums")
+    return x.to(dtype)
 
 # %% ../nbs/1_figure/08_gae.ipynb #73212f5d
 def whiten(
     x: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],  # the entries that count
     shift_mean: bool = True,  # False: only scale, keep the mean
-) -> Float[Tensor, "N T"]:  # 0 where not masked
-    "Scale to unit standard deviation (ddof 1) over the masked entries, and shift to mean 0. All equal: only shifted. `ValueError`: other shapes or dtypes."
-    fits = (
-        x.shape == mask.shape
-        and mask.dim() == 2
-        and mask.dtype == torch.bool
-        and x.is_floating_point()
-    )
-    if not fits:
-        raise ValueError(
-            f"x and mask must have one shape [N, T], mask be bool; got {[(t.dtype, *t.shape) for t in (x, mask)]}"
-        )
+) -> Float[Tensor, "N T"]:
+    """Shift to mean 0 and scale to standard deviation 1 (ddof 1); 0 where not masked.
+
+    Numbers that are all equal are only shifted.
+
+    Raises: `ValueError` for other shapes or dtypes."""
+    check_shapes(mask, x=x)
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
     real = x[mask].double()
-    mean = real.mean()  # NaN if nothing is masked: it is not used then
-    varies = (
-        real.numel() > 1 and real.max() > real.min()
-    )  # a mean of equal numbers is not always that number
-    centred = real - mean if varies else torch.zeros_like(real)
-    scaled = centred / (real.var().sqrt() + 1e-8) if varies else centred
-    return torch.zeros_like(x).masked_scatter(
-        mask, (scaled if shift_mean else scaled + mean).to(x.dtype)
-    )
+    mean = real.mean()  # NaN of nothing, where nothing is written
+    whitened = torch.zeros_like(real)  # of equal numbers, whose mean may be rounded
+    if len(real) > 1 and real.max() > real.min():
+        std = real.var().sqrt()
+        whitened = (real - mean) / (std + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    result = torch.zeros_like(x)
+    result[mask] = whitened.to(x.dtype)
+    return result
 
 # %% ../nbs/1_figure/08_gae.ipynb #b1ca0f08
 def advantages(
     rollout,  # a `Rollout` with `values`
     rewards: Float[Tensor, "N T"],  # per token, KL included
-    config,  # `gamma`, `lam`, `whiten_rewards`, `whiten_advantages`, `mask_truncated_completions`
-) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:  # (advantages, returns)
-    "GAE and whitening as the config says; only tokens that carry loss count in the whitening."
+    config,  # gamma, lam, whiten_rewards, whiten_advantages, mask_truncated_completions
+) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+    """Compute the box of the figure: (advantages, returns), whitened as configured.
+
+    Only tokens that carry loss count in the whitening."""
+    mask = rollout.loss_mask(config.mask_truncated_completions)
     if config.whiten_rewards:
-        rewards = whiten(
-            rewards,
-            rollout.loss_mask(config.mask_truncated_completions),
-            shift_mean=False,
-        )
+        rewards = whiten(rewards, mask, shift_mean=False)
     result, returns = gae(
         rewards, rollout.values, rollout.completion_mask, config.gamma, config.lam
     )
     if config.whiten_advantages:
-        result = whiten(result, rollout.loss_mask(config.mask_truncated_completions))
+        result = whiten(result, mask)
     return result, returns
 
 # %% ../nbs/1_figure/08_gae.ipynb #0b080002

@@ -6,37 +6,24 @@
 __all__ = ['reference_logprobs', 'kl', 'kl_in_reward', 'token_rewards', 'adapt_beta', 'next_beta', 'ReferenceOptions']
 
 # %% ../nbs/1_figure/05_reference.ipynb #8a3e4a3e
-from contextlib import ExitStack
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .engine.micro_batch import in_micro_batches
-from .engine.packing import sharing_width, token_logprobs
+from .checks import check_shapes
+from .policy import token_logprobs
 from .rollout import Rollout
 
 # %% ../nbs/1_figure/05_reference.ipynb #f27936cb
+@torch.no_grad()
 def reference_logprobs(
-    reference: PreTrainedModel | None,  # None: no KL is used
+    reference: PreTrainedModel,
     rollout: Rollout,
     temperature: float = 1.0,  # the one it was sampled with
-    max_tokens: int | None = None,  # of one forward pass; None: no limit
-) -> Float[Tensor, "N T"] | None:  # nats; None without a reference
-    "`log pi_ref` of every completion token. A model with adapters (LoRA) is scored without them; afterwards they are on again."
-    if reference is None:
-        return None
-    with ExitStack() as afterwards:
-        if hasattr(reference, "peft_config"):
-            afterwards.callback(reference.enable_adapters)
-            reference.disable_adapters()
-        return in_micro_batches(
-            lambda piece: token_logprobs(reference, piece, temperature),
-            rollout,
-            max_tokens,
-            sharing_width(reference, rollout),
-        )
+) -> Float[Tensor, "N T"]:  # nats
+    "Score each completion token under the reference, without a gradient."
+    return token_logprobs(reference, rollout, temperature)
 
 # %% ../nbs/1_figure/05_reference.ipynb #4a39bac0
 _LARGEST = 20.0  # of d in k3: e^20 = 4.9e8; beyond it k3 is constant
@@ -57,7 +44,8 @@ def kl(
     Source: Schulman 2020; k3 is eq. 4 of DeepSeekMath, 2402.03300."""
     if logprobs.shape != ref_logprobs.shape:
         raise ValueError(
-            f"ref_logprobs must have the shape of logprobs {tuple(logprobs.shape)}, got {tuple(ref_logprobs.shape)}"
+            f"ref_logprobs must have the shape of logprobs {tuple(logprobs.shape)}, "
+            f"got {tuple(ref_logprobs.shape)}"
         )
     d = ref_logprobs - logprobs
     if estimator == "k1":
@@ -71,52 +59,49 @@ def kl(
 
 # %% ../nbs/1_figure/05_reference.ipynb #317929c8
 def kl_in_reward(
-    scores: Float[Tensor, "N"],  # r_phi, one a completion
+    scores: Float[Tensor, "N"],  # r_phi, one per completion
     logprobs: Float[Tensor, "N T"],  # log pi_old
     ref_logprobs: Float[Tensor, "N T"],  # log pi_ref
     mask: Bool[Tensor, "N T"],  # real tokens, EOS included
     beta: float,  # price of one nat
-) -> Float[Tensor, "N T"]:  # per-token rewards; 0 on padding
-    "Per-token rewards of PPO: -beta * k1 on each token, the score on the last real one (DeepSeekMath 2402.03300, eq. 2). `ValueError`: other shapes or dtypes."
-    fits = (
-        scores.shape == mask.shape[:1]
-        and logprobs.shape == mask.shape
-        and mask.dim() == 2
-        and mask.dtype == torch.bool
-    )
-    if not fits:
+) -> Float[Tensor, "N T"]:
+    """Reward each token with -beta * k1, and the last real one with the score, too.
+
+    0 on padding; a completion without a token gets nothing.
+
+    Raises: `ValueError` for other shapes or dtypes.
+
+    Source: DeepSeekMath 2402.03300, eq. 2."""
+    check_shapes(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    if scores.shape != mask.shape[:1]:
         raise ValueError(
-            f"scores must be [N], logprobs and mask [N, T], mask bool; got {[(x.dtype, *x.shape) for x in (scores, logprobs, mask)]}"
+            f"scores must be [N], one per row of mask {tuple(mask.shape)}; "
+            f"got {tuple(scores.shape)}"
         )
-    rewards = torch.where(mask, -beta * kl(logprobs, ref_logprobs, "k1"), 0.0)
-    last = mask & (
-        mask.cumsum(1) == mask.sum(1, keepdim=True)
-    )  # a completion without a token has none, and gets nothing
+    price = -beta * kl(logprobs, ref_logprobs, "k1")
+    rewards = torch.where(mask, price, 0.0)
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     return torch.where(last, rewards + scores[:, None].to(rewards.dtype), rewards)
 
 # %% ../nbs/1_figure/05_reference.ipynb #517f97a1
 def token_rewards(
-    rollout: Rollout,  # with `logprobs` and `rewards`; `ref_logprobs` may be None, `step_rewards` too
-    beta: float,
+    rollout: Rollout,  # with `logprobs` and `rewards`
+    beta: float,  # price of one nat
 ) -> Float[Tensor, "N T"]:
-    "Reward of each token of a rollout: its score (or those of its steps), less the price of the KL."
-    ref_logprobs = (
-        rollout.logprobs if rollout.ref_logprobs is None else rollout.ref_logprobs
-    )
-    scores = (
-        rollout.rewards.nan_to_num()
-        if rollout.step_rewards is None
-        else torch.zeros_like(rollout.rewards)
-    )
-    rewards = kl_in_reward(
-        scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta
-    )
-    for row, ends, steps in zip(
-        rewards, rollout.step_ends or [], rollout.step_rewards or []
-    ):
-        for end, reward in zip(ends, steps):
-            row[end] += reward
-    return rewards
+    """Reward each token with its score (or that of its step), less the price of the KL.
+
+    Without `ref_logprobs` there is no price."""
+    mask = rollout.completion_mask
+    ref_logprobs = rollout.ref_logprobs
+    if ref_logprobs is None:
+        ref_logprobs = rollout.logprobs
+    scores = rollout.rewards.nan_to_num()
+    if rollout.step_rewards is None:
+        return kl_in_reward(scores, rollout.logprobs, ref_logprobs, mask, beta)
+    no_scores = torch.zeros_like(scores)
+    price = kl_in_reward(no_scores, rollout.logprobs, ref_logprobs, mask, beta)
+    steps = rollout.step_rewards.nan_to_num().to(price.dtype)
+    return price + torch.where(mask, steps, 0.0)
 
 # %% ../nbs/1_figure/05_reference.ipynb #b37fddfb
 def adapt_beta(
@@ -126,7 +111,11 @@ def adapt_beta(
     num_completions: int,  # n, that the observation is made of
     horizon: int = 10_000,  # completions; the larger, the slower
 ) -> float:
-    "Proportional controller of the KL coefficient (Ziegler et al. 2019, 1909.08593, sec. 2.2). `ValueError`: a target or a horizon that is not positive."
+    """Move the KL coefficient towards its target, in proportion to the error.
+
+    Raises: `ValueError` for a target or a horizon that is not positive.
+
+    Source: Ziegler et al. 2019, 1909.08593, sec. 2.2."""
     if not (kl_target > 0 and horizon > 0):
         raise ValueError(
             f"kl_target and horizon must be positive, got {kl_target} and {horizon}"
@@ -136,16 +125,14 @@ def adapt_beta(
 
 # %% ../nbs/1_figure/05_reference.ipynb #6f10c868
 def next_beta(beta: float, rollout: Rollout, kl_target: float | None) -> float:
-    "The KL coefficient for the next step; `kl_target` in nats a completion, None: beta is fixed."
+    """Choose the KL coefficient for the next step.
+
+    `kl_target` in nats per completion; None: beta is fixed."""
     if kl_target is None or rollout.ref_logprobs is None:
         return beta
-    observed = (
-        kl(rollout.logprobs, rollout.ref_logprobs, "k1")
-        .masked_fill(~rollout.completion_mask, 0.0)
-        .sum(1)
-        .mean()
-    )
-    return adapt_beta(beta, observed.item(), kl_target, len(rollout))
+    per_token = kl(rollout.logprobs, rollout.ref_logprobs, "k1")
+    per_completion = per_token.masked_fill(~rollout.completion_mask, 0.0).sum(1)
+    return adapt_beta(beta, per_completion.mean().item(), kl_target, len(rollout))
 
 # %% ../nbs/1_figure/05_reference.ipynb #0b050002
 from dataclasses import dataclass, field

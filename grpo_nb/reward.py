@@ -238,6 +238,8 @@ def _checked(name: str, scores, lengths: list[int]) -> list:
             raise TypeError(
                 f"reward function {name!r} returned {pairs!r} for completion {i}; allowed: a number, None or a list of steps, (end, score)"
             )
+        if not lengths[i]:
+            return None  # no token that a step could end at: not scored
         outside = [end for end, _ in pairs if not 0 <= end < lengths[i]]
         if outside:
             raise ValueError(
@@ -366,28 +368,41 @@ def combine(
 # %% ../nbs/1_figure/06_reward.ipynb #47cbe36d
 def combine_steps(
     judged: list[list],  # as `judge` returns it
-    weights: list[float] | None,
-    lengths: list[int],  # tokens of each completion
-) -> tuple[
-    list[list[float]], list[list[int]]
-]:  # (step rewards, step ends), ends in order
-    "Weighted step rewards of each completion; what ends at the same token is added up."
-    result = []
-    for i, n in enumerate(lengths):
-        at = {}
-        for column, weight in zip(judged, weights or [1.0] * len(judged)):
-            for end, score in (
-                column[i]
-                if isinstance(column[i], list)
-                else [(n - 1, column[i])]
-                if n and column[i] is not None
-                else []
-            ):
-                at[end] = at.get(end, 0.0) + weight * score
-        result.append(sorted(at.items()))
-    return [[score for _, score in steps] for steps in result], [
-        [end for end, _ in steps] for steps in result
-    ]
+    weights: list[float] | None,  # one a function; None: all 1
+    mask: Bool[Tensor, "N T"],  # real tokens of the completions
+    names: list[str] | None = None,  # of the functions, for the error; None: numbers
+) -> Float[Tensor, "N T"]:  # float64; NaN where no step ends
+    """Add up the weighted rewards of all steps that end at one token.
+
+    A plain number is a step at the last token; on an empty completion there is none.
+
+    Raises: `ValueError` for a sum that is not finite."""
+    rows = [{} for _ in mask]
+    lengths = mask.sum(1).tolist()
+    for column, weight in zip(judged, weights or [1.0] * len(judged)):
+        for row, judgement, length in zip(rows, column, lengths):
+            for end, reward in _steps(judgement, length):
+                row[end] = row.get(end, 0.0) + weight * reward
+    result = torch.full(mask.shape, math.nan, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        for end, reward in row.items():
+            if not math.isfinite(reward):
+                functions = ", ".join(names or map(str, range(len(judged))))
+                raise ValueError(
+                    f"the step rewards of {functions} with reward_weights {weights} "
+                    f"are not finite: {reward} at token {end} of completion {i}"
+                )
+            result[i, end] = reward
+    return result.to(mask.device)
+
+
+def _steps(judgement: float | list | None, length: int) -> list[tuple[int, float]]:
+    "The steps of a judgement: its own, or the whole completion as one."
+    if isinstance(judgement, list):
+        return judgement
+    if judgement is None or not length:
+        return []
+    return [(length - 1, judgement)]
 
 # %% ../nbs/1_figure/06_reward.ipynb #8ca9d8ba
 def _judged(
@@ -434,16 +449,13 @@ def score(
         [list(map(_total, column)) for column in judged], dtype=torch.float64
     ).T.to(device)
     rewards = combine(scores, weights, names)
-    steps, ends = None, None
+    steps = None
     if any(isinstance(x, list) for column in judged for x in column):
-        lengths = rollout.completion_mask.sum(1).tolist()
-        steps, ends = combine_steps(judged, weights, lengths)
-        if not all(math.isfinite(x) for row in steps for x in row):
-            raise ValueError(
-                f"the step rewards of {', '.join(names)} with reward_weights {weights} are not finite"
-            )
+        steps = combine_steps(judged, weights, rollout.completion_mask, names)
+        empty = ~rollout.completion_mask.any(1)  # no token that a step could end at
+        rewards = rewards.masked_fill(empty, math.nan)
     rollout.rewards, rollout.scored = rewards, ~rewards.isnan()
-    rollout.step_rewards, rollout.step_ends = steps, ends
+    rollout.step_rewards = steps
     if not rollout.scored.any() and process()[0] == 0:
         warnings.warn(
             f"reward functions {', '.join(names)} judged no completion of a step "

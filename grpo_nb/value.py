@@ -13,53 +13,54 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .engine.micro_batch import in_micro_batches
-from .engine.packing import rows_alone
+from .checks import check_shapes
+from .policy import model_inputs
 from .rollout import Rollout
 
 # %% ../nbs/1_figure/07_value.ipynb #9a2ebbdf
 class ValueModel(nn.Module):
-    "V_psi: a scalar head on a copy of the policy's trunk (a model of its own, as the figure draws it), or on the policy's own. Of a classifier with one output, its head."
+    """Predict a value at each token: a scalar head on a trunk.
+
+    The trunk is a copy of the policy's (a model of its own, as the figure draws it), or
+    the policy's own. A classifier with one output brings its head along."""
 
     def __init__(
-        self, policy: PreTrainedModel, shared: bool = False
-    ):  # shared: the trunk's parameters stay the policy's, and only the head's are parameters here
+        self,
+        policy: PreTrainedModel,
+        shared: bool = False,  # the trunk stays the policy's, only the head is new
+    ):
         super().__init__()
         if shared:
-            object.__setattr__(
-                self, "trunk", policy.base_model
-            )  # not registered as a part of this module
+            # not registered as a part of this module: its parameters are not ours
+            object.__setattr__(self, "trunk", policy.base_model)
         else:
             self.trunk = copy.deepcopy(policy.base_model)
         head = getattr(policy, "score", getattr(policy, "classifier", None))
         if getattr(head, "out_features", None) == 1:
             self.head = copy.deepcopy(head)
             return
-        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1).to(
-            policy.device, policy.dtype
-        )
+        width = policy.config.get_text_config().hidden_size
+        self.head = nn.Linear(width, 1).to(policy.device, policy.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, rollout: Rollout) -> Float[Tensor, "N T"]:
-        "Value before each completion token, in units of reward; 0 on padding. Dropout is off."
-        # before: where what is known before each completion token stands
-        inputs, before = rows_alone(rollout)
-        values = self.head(
-            self.eval().trunk.eval()(**inputs).last_hidden_state.flatten(0, 1)[before]
-        ).squeeze(-1)
-        return values.new_zeros(rollout.completion_mask.shape).masked_scatter(
-            rollout.completion_mask, values
-        )
+        """Predict the value before each completion token, in units of reward.
+
+        0 on padding; dropout is off."""
+        self.eval().trunk.eval()
+        states = self.trunk(**model_inputs(rollout)).last_hidden_state
+        prompt_length = rollout.prompt_ids.shape[1]
+        values = self.head(states[:, prompt_length - 1 : -1])[..., 0]
+        return values.where(rollout.completion_mask, 0.0)
 
 # %% ../nbs/1_figure/07_value.ipynb #07674860
+@torch.no_grad()
 def predict_values(
-    value_model: ValueModel,
-    rollout: Rollout,
-    max_tokens: int | None = None,  # of one forward pass; None: no limit
-) -> Float[Tensor, "N T"]:
-    "The value stage: V of every completion token, without a gradient."
-    return in_micro_batches(value_model, rollout, max_tokens, None)
+    value_model: ValueModel, rollout: Rollout
+) -> Float[Tensor, "N T"]:  # in units of reward
+    "Predict the value before each completion token, without a gradient."
+    return value_model(rollout)
 
 # %% ../nbs/1_figure/07_value.ipynb #befe3a9c
 def value_loss(
@@ -68,47 +69,43 @@ def value_loss(
     returns: Float[Tensor, "N T"],  # R = A + V_old, from unwhitened advantages
     mask: Bool[Tensor, "N T"],
     cliprange_value: float = 0.2,  # eps_v, in units of reward
-    num_tokens: int
-    | Tensor
-    | None = None,  # tokens of the whole step, if this is a piece of it (below 1: 1); None: those of mask
-) -> Float[Tensor, ""]:  # token mean
+    # tokens of the step, if this is a micro-batch of it; None: those of mask
+    num_tokens: int | Tensor | None = None,
+) -> Float[Tensor, ""]:
     """Take the token mean of 1/2 max((V-R)^2, (clip(V)-R)^2), the clipped value loss.
 
     Raises: `ValueError` for other shapes or dtypes, a negative range, returns whose
     squares overflow.
 
     Source: PPO2; InstructGPT 2203.02155."""
-    fits = (
-        values.shape == old_values.shape == returns.shape == mask.shape
-        and mask.dim() == 2
-        and mask.dtype == torch.bool
-    )
-    if not fits:
-        raise ValueError(
-            f"values, old_values, returns and mask must have one shape [N, T], mask be bool; got {[(x.dtype, *x.shape) for x in (values, old_values, returns, mask)]}"
-        )
+    check_shapes(mask, values=values, old_values=old_values, returns=returns)
     if not cliprange_value >= 0:
         raise ValueError(f"cliprange_value must not be negative, got {cliprange_value}")
-    values, old_values, returns = (
-        torch.where(mask, x, 0.0) for x in (values, old_values, returns)
-    )  # NaN elsewhere does not count
-    clipped = torch.minimum(
-        torch.maximum(values, old_values - cliprange_value),
-        old_values + cliprange_value,
-    )
-    loss = torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
-    count = (
-        mask.sum()
-        if num_tokens is None
-        else torch.as_tensor(num_tokens, device=mask.device)
-    )
-    result = loss.sum() / count.clamp(min=1)
-    if result.isinf() and returns.isfinite().all() and returns.square().sum().isinf():
+    values = torch.where(mask, values, 0.0)  # NaN on padding does not count
+    old_values = torch.where(mask, old_values, 0.0)
+    returns = torch.where(mask, returns, 0.0)
+
+    lowest, highest = old_values - cliprange_value, old_values + cliprange_value
+    clipped = torch.minimum(torch.maximum(values, lowest), highest)
+    error = (values - returns).square()
+    clipped_error = (clipped - returns).square()
+    loss = torch.maximum(error, clipped_error) / 2
+    if num_tokens is None:
+        num_tokens = mask.sum()
+    count = torch.as_tensor(num_tokens, device=mask.device).clamp(min=1)
+    return _finite(loss.sum() / count, returns)
+
+
+def _finite(loss: Tensor, returns: Tensor) -> Tensor:
+    "Refuse a loss that is infinite because the squares of the returns are."
+    too_large = returns.isfinite().all() and returns.square().sum().isinf()
+    if loss.isinf() and too_large:
+        largest = returns.abs().max().item()
         raise ValueError(
             f"returns are too large for {returns.dtype} to hold the sum of their "
-            f"squares, got {returns.abs().max().item():.2g}; scale the rewards down"
+            f"squares, got {largest:.2g}; scale the rewards down"
         )
-    return result
+    return loss
 
 # %% ../nbs/1_figure/07_value.ipynb #0b070002
 from dataclasses import dataclass, field

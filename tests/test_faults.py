@@ -12,6 +12,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from grpo_nb import update
+from grpo_nb.algorithm import STEPS
 from grpo_nb.run import checkpoint, command_line, run_directory, trackers, training
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
@@ -488,7 +489,7 @@ def test_a_signal_ends_the_run_after_the_step(
     ids=["GPU", "CPU"],
 )
 def test_a_lack_of_memory_says_what_to_change(tmp_path, straight, monkeypatch, error):
-    step, calls = training.STEPS["grpo"], []
+    step, calls = STEPS["grpo"], []
 
     def full(*arguments):
         calls.append(1)
@@ -503,7 +504,7 @@ def test_a_lack_of_memory_says_what_to_change(tmp_path, straight, monkeypatch, e
             match=r"out of memory in step 3 with max_tokens_per_micro_batch = 8192: try 4096.*can be resumed",
         ),
     ):
-        patched.setattr(training, "STEPS", {"grpo": full})
+        patched.setitem(STEPS, "grpo", full)
         run(tmp_path / "run", save_steps=0)
     run(tmp_path / "run", resume=True)
     same_run(tmp_path / "run", straight)

@@ -25,7 +25,7 @@ from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.engine.packing import shared_rows, shares_prompt, token_logprobs
 from grpo_nb.loading import TINY
 from grpo_nb.policy import load_policy
-from grpo_nb.reference import reference_logprobs
+from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.reward import RewardModel
 from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task

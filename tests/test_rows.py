@@ -40,7 +40,7 @@ from grpo_nb.engine.packing import (
     values,
 )
 from grpo_nb.policy import as_rollout, model_inputs
-from grpo_nb.reference import reference_logprobs
+from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.rollout import Rollout
 from grpo_nb.task import Query
 from grpo_nb.update import update

@@ -23,7 +23,7 @@ from grpo_nb.engine import decoding
 from grpo_nb.algorithm import grpo_step, ppo_step
 from grpo_nb.engine.packing import token_logprobs
 from grpo_nb.policy import load_policy
-from grpo_nb.reference import reference_logprobs
+from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
 from grpo_nb.engine.decoding import _by_length, _fill_gaps, _PreallocatedLayer
 from grpo_nb.engine.decoding import draw_by_blocks

@@ -19,7 +19,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from grpo_nb.run import training
+from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
 from grpo_nb.task import Query, is_heldout, load_task
@@ -430,11 +430,8 @@ def test_resume(tmp_path, straight, monkeypatch, name, after):
         return inner
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(
-            training,
-            "STEPS",
-            {algorithm: stops(step) for algorithm, step in training.STEPS.items()},
-        )
+        for algorithm, step in list(STEPS.items()):
+            patched.setitem(STEPS, algorithm, stops(step))
         run(directory, **options)
     assert checkpoints(directory)[-1][0] == len(read_metrics(directory)) == after
     torch.manual_seed(1234)  # another process would have another global generator

@@ -25,7 +25,7 @@ from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.packing import shares_prompt, takes_padding, token_logprobs
 from grpo_nb.policy import as_rollout, check_tokens, encode_prompts, load_policy
-from grpo_nb.reference import reference_logprobs
+from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.build import load_value_model

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from grpo_nb.engine.distributed import full, process, shard
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import load_task
 from grpo_nb.update import update
-from grpo_nb.value import ValueModel, predict_values
+from grpo_nb.value import ValueModel
 from helpers import character_tokenizer, random_model, random_rollout
 
 BASE = dict(
@@ -79,7 +80,11 @@ def one_update(policy, rollout, config, ppo=False, fresh=False, cut=False):
         if cut and model is not None:
             shard(model)
     if ppo:
-        rollout.values = predict_values(value, rollout, 40).detach()
+        rollout.values = (
+            EngineModels(policy, None, value=value)
+            .predict_values(rollout, SimpleNamespace(max_tokens_per_micro_batch=40))
+            .detach()
+        )
         rollout.advantages, rollout.returns = gae.advantages(
             rollout, 0.1 * rollout.ref_logprobs, config
         )

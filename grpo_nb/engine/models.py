@@ -15,13 +15,12 @@ from torch import Tensor
 from .distributed import add_up_gradients, add_up_numbers
 from ..models import Models
 from .micro_batch import in_micro_batches, micro_batches
-from .packing import sharing_width, token_logprobs
-from ..reference import reference_logprobs
+from .packing import sharing_width, token_logprobs, values
+from .adapters import reference_logprobs
 from ..reward import score
 from ..rollout import Rollout
 from .decoding import Sampler, sample
 from ..task import Query
-from ..value import predict_values
 
 # %% ../../nbs/3_engine/29_models.ipynb #29a00005
 def importance_weights(
@@ -87,7 +86,12 @@ class EngineModels(Models):
 
     def predict_values(self, rollout: Rollout, config) -> Float[Tensor, "N T"]:
         "Predict values without a gradient, in micro-batches."
-        return predict_values(self.value, rollout, config.max_tokens_per_micro_batch)
+        limit = config.max_tokens_per_micro_batch
+        return in_micro_batches(self.values, rollout, limit, None)
+
+    def values(self, batch: Rollout) -> Float[Tensor, "N T"]:
+        "Predict values with a gradient, padded on the right alone."
+        return values(self.value, batch)
 
     def token_logprobs(
         self, batch: Rollout, config

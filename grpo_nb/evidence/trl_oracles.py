@@ -33,7 +33,7 @@ from .oracles import compare_tokens, disagreement, largest
 from .oracles import small_policy, small_rollout
 from ..group import group_advantages
 from ..policy import encode_prompts, load_policy, token_logprobs
-from ..reference import reference_logprobs
+from ..engine.adapters import reference_logprobs
 from ..rollout import Rollout
 from ..run.options import GRPOConfig, make_config
 from ..task import Query, load_task

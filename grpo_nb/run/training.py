@@ -26,7 +26,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from ..algorithm import STEPS
 from ..engine.adapters import _needs_peft
 from ..engine.distributed import gather, join_launch, known_to_all, on_main
 from ..engine.distributed import process
@@ -41,6 +40,7 @@ from .build import _Trainer, _check_rule, _renewed, _task_of, build_models
 from .build import build_schedulers, load_rewards
 from .checkpoint import _noted_on, _save_models, checkpoints, is_whole
 from .checkpoint import load_checkpoint, save_checkpoint
+from .dynamic_sampling import step_of
 from .iterative import outer_iteration
 from .options import Config, expand_path, make_config
 from .run_directory import OURS, _Completions, _check_completions
@@ -654,7 +654,7 @@ def _one_step(
         step,
     )
     with _or_saved(None if outer else save, config, models, generator, step, directory):
-        return *STEPS[config.algorithm](models, queries, config), outer
+        return *step_of(config)(models, queries, config), outer
 
 # %% ../../nbs/2_run/24_training.ipynb #7e9a1004
 def _end_if_due(config, directory, step, skipped, signals, save):
