@@ -40,7 +40,8 @@ from transformers import (
 from .policy import encode_prompts, padding_id, resolve_device
 from .engine.distributed import gather, my_share, process
 from .rollout import Rollout
-from .task import Query, Task, hub_options, near
+from .engine.data import hub_options, near
+from .task import Query, Task
 
 # %% ../nbs/1_figure/06_reward.ipynb #35138581
 RewardFunction = Callable[

@@ -23,7 +23,8 @@ from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logpro
 from grpo_nb.reference import kl
 from grpo_nb.reward import RewardModel, combine, score
 from grpo_nb.sampling import sample
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from grpo_nb.run.training import load_rewards, train
 from grpo_nb.update import micro_batches, update
 from grpo_nb.value import value_loss
@@ -590,7 +591,7 @@ time.sleep = slept.append
 import torch
 from grpo_nb.policy import load_policy
 from grpo_nb.reward import RewardModel
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 from grpo_nb.run.training import load_rewards, load_value_model
 add, (policy, _) = load_task("add"), load_policy("tiny", "cpu")
 loaders = {

@@ -120,14 +120,12 @@ from grpo_nb.rollout import Rollout, join, loss_mask, select
 from grpo_nb.sampling import check_context, generate, lacks_memory, sample
 from grpo_nb.evidence.sweep import cell_name, grid, sweep
 from grpo_nb.task import (
-    MAX_EXPRESSION,
     TASKS,
     Query,
     Task,
     add,
     add_chat,
     evaluate_expression,
-    is_heldout,
     load_task,
     sums,
     target,
@@ -1424,7 +1422,7 @@ def test_update(f, beta, data):
 
 def walked(text):
     "The value of an expression by Python's own parser: its tree is walked, and may hold sums, differences, products and numbers only."
-    if not text or len(text) > MAX_EXPRESSION or set(text) - set("0123456789+-*()"):
+    if not text or len(text) > 64 or set(text) - set("0123456789+-*()"):
         return None
     try:
         tree = ast.parse(
@@ -1493,11 +1491,7 @@ def expressions(draw):
 def test_expressions(expression, data):
     "Its value, or None if it is too long; and with a character put in, taken out or changed, what Python's parser says."
     text, x = expression
-    assert (
-        evaluate_expression(text)
-        == (x if len(text) <= MAX_EXPRESSION else None)
-        == walked(text)
-    )
+    assert evaluate_expression(text) == (x if len(text) <= 64 else None) == walked(text)
     at, character = (
         data.draw(st.integers(0, len(text))),
         data.draw(st.sampled_from("0123456789+-*()/. _x١²\n")),
@@ -1537,7 +1531,7 @@ ANYTHING = st.recursive(
 NAMES = st.sampled_from([*TASKS])
 
 
-@fuzz(load_task, add, sums, target, add_chat, Task, is_heldout, Query)
+@fuzz(load_task, add, sums, target, add_chat, Task, Query)
 @given(
     NAMES | ANYTHING,
     st.integers(1, 3) | ANYTHING,
@@ -1568,7 +1562,7 @@ def test_tasks(name, digits, split, n, text):
     for query in queries or []:
         assert (
             task.is_right(text, query) in (True, False)
-            and is_heldout(query) == (split == "heldout")
+            and query.is_heldout == (split == "heldout")
             and query.text
         )
 
@@ -2342,21 +2336,18 @@ EXCEPTIONS = (
         "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
         "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py",
         "training.checkpoint_layers": "takes a model; test_training.py",
-        "task.read_rows": "test_data.py damages files",
-        "task.task_from_rows": "test_data.py",
-        "task.check_task": "in `load_task`",
-        "task.near_paths": "names that are nowhere in test_bad_input.py",
-        "task.near": "names that are nowhere in test_bad_input.py",
-        "task.check_name": "names that are nowhere in test_bad_input.py",
-        "task.within_reach": "names that are nowhere in test_bad_input.py",
-        "task.hub_options": "names that are nowhere in test_bad_input.py",
-        "task.rows_of": "rows in memory in test_data.py",
-        "task.as_task": "rows in memory in test_data.py",
-        "task.accepted_answers": "any answer in test_data.py",
-        "task.is_same_answer": "any answer in test_data.py",
-        "task.extract_answer": "hostile texts in test_data.py",
-        "task.gsm8k": "in `load_task`; test_data.py",
-        "task.gym": "in `load_task`; test_data.py",
+        "engine.data.near": "names that are nowhere in test_bad_input.py",
+        "engine.data.check_name": "names that are nowhere in test_bad_input.py",
+        "engine.data.hub_options": "names that are nowhere in test_bad_input.py",
+        "engine.data.read_rows": "test_data.py damages files",
+        "engine.data.task_from_rows": "test_data.py",
+        "engine.data.as_task": "rows in memory in test_data.py",
+        "engine.data.is_same_answer": "any answer in test_data.py",
+        "engine.data.extract_answer": "hostile texts in test_data.py",
+        "engine.data.gsm8k": "test_data.py",
+        "engine.data.gym": "test_data.py",
+        "engine.data.check_task": "names of any kind in test_bad_input.py",
+        "engine.data.load_task": "names of any kind in test_bad_input.py",
         "training.add_adapters": "takes a model and a checked config; test_models.py",
         "training.load_value_model": "wrong models in test_models.py",
         "training.token_classifier": "takes a value model; test_models.py",

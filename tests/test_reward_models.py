@@ -18,7 +18,8 @@ from transformers import (
 
 from grpo_nb.policy import as_rollout
 from grpo_nb.reward import RewardModel, score
-from grpo_nb.task import Query, load_task, task_from_rows
+from grpo_nb.engine.data import task_from_rows
+from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import load_rewards, preference_pairs, train
 from grpo_nb.run.training import train_reward_model
 from helpers import EOS, PAD, VOCABULARY, character_tokenizer, ids_of, short_config

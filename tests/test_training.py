@@ -26,7 +26,7 @@ from transformers import (
 from grpo_nb.run import training
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
 from grpo_nb.reward import RewardModel, accuracy_reward
-from grpo_nb.task import Query, is_heldout, load_task
+from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import (
     chat,
     checkpoints,
@@ -214,7 +214,8 @@ def test_evaluation_is_held_out(tiny):
         ),
     )
     assert evaluate(*tiny, spy, 40, 8) == evaluate(*tiny, spy, 40, 8)
-    assert len(asked) == 80 and asked[:40] == asked[40:] and all(map(is_heldout, asked))
+    assert len(asked) == 80 and asked[:40] == asked[40:]
+    assert all(query.is_heldout for query in asked)
 
 
 # Same seed ---------------------------------------------------------------------------------------------------------------

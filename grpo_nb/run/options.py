@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from transformers.hf_argparser import HfArg
 
 from ..policy import resolve_device
-from ..task import check_task
+from ..engine.data import check_task
 
 # %% ../../nbs/2_run/20_options.ipynb #abfb55f6
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -87,8 +87,9 @@ from ..reward import bradley_terry_loss, brevity_reward, format_reward, name_of
 from ..reward import overlong_reward, process_reward, score
 from ..rollout import Rollout
 from ..sampling import check_context, lacks_memory, sample
-from ..task import TASKS, Query, Task, as_task, check_name
-from ..task import check_task, hub_options, load_task, near
+from ..engine.data import as_task, check_name, check_task, hub_options
+from ..engine.data import load_task, near
+from ..task import TASKS, Query, Task
 from ..value import ValueModel
 
 # %% ../../nbs/2_run/24_training.ipynb #e18aad1a
