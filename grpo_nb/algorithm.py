@@ -11,7 +11,7 @@ import torch
 from . import gae, group
 from .models import Models
 from .reference import next_beta, reference_logprobs, token_rewards
-from .reward import score
+from .engine.judging import score
 from .rollout import Rollout
 from .run.options import GRPOConfig, PPOConfig
 from .sampling import generate

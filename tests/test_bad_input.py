@@ -21,7 +21,7 @@ from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logprobs
 from grpo_nb.reference import kl
-from grpo_nb.reward import RewardModel, combine, score
+from grpo_nb.engine.judging import RewardModel, combine, score
 from grpo_nb.sampling import sample
 from grpo_nb.engine.data import load_task
 from grpo_nb.task import Query
@@ -590,7 +590,7 @@ slept = []
 time.sleep = slept.append
 import torch
 from grpo_nb.policy import load_policy
-from grpo_nb.reward import RewardModel
+from grpo_nb.engine.judging import RewardModel
 from grpo_nb.engine.data import load_task
 from grpo_nb.run.training import load_rewards, load_value_model
 add, (policy, _) = load_task("add"), load_policy("tiny", "cpu")

@@ -105,17 +105,13 @@ from grpo_nb.reward import (
     accuracy_reward,
     bradley_terry_loss,
     brevity_reward,
-    combine,
-    combine_steps,
     format_reward,
-    judge,
-    name_of,
-    names_of,
     overlong_reward,
     process_reward,
-    score,
     text_of,
 )
+from grpo_nb.reward import score as plain_score
+from grpo_nb.engine.judging import combine, judge, name_of, names_of, score
 from grpo_nb.rollout import Rollout, join, loss_mask, select
 from grpo_nb.sampling import check_context, generate, lacks_memory, sample
 from grpo_nb.evidence.sweep import cell_name, grid, sweep
@@ -1585,7 +1581,6 @@ ADD = load_task("add")
     format_reward,
     overlong_reward,
     process_reward,
-    text_of,
     name_of,
     names_of,
     load_rewards,
@@ -1648,7 +1643,7 @@ def test_rules(texts, limit, cache, chat, name):
     assert (rewards is not None) == (name == "accuracy")
 
 
-@fuzz(judge, score, combine_steps, times=1)
+@fuzz(judge, score, plain_score, times=1)
 @given(rollouts, st.data())
 def test_scores(rollout, data):
     "Whatever a reward function returns: refused by name, or one finite number, or NaN where it did not judge."
@@ -1709,6 +1704,9 @@ def test_scores(rollout, data):
                 [(weights or [1.0])[0] * x for x in returned], dtype=torch.float64
             ),
         )
+        plain = replace(rollout, rewards=None, scored=None)
+        assert plain_score(plain, [odd], weights) == metrics
+        assert plain.rewards.equal(fresh.rewards) and plain.scored.all()
     for rewards, ends, n in zip(
         fresh.step_rewards or [], fresh.step_ends or [], lengths
     ):
@@ -2334,7 +2332,8 @@ EXCEPTIONS = (
         "policy.autocast_as_it_is": "takes a device that `resolve_device` made",
         "loading.cache_directory": "takes nothing",
         "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
-        "reward.RewardModel": "takes models; tested with wrong ones in test_bad_input.py and test_security.py",
+        "reward.RewardModel": "takes models; test_reward_models.py",
+        "engine.judging.RewardModel": "takes models; wrong ones in test_bad_input.py",
         "training.checkpoint_layers": "takes a model; test_training.py",
         "engine.data.near": "names that are nowhere in test_bad_input.py",
         "engine.data.check_name": "names that are nowhere in test_bad_input.py",

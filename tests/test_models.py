@@ -23,7 +23,7 @@ from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import TINY, load_policy, shared_rows, shares_prompt, token_logprobs
 from grpo_nb.reference import reference_logprobs
-from grpo_nb.reward import RewardModel
+from grpo_nb.engine.judging import RewardModel
 from grpo_nb.sampling import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo_nb.policy import TINY, load_policy
-from grpo_nb.reward import RewardModel
+from grpo_nb.engine.judging import RewardModel
 from grpo_nb.task import Query, evaluate_expression, load_task
 from grpo_nb.run.training import open_run, train, write_atomically
 from helpers import ROOT, short_config

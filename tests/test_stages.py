@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,13 +31,9 @@ from grpo_nb.group import (
 )
 from grpo_nb.policy import as_rollout
 from grpo_nb.reference import token_rewards
-from grpo_nb.reward import (
-    RewardModel,
-    format_reward,
-    overlong_reward,
-    process_reward,
-    score,
-)
+from grpo_nb.engine.judging import RewardModel, score
+from grpo_nb.reward import format_reward, overlong_reward, process_reward
+from grpo_nb.reward import score as plain_score
 from grpo_nb.rollout import join
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import build_models, outer_iteration, preference_pairs, train
@@ -162,6 +159,43 @@ def test_steps_end_at_tokens():
         [3.0, 1.0],
         [2.0, 0.0],
     ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_simple_score_is_the_checked_one(tokenizer, seed):
+    "Numbers, silence and steps of three functions, drawn at random: equal bits."
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("0123456789", k=rng.randint(1, 5))) for _ in range(6)]
+    rollout = as_rollout(tokenizer, [Query("1+2="), Query("2+2=")], texts)
+
+    def judgement(text):
+        ends = sorted(rng.sample(range(len(text) + 1), rng.randint(0, len(text))))
+        steps = [(end, rng.gauss(0, 9)) for end in ends]
+        return rng.choice([None, rng.gauss(0, 9), rng.randint(-2, 2), steps])
+
+    def function(name):
+        column = [judgement(text) for text in texts]
+
+        def f(**_):
+            return column
+
+        f.__name__ = name
+        return f
+
+    functions = [function(name) for name in "abc"]
+    weights = rng.choice([None, [1.0, 0.1, -3], [0, 1e-3, 7.0]])
+    plain, checked = replace(rollout), replace(rollout)
+    ours = plain_score(plain, functions, weights)
+    theirs = score(checked, functions, weights)
+    assert repr(ours) == repr(theirs)  # NaN where a function was silent
+    torch.testing.assert_close(
+        plain.rewards, checked.rewards, rtol=0, atol=0, equal_nan=True
+    )
+    assert plain.scored.equal(checked.scored)
+    assert plain.step_rewards == checked.step_rewards
+    assert plain.step_ends == checked.step_ends
+    with pytest.raises(ValueError, match="one for each of 3 functions"):
+        plain_score(plain, functions, [1.0])
 
 
 def test_steps_and_scores_together(tokenizer):

@@ -25,7 +25,8 @@ from transformers import (
 
 from grpo_nb.run import training
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
-from grpo_nb.reward import RewardModel, accuracy_reward
+from grpo_nb.engine.judging import RewardModel
+from grpo_nb.reward import accuracy_reward
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import (
     chat,

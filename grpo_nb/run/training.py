@@ -82,9 +82,10 @@ from ..group import informative
 from ..loading import check_causal, check_weights
 from ..engine.distributed import all_rows, cut_like, full, gather, join_launch
 from ..engine.distributed import known_to_all, on_main, process, shard, sharded
-from ..reward import RewardFunction, RewardModel, accuracy_reward
-from ..reward import bradley_terry_loss, brevity_reward, format_reward, name_of
-from ..reward import overlong_reward, process_reward, score
+from ..engine.judging import RewardModel, name_of, score
+from ..reward import RewardFunction, accuracy_reward, bradley_terry_loss
+from ..reward import brevity_reward, format_reward, overlong_reward
+from ..reward import process_reward
 from ..rollout import Rollout
 from ..sampling import check_context, lacks_memory, sample
 from ..engine.data import as_task, check_name, check_task, hub_options
