@@ -11,6 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -151,7 +152,9 @@ def process_reward(
 def reward_arguments(rollout: Rollout) -> dict[str, list]:  # N entries each
     "List what reward functions are given: prompts, completions, their ids, columns."
     G = rollout.num_generations
-    queries = [query for query in rollout.queries for _ in range(G)]
+    queries = []
+    for query in rollout.queries:
+        queries += [query] * G
     completions = []
     for query, text in zip(queries, rollout.completions):
         is_chat = not isinstance(query.prompt, str)
@@ -163,7 +166,8 @@ def reward_arguments(rollout: Rollout) -> dict[str, list]:  # N entries each
         "completions": completions,
         "completion_ids": [ids[mask].tolist() for ids, mask in rows],
     }
-    for name in sorted({name for query in queries for name in query.columns}):
+    names = set().union(*[query.columns for query in queries])
+    for name in sorted(names):
         arguments[name] = [query.columns.get(name) for query in queries]
     return arguments
 
@@ -224,7 +228,7 @@ def score(
     rollout.scored = ~totals.isnan().all(1)
     rollout.rewards = weighted.nansum(1).where(rollout.scored, math.nan)
     rollout.step_rewards = rollout.step_ends = None
-    if any(isinstance(x, list) for column in judgements for x in column):
+    if any(isinstance(x, list) for x in chain(*judgements)):
         lengths = rollout.completion_mask.sum(1).tolist()
         steps, ends = combine_steps(judgements, weights, lengths)
         rollout.step_rewards, rollout.step_ends = steps, ends
@@ -254,7 +258,8 @@ class RewardModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.__name__ = Path(model.name_or_path).name or "reward_model"
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model = model.eval()
+        self.tokenizer = tokenizer
 
     @classmethod
     def from_policy(

@@ -76,7 +76,8 @@ class Task:
             raise ValueError(f"n must be at least 1, got {n}")
         indices = range(self.size) if self.sides is None else self.sides[split]
         rng = random.Random(seed)
-        drawn, seen = [], set()
+        drawn = []
+        seen = set()
         tries = 100 * (n + len(indices)) if indices else 0
         for _ in range(tries):
             if len(drawn) == n:
@@ -127,7 +128,8 @@ def _equals_answer(completion: str, query: Query) -> bool:
 
 def _digit_steps(completion: str, query: Query) -> list[tuple[int, float]]:
     "Score each digit: 1 if the answer up to it is right, at the last one all of it."
-    answer, end = query.columns["answer"], len(completion)
+    answer = query.columns["answer"]
+    end = len(completion)
     steps = []
     for i in range(1, end):
         steps.append((i, float(answer.startswith(completion[:i]))))
@@ -138,7 +140,8 @@ def add(
     digits: int = 2,  # digits of each summand, 1 to 3
 ) -> Task:
     "Ask for sums, `12+34=` -> `46`: one right answer; each digit is a step."
-    count, smallest = _count(digits), _smallest(digits)
+    count = _count(digits)
+    smallest = _smallest(digits)
 
     def query(i):
         return _sum_query(smallest + i // count, smallest + i % count)
@@ -244,7 +247,8 @@ def target(
     digits: int = 2,  # digits of the number to make, 1 to 3
 ) -> Task:
     "Ask for an expression that makes a number, `24:` -> `8*3`: many right answers."
-    count, smallest = _count(digits), _smallest(digits)
+    count = _count(digits)
+    smallest = _smallest(digits)
     return Task(
         "target",
         size=count,

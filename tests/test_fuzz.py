@@ -38,9 +38,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_nb
-from grpo_nb import gae as gae_stage, group as group_stage, sweep as sweeping
+from grpo_nb import gae as gae_stage, group as group_stage
 from grpo_nb.engine import distributed, vllm_sampler
 from grpo_nb.evidence import ledger, plots
+from grpo_nb.evidence import sweep as sweeping
 from grpo_nb.run import training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (

@@ -269,8 +269,9 @@ def read_rows(
     except ImportError:
         raise
     except Exception as error:
-        where = " from the Hugging Face hub, and there is no such directory here"
-        where = "" if os.path.exists(name) else where
+        where = ""
+        if not os.path.exists(name):
+            where = " from the Hugging Face hub, and there is no such directory here"
         raise ValueError(
             f"task {name!r} could not be read{where}: {error}{near(name)}"
         ) from error
@@ -484,7 +485,8 @@ def as_task(
     if isinstance(task, dict):
         rows, heldout = _sides("of rows", task)
     else:
-        rows, heldout = _rows_of(task), None
+        rows = _rows_of(task)
+        heldout = None
     written = json.dumps([rows, heldout], default=_json_value)
     digest = hashlib.sha256(written.encode()).hexdigest()
     return task_from_rows(f"{len(rows)} rows, sha256 {digest[:16]}", rows, heldout)
@@ -566,7 +568,8 @@ def _phrases(line: str) -> list[str]:
     """Find the numbers of a line, each with the digits and operators beside it.
 
     `1 200`, `40 - 22` and `5 million` are one phrase each."""
-    phrases, goes_on = [], False
+    phrases = []
+    goes_on = False
     for word in line.split():
         is_math = bool(_DIGIT.search(word) or _OPERATOR.fullmatch(word))
         if is_math and goes_on:
@@ -617,7 +620,8 @@ def extract_answer(
 
     It stands where the last mark says, right behind `####` or in `\\boxed{}`; without
     a mark it is the last number of the text."""
-    hashes, box = text.rfind("####"), text.rfind("\\boxed")
+    hashes = text.rfind("####")
+    box = text.rfind("\\boxed")
     if box > hashes:
         numbers = _boxed(text[box + len("\\boxed") :])
     elif hashes >= 0:
@@ -657,7 +661,8 @@ def _is_gold(answer) -> bool:
 
 def _word_problem(row: dict, chat: bool) -> Query:
     "Make a row of GSM8K a query."
-    question, answer = row.get("question"), row.get("answer")
+    question = row.get("question")
+    answer = row.get("answer")
     if not _is_text(question):
         raise ValueError(f"must have a text in the column question, got {question!r}")
     if not _is_gold(answer):

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
@@ -46,7 +47,8 @@ def name_of(f: RewardFunction) -> str:
 def names_of(reward_funcs: list[RewardFunction]) -> list[str]:
     "Give each a name of its own: the second of one name is `NAME_2`, or the next."
     names = [name_of(f) for f in reward_funcs]
-    taken, seen = set(names), Counter()
+    taken = set(names)
+    seen = Counter()
     for i, name in enumerate(names):
         seen[name] += 1
         if seen[name] == 1:
@@ -188,10 +190,10 @@ def combine(
 
     Raises: `ValueError` if scores are not [N, F] and floating point, if there is not
     one finite weight a function, if a sum is not finite."""
-    shape, dtype = tuple(scores.shape), scores.dtype
+    shape = tuple(scores.shape)
     if len(shape) != 2 or not scores.is_floating_point():
         raise ValueError(
-            f"scores must be floating point and [N, F], got {shape} {dtype}"
+            f"scores must be floating point and [N, F], got {shape} {scores.dtype}"
         )
     n = shape[1]
     weights = [1.0] * n if weights is None else weights
@@ -205,7 +207,7 @@ def combine(
         raise ValueError(f"reward_weights must be finite, got {w.tolist()}")
     judged = ~scores.isnan()
     terms = scores.double() * w.to(scores.device)
-    total = terms.nansum(1).to(dtype)
+    total = terms.nansum(1).to(scores.dtype)
     overflow = (judged & ~terms.isfinite()).any(1) | ~total.isfinite()
     if overflow.any():
         i = overflow.nonzero()[0].item()
@@ -251,7 +253,7 @@ def _finite_steps(rollout: Rollout, judged: list[list], weights, names: list[str
     "Combine the steps; refuse weighted rewards that are not finite."
     lengths = rollout.completion_mask.sum(1).tolist()
     steps, ends = combine_steps(judged, weights, lengths)
-    if not all(math.isfinite(x) for row in steps for x in row):
+    if not all(map(math.isfinite, chain(*steps))):
         raise ValueError(
             f"the step rewards of {', '.join(names)} with reward_weights {weights} are "
             "not finite"
@@ -276,11 +278,13 @@ def score(
     scores = torch.tensor(totals, dtype=torch.float64).T
     scores = scores.to(rollout.completion_ids.device)
     rewards = combine(scores, weights, names)
-    steps, ends = None, None
-    if any(isinstance(x, list) for column in judged for x in column):
+    steps = ends = None
+    if any(isinstance(x, list) for x in chain(*judged)):
         steps, ends = _finite_steps(rollout, judged, weights, names)
-    rollout.rewards, rollout.scored = rewards, ~rewards.isnan()
-    rollout.step_rewards, rollout.step_ends = steps, ends
+    rollout.rewards = rewards
+    rollout.scored = ~rewards.isnan()
+    rollout.step_rewards = steps
+    rollout.step_ends = ends
     if not rollout.scored.any() and process()[0] == 0:
         warnings.warn(
             f"reward functions {', '.join(names)} judged no completion of a step "
@@ -429,7 +433,8 @@ class RewardModel(SimpleRewardModel):
     @torch.no_grad()
     def __call__(self, /, prompts, completions, **columns) -> list[float]:
         "Score each completion, a batch at a time."
-        size, result = self.batch_size, []
+        size = self.batch_size
+        result = []
         for i in range(0, len(completions), size):
             result += super().__call__(prompts[i : i + size], completions[i : i + size])
         return result
@@ -524,7 +529,8 @@ class RewardModel(SimpleRewardModel):
     @torch.no_grad()
     def _find_padding_side(self) -> str:
         "Try where padding changes no score: left, where the policy has it, or right."
-        rows, device = self._probes(), self.model.device
+        rows = self._probes()
+        device = self.model.device
         ids = [torch.tensor([a + b], device=device) for a, b in rows]
         alone = torch.cat([self.model(row).logits[0] for row in ids])
         allowed = 1e-2 * (alone.max() - alone.min()) + 1e-4 * alone.abs().max()
