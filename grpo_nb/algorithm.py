@@ -13,6 +13,7 @@ from .models import Models
 from .reference import next_beta, reference_logprobs, token_rewards
 from .engine.judging import score
 from .rollout import Rollout
+from .run.dynamic_sampling import dynamic_sampling
 from .run.options import GRPOConfig, PPOConfig
 from .sampling import generate
 from .task import Query
@@ -82,7 +83,7 @@ def grpo_step(
             rollout, models.rewards, config.reward_weights, config.on_reward_error
         )
 
-    rollout, metrics = group.dynamic_sampling(
+    rollout, metrics = dynamic_sampling(
         sample_groups, score_groups, queries, config
     )  # q -> o_1 ... o_G -> r_1 ... r_G
     rollout.ref_logprobs = reference_logprobs(

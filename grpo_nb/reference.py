@@ -110,11 +110,9 @@ def token_rewards(
     rewards = kl_in_reward(
         scores, rollout.logprobs, ref_logprobs, rollout.completion_mask, beta
     )
-    for row, ends, steps in zip(
-        rewards, rollout.step_ends or [], rollout.step_rewards or []
-    ):
-        for end, reward in zip(ends, steps):
-            row[end] += reward
+    if rollout.step_rewards is not None:
+        steps = rollout.step_rewards.nan_to_num().to(rewards.dtype)
+        rewards = rewards + torch.where(rollout.completion_mask, steps, 0.0)
     return rewards
 
 # %% ../nbs/1_figure/05_reference.ipynb #b37fddfb

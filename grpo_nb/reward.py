@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
@@ -172,28 +172,27 @@ def reward_arguments(rollout: Rollout) -> dict[str, list]:  # N entries each
     return arguments
 
 # %% ../nbs/1_figure/06_reward.ipynb #47cbe36d
-def combine_steps(
-    judgements: list[list],  # of each function: a float, None, or steps a completion
-    weights: list[float] | None,  # None: all 1
-    lengths: list[int],  # tokens of each completion
-) -> tuple[list[list[float]], list[list[int]]]:  # (step rewards, step ends)
-    "Weight the steps of each completion; what ends at one token is added up."
-    weights = weights or [1.0] * len(judgements)
-    totals = [{} for _ in lengths]  # end -> reward
-    for column, weight in zip(judgements, weights):
-        for total, judgement, length in zip(totals, column, lengths):
-            for end, score in _steps(judgement, length):
-                total[end] = total.get(end, 0.0) + weight * score
-    ends = [sorted(total) for total in totals]
-    rewards = [[total[end] for end in row] for total, row in zip(totals, ends)]
-    return rewards, ends
-
-
 def _steps(judgement, length: int) -> list[tuple[int, float]]:
     "List the (end, score) of a judgement; a plain score is a step at the last token."
-    if isinstance(judgement, list):
-        return judgement
-    return [(length - 1, judgement)] if length and judgement is not None else []
+    if length == 0 or judgement is None:
+        return []
+    return judgement if isinstance(judgement, list) else [(length - 1, judgement)]
+
+
+def combine_steps(
+    judgements: list[list],  # of each function: a float, None, or steps a completion
+    weights: list[float],  # one a function
+    mask: Bool[Tensor, "N T"],  # True on the tokens of the completions
+) -> Float[Tensor, "N T"]:  # float64; NaN where no step ends
+    "Weight the steps of each completion; what ends at one token is added up."
+    lengths = mask.sum(1).tolist()
+    rewards = [[math.nan] * mask.shape[1] for _ in lengths]
+    for column, weight in zip(judgements, weights):
+        for row, judgement, length in zip(rewards, column, lengths):
+            for end, score in _steps(judgement, length):
+                earlier = 0.0 if math.isnan(row[end]) else row[end]
+                row[end] = earlier + weight * score
+    return torch.tensor(rewards, dtype=torch.float64, device=mask.device)
 
 # %% ../nbs/1_figure/06_reward.ipynb #06a00004
 def _total(judgement: float | list | None) -> float:
@@ -218,20 +217,19 @@ def score(
             f"weights must have one for each of {len(reward_funcs)} functions, "
             f"got {weights}"
         )
+    mask = rollout.completion_mask
     arguments = reward_arguments(rollout)
     judgements = [list(f(**arguments)) for f in reward_funcs]
     totals = [list(map(_total, column)) for column in judgements]
-    totals = torch.tensor(totals, dtype=torch.float64).T  # [N, F]
-    totals = totals.to(rollout.completion_ids.device)
+    totals = torch.tensor(totals, dtype=torch.float64, device=mask.device).T  # [N, F]
     weighted = totals * totals.new_tensor(weights)
 
     rollout.scored = ~totals.isnan().all(1)
-    rollout.rewards = weighted.nansum(1).where(rollout.scored, math.nan)
-    rollout.step_rewards = rollout.step_ends = None
+    rollout.step_rewards = None
     if any(isinstance(x, list) for x in chain(*judgements)):
-        lengths = rollout.completion_mask.sum(1).tolist()
-        steps, ends = combine_steps(judgements, weights, lengths)
-        rollout.step_rewards, rollout.step_ends = steps, ends
+        rollout.step_rewards = combine_steps(judgements, weights, mask)
+        rollout.scored &= mask.any(1)  # without a token there is no step
+    rollout.rewards = weighted.nansum(1).where(rollout.scored, math.nan)
     means = [column.nanmean().item() for column in totals.T]
     names = [f"rewards/{f.__name__}/mean" for f in reward_funcs]
     return dict(zip(names, means))

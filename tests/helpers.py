@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -157,6 +158,76 @@ def random_rollout(
         advantages=torch.randn(N, generator=generator).to(dtype),
         returns=noise(1.0),
     )
+
+
+def standard_deviation(numbers):
+    "With ddof 1, in plain Python; 0 of fewer than two."
+    if len(numbers) < 2:
+        return 0.0
+    mean = math.fsum(numbers) / len(numbers)
+    squares = math.fsum((x - mean) ** 2 for x in numbers)
+    return math.sqrt(squares / (len(numbers) - 1))
+
+
+def advantages_by_definition(groups, scale="group", baseline="mean", eps=1e-4):
+    """DeepSeekMath, section 4.1.2, in plain Python: a list for each group of rewards.
+
+    NaN is not scored; a group without two different rewards gets 0."""
+    scored = [[r for r in group if not math.isnan(r)] for group in groups]
+    all_scored = list(itertools.chain.from_iterable(scored))
+    results = []
+    for group, rewards in zip(groups, scored):
+        divisor = {
+            "group": lambda: standard_deviation(rewards) + eps,
+            "batch": lambda: standard_deviation(all_scored) + eps,
+            "none": lambda: 1.0,
+        }[scale]
+        result = []
+        for r in group:
+            if math.isnan(r) or len(set(rewards)) < 2:
+                result.append(0.0)
+            elif baseline == "mean":
+                result.append((r - math.fsum(rewards) / len(rewards)) / divisor())
+            else:
+                others = (math.fsum(rewards) - r) / (len(rewards) - 1)
+                result.append((r - others) / divisor())
+        results.append(result)
+    return results
+
+
+def process_advantages_by_definition(steps, num_generations, T, **options):
+    """DeepSeekMath, section 4.1.3, in plain Python: a list of T for each completion.
+
+    `steps`: for each completion a list of (end, reward); those that end at one token
+    are one step."""
+    at_token = []
+    for completion in steps:
+        rewards = {}
+        for end, reward in completion:
+            rewards[end] = rewards.get(end, 0.0) + reward
+        at_token.append(rewards)
+    groups = [
+        at_token[i : i + num_generations] for i in range(0, len(steps), num_generations)
+    ]
+    pools = [[r for rewards in group for r in rewards.values()] for group in groups]
+    results = []
+    for group, scores in zip(groups, advantages_by_definition(pools, **options)):
+        score = iter(scores)
+        for rewards in group:
+            at = {end: next(score) for end in rewards}
+            results.append(
+                [math.fsum(at[end] for end in at if end >= t) for t in range(T)]
+            )
+    return results
+
+
+def dense_steps(steps, T, dtype=torch.float64):
+    "Steps, a list of (end, reward) a completion, as a rollout holds them: [N, T]."
+    result = torch.full((len(steps), T), torch.nan, dtype=dtype)
+    for row, completion in zip(result, steps):
+        for end, reward in completion:
+            row[end] = reward if row[end].isnan() else row[end] + reward
+    return result
 
 
 def padded(rollout, left=3, right=4, junk=7.0):

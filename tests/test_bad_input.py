@@ -142,20 +142,20 @@ def test_config(options, words):
             ["baseline", "'best'", '"leave_one_out"'],
         ),
         (
-            lambda: process_advantages([[1.0]], [[0]], 1, [1]),
+            lambda: process_advantages(TABLE, 1),
             ["num_generations", "1", "at least 2"],
         ),
         (
-            lambda: process_advantages([[1.0], [1.0]], [[0], [5]], 2, [1, 3]),
-            ["step_ends", "[5]", "0..2"],
+            lambda: process_advantages(ONE, 2),
+            ["step_rewards", "[N, T]", "(4,)"],
         ),
         (
-            lambda: process_advantages([[1.0], [1.0, 2.0]], [[0], [0]], 2, [1, 3]),
-            ["step_rewards", "2 steps", "1"],
+            lambda: process_advantages(TABLE.long(), 2),
+            ["step_rewards", "floating point", "torch.int64"],
         ),
         (
-            lambda: process_advantages([[1.0]] * 3, [[0]] * 3, 2, [1] * 3),
-            ["3", "multiple of num_generations = 2"],
+            lambda: process_advantages(TABLE, 3),
+            ["step_rewards", "4", "multiple of num_generations = 3"],
         ),
         (
             lambda: policy_loss(TABLE, TABLE, torch.ones(3), TABLE > 0),
@@ -226,7 +226,7 @@ def test_config(options, words):
             ["rewards", "torch.float32", "4e+38"],
         ),
         (
-            lambda: process_advantages([[1.0], [math.inf]], [[0], [0]], 2, [1, 3]),
+            lambda: process_advantages(torch.tensor([[1.0], [math.inf]]), 2),
             ["step_rewards", "completion 1", "inf", "1e+150"],
         ),
         (

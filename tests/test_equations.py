@@ -44,6 +44,7 @@ from helpers import (
     PAD,
     VOCABULARY,
     character_tokenizer,
+    dense_steps,
     gradient,
     ids_of,
     padded,
@@ -235,10 +236,9 @@ def test_rewards_near_the_limit_of_float32(scale):
         )
         assert a.abs().max() > 1 and b.isfinite().all()
         close(a, b, 1e-6)
-    rows = [[float(r)] for r in small]
     a, b = (
-        process_advantages(steps, [[0]] * 8, 4, [1] * 8, eps=0.0)
-        for steps in (rows, [[scale * r for r in row] for row in rows])
+        process_advantages(steps[:, None], 4, eps=0.0)
+        for steps in (small, scale * small)
     )
     close(a, b, 1e-6)
     table, mask = small.view(2, 4), torch.ones(2, 4, dtype=torch.bool)
@@ -720,17 +720,13 @@ def test_group_advantages(rewards, options, advantages):
 
 def test_process_advantages():
     "Bug 25: all step rewards of a group are normalised together, and each token gets those of the steps that end at or after it."
-    result = process_advantages(
-        [[0.2, 0.8], [0.5], []], [[1, 3], [2], []], 3, [5, 3, 2], eps=0.0
-    )
+    steps = [[(1, 0.2), (3, 0.8)], [(2, 0.5)], []]
+    result = process_advantages(dense_steps(steps, 5), 3, eps=0.0)
     z = 0.3 / 0.3  # the step rewards .2, .5, .8 have mean .5 and std .3
     close(result, [[-z + z, -z + z, z, z, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], 1e-6)
+    others = [[(0, 7.0)], [(0, 8.0)], [(0, 9.0)]]
     three = process_advantages(
-        [[], [], [], [0.2, 0.8], [0.5], [], [7.0], [8.0], [9.0]],
-        [[], [], [], [1, 3], [2], [], [0], [0], [0]],
-        3,
-        [1, 1, 1, 5, 3, 2, 1, 1, 1],
-        eps=0.0,
+        dense_steps([[], [], [], *steps, *others], 5), 3, eps=0.0
     )
     close(
         three,
@@ -742,8 +738,7 @@ def test_process_advantages():
         1e-6,
     )  # other groups change nothing
     rollout = SimpleNamespace(
-        step_rewards=[[0.2, 0.8], [0.5]],
-        step_ends=[[0, 1], [0]],
+        step_rewards=torch.tensor([[0.2, 0.8], [0.5, torch.nan]], dtype=DOUBLE),
         num_generations=2,
         rewards=torch.zeros(2),
         completion_mask=torch.tensor([[True, True], [True, False]]),

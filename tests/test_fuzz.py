@@ -45,7 +45,6 @@ from grpo_nb.evidence import sweep as sweeping
 from grpo_nb.run import training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
-    dynamic_sampling,
     group_advantages,
     has_variance,
     informative,
@@ -113,7 +112,8 @@ from grpo_nb.reward import (
 )
 from grpo_nb.reward import score as plain_score
 from grpo_nb.engine.judging import combine, judge, name_of, names_of, score
-from grpo_nb.rollout import Rollout, join, loss_mask, select
+from grpo_nb.rollout import Rollout
+from grpo_nb.run.dynamic_sampling import dynamic_sampling
 from grpo_nb.sampling import check_context, generate, lacks_memory, sample
 from grpo_nb.evidence.sweep import cell_name, grid, sweep
 from grpo_nb.task import (
@@ -155,7 +155,10 @@ from helpers import (
     EOS,
     ROOT,
     VOCABULARY,
+    advantages_by_definition,
     character_tokenizer,
+    dense_steps,
+    process_advantages_by_definition,
     random_model,
     short_config,
 )
@@ -743,15 +746,6 @@ def slow_has_variance(rewards, num_generations):
     )
 
 
-def spread(scores):
-    mean = math.fsum(scores) / len(scores)
-    return (
-        math.sqrt(math.fsum((r - mean) ** 2 for r in scores) / (len(scores) - 1))
-        if len(scores) > 1
-        else 0.0
-    )
-
-
 def slow_group_advantages(
     rewards, num_generations, scale_rewards="group", baseline="mean", eps=1e-4
 ):
@@ -763,22 +757,7 @@ def slow_group_advantages(
     )
     groups = groups_of(rewards, num_generations)
     need(not any(abs(r) > LARGEST for group in groups for r in group))
-    scored = [[r for r in group if not math.isnan(r)] for group in groups]
-    everything, result = [r for group in scored for r in group], []
-    for group, scores in zip(groups, scored):
-        by = {
-            "group": lambda: spread(scores) + eps,
-            "batch": lambda: spread(everything) + eps,
-            "none": lambda: 1.0,
-        }[scale_rewards]
-        for r in group:
-            if math.isnan(r) or len(set(scores)) < 2:
-                result.append(0.0)
-                continue
-            others = sum(scores) - r if baseline == "leave_one_out" else sum(scores)
-            result.append(
-                (r - others / (len(scores) - (baseline == "leave_one_out"))) / by()
-            )
+    result = sum(advantages_by_definition(groups, scale_rewards, baseline, eps), [])
     need(not any(abs(a) > torch.finfo(rewards.dtype).max for a in result))
     return result
 
@@ -811,103 +790,59 @@ def test_group_advantages(data):
 
 def slow_process_advantages(
     step_rewards,
-    step_ends,
     num_generations,
-    n_tokens,
     scale_rewards="group",
     baseline="mean",
     eps=1e-4,
 ):
+    need(step_rewards.dim() == 2 and floats(step_rewards))
     need(
         num_generations >= 2
-        and len(step_rewards) == len(step_ends) == len(n_tokens)
-        and len(n_tokens) % num_generations == 0
+        and len(step_rewards) % num_generations == 0
+        and eps >= 0
+        and scale_rewards in ("group", "batch", "none")
+        and baseline in ("mean", "leave_one_out")
     )
-    for rewards, ends, n in zip(step_rewards, step_ends, n_tokens):
-        need(n >= 0 and len(rewards) == len(ends) and all(0 <= end < n for end in ends))
-    pools = [
-        [r for rewards in step_rewards[i : i + num_generations] for r in rewards]
-        for i in range(0, len(n_tokens), num_generations)
+    need(not step_rewards.isinf().any())
+    steps = [
+        [(t, r) for t, r in enumerate(row) if not math.isnan(r)]
+        for row in step_rewards.tolist()
     ]
-    width = max([2, *map(len, pools)])
-    flat = torch.tensor(
-        [r for pool in pools for r in pool + [math.nan] * (width - len(pool))],
-        dtype=torch.float64,
-    )
-    steps = slow_group_advantages(flat, width, scale_rewards, baseline, eps)
-    result = torch.zeros(len(n_tokens), max(n_tokens, default=0))
-    for i, ends in enumerate(step_ends):
-        group = i // num_generations
-        start = group * width + sum(
-            len(rewards) for rewards in step_rewards[group * num_generations : i]
-        )
-        for t in range(n_tokens[i]):
-            result[i, t] = sum(a for a, end in zip(steps[start:], ends) if end >= t)
-    return result
+    T = step_rewards.shape[1]
+    options = {"scale": scale_rewards, "baseline": baseline, "eps": eps}
+    result = process_advantages_by_definition(steps, num_generations, T, **options)
+    largest = torch.finfo(step_rewards.dtype).max
+    need(not any(abs(a) > largest for row in result for a in row))
+    return torch.tensor(result, dtype=torch.float64).view(step_rewards.shape)
 
 
 @st.composite
 def stepwise(draw):
-    G, lengths = draw(st.integers(2, 3)), draw(st.lists(st.integers(0, 4), max_size=7))
-    ends = [sorted(draw(st.sets(st.integers(0, n - 1)))) if n else [] for n in lengths]
-    rewards = [[draw(st.sampled_from([0.0, 1.0, 0.5])) for _ in row] for row in ends]
+    "Steps of up to seven completions of up to four tokens, T = 0 among them."
+    T = draw(st.integers(0, 4))
+    ends = draw(st.lists(st.sets(st.integers(0, T - 1)), max_size=7) if T else NO_ENDS)
+    reward = st.sampled_from([0.0, 1.0, 0.5])
+    steps = [[(end, draw(reward)) for end in sorted(row)] for row in ends]
     return {
-        "step_rewards": rewards,
-        "step_ends": ends,
-        "num_generations": G,
-        "n_tokens": lengths,
+        "step_rewards": dense_steps(steps, T),
+        "num_generations": draw(st.integers(2, 3)),
     }
+
+
+NO_ENDS = st.lists(st.just(set()), max_size=7)
 
 
 @fuzz(process_advantages)
 @given(st.data())
 def test_process_advantages(data):
-    "Steps that are missing or too many, that end outside, lengths below 0, a number of completions that the group does not divide."
-    arguments = data.draw(stepwise())
-    for name in data.draw(
-        st.lists(
-            st.sampled_from(
-                [
-                    "step_rewards",
-                    "step_ends",
-                    "n_tokens",
-                    "one step",
-                    "one end",
-                    "num_generations",
-                ]
-            ),
-            max_size=2,
-        )
-    ):
-        if name == "num_generations":
-            arguments[name] = data.draw(st.sampled_from(ODD))
-        elif name == "n_tokens":
-            arguments[name] = [
-                n - data.draw(st.integers(0, 5)) for n in arguments[name]
-            ]
-        elif name.startswith("step_"):
-            arguments[name] = data.draw(
-                st.sampled_from(
-                    [
-                        [],
-                        arguments[name][:-1],
-                        [*arguments[name], []],
-                        [[]] * len(arguments[name]),
-                    ]
-                )
-            )
-        elif filled := [
-            row
-            for row in arguments["step_rewards" if name == "one step" else "step_ends"]
-            if row
-        ]:
-            filled[0][0] = data.draw(
-                st.sampled_from(
-                    [math.nan, -1.0, 1e30, math.inf]
-                    if name == "one step"
-                    else [-1, 4, 10**15]
-                )
-            )
+    "Of other shapes and kinds, infinite, of a number that the group does not divide."
+    choices = {
+        "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+        "baseline": st.sampled_from(["mean", "leave_one_out"]),
+        "eps": st.floats(0, 1),
+    }
+    options = data.draw(st.fixed_dictionaries({}, optional=choices))
+    arguments = data.draw(spoilt(data.draw(stepwise()) | options))
     agrees(process_advantages, arguments, slow_process_advantages)
 
 
@@ -1047,7 +982,6 @@ def rollout_fields(draw, T_min=0):
         "rewards": noise(N),
         "scored": torch.rand(N, generator=generator) < 0.8,
         "step_rewards": None,
-        "step_ends": None,
         "values": noise(N, T),
         "advantages": noise(N),
         "returns": noise(N, T),
@@ -1090,11 +1024,8 @@ def is_rollout(f):
             )
         if not right:
             return False
-    if any(
-        f[name] is not None and len(f[name]) != N
-        for name in ("completions", "step_rewards", "step_ends")
-    ):
-        return False
+    if len(f["completions"]) != N or f["step_rewards"] is not None:
+        return False  # a list is no tensor
     return all(
         any(row) and row == sorted(row) for row in f["prompt_mask"].tolist()
     ) and all(row == sorted(row, reverse=True) for row in f["completion_mask"].tolist())
@@ -1146,7 +1077,7 @@ def test_a_broken_rollout(f):
 INDICES = st.lists(st.integers(-2, 4), max_size=4)
 
 
-@fuzz(select, join, loss_mask)
+@fuzz(Rollout.select, Rollout.loss_mask)
 @given(
     rollouts,
     INDICES
@@ -1157,16 +1088,14 @@ INDICES = st.lists(st.integers(-2, 4), max_size=4)
 )
 def test_selecting(rollout, groups, filtering):
     "Row for row what was asked for, in every field, in this order; and whole again when the groups are joined."
-    found, G = (
-        outcome(select, {"rollout": rollout, "groups": groups}),
-        rollout.num_generations,
-    )
+    found = outcome(rollout.select, {"groups": groups})
+    G = rollout.num_generations
     assert (found is not None) == (
         isinstance(groups, list)
         and len(groups) > 0
         and all(type(g) is int and 0 <= g < len(rollout.queries) for g in groups)
     )
-    each = join([select(rollout, [g]) for g in range(len(rollout.queries))])
+    each = Rollout.join([rollout.select([g]) for g in range(len(rollout.queries))])
     if found is not None:
         rows = [g * G + j for g in groups for j in range(G)]
         assert found.queries == [rollout.queries[g] for g in groups]
@@ -1185,15 +1114,15 @@ def test_selecting(rollout, groups, filtering):
             rollout.truncated.tolist(),
         )
     ]
-    assert loss_mask(rollout, filtering).tolist() == expected
+    assert rollout.loss_mask(filtering).tolist() == expected
 
 
-@fuzz(join)
+@fuzz(Rollout.join)
 @given(st.lists(rollouts, max_size=3), st.booleans())
 def test_joining(parts, per_token):
     for part in parts[:per_token]:
         part.advantages = part.advantages[:, None] * part.completion_mask
-    whole = outcome(join, {"rollouts": parts}) if parts or per_token else None
+    whole = outcome(Rollout.join, {"rollouts": parts}) if parts or per_token else None
     dims = {part.advantages.dim() for part in parts}
     if whole is None:
         assert len({part.num_generations for part in parts}) != 1 or len(dims) > 1
@@ -1304,17 +1233,20 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
 def test_stages(f, data):
     "Each stage on any rollout: the rows that carry no loss have no advantage, padding has none, and what is there is finite."
     f["rewards"] = f["rewards"].masked_fill(~f["scored"], math.nan)
-    if steps := data.draw(st.booleans()):
-        f["step_ends"] = [
-            sorted(data.draw(st.sets(st.integers(0, n - 1)))) if n else []
+    T = f["completion_mask"].shape[1]
+    if steps := T > 0 and data.draw(st.booleans()):
+        ends = [
+            data.draw(st.sets(st.integers(0, n - 1))) if n else set()
             for n in f["completion_mask"].sum(1).tolist()
         ]
-        f["step_rewards"] = [[float(end) for end in ends] for ends in f["step_ends"]]
+        f["step_rewards"] = dense_steps(
+            [[(end, float(end)) for end in row] for row in ends], T
+        )
     rollout, G = Rollout(**f), f["num_generations"]
     beta = data.draw(st.sampled_from([0.0, 0.1, math.nan]))
     rewards = token_rewards(rollout, beta)
     given = (
-        [sum(row) for row in f["step_rewards"]]
+        f["step_rewards"].nansum(1).tolist()
         if steps
         else rollout.rewards.nan_to_num().tolist()
     )
@@ -1648,7 +1580,7 @@ def test_rules(texts, limit, cache, chat, name):
 @given(rollouts, st.data())
 def test_scores(rollout, data):
     "Whatever a reward function returns: refused by name, or one finite number, or NaN where it did not judge."
-    N, lengths = len(rollout), rollout.completion_mask.sum(1).tolist()
+    N = len(rollout)
     sensible = st.lists(
         st.none() | st.integers(-2, 2) | st.floats(-9, 9), min_size=N, max_size=N
     )
@@ -1708,10 +1640,8 @@ def test_scores(rollout, data):
         plain = replace(rollout, rewards=None, scored=None)
         assert plain_score(plain, [odd], weights) == metrics
         assert plain.rewards.equal(fresh.rewards) and plain.scored.all()
-    for rewards, ends, n in zip(
-        fresh.step_rewards or [], fresh.step_ends or [], lengths
-    ):
-        assert len(rewards) == len(ends) and all(0 <= end < n for end in ends)
+    if fresh.step_rewards is not None:
+        assert fresh.step_rewards[~fresh.completion_mask].isnan().all()
 
 
 @fuzz(

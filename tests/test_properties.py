@@ -12,14 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_nb.gae import gae, whiten
-from grpo_nb.group import group_advantages, process_advantages
+from grpo_nb.group import advantages as group_box
+from grpo_nb.group import group_advantages, informative, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import model_inputs, shared_rows, token_logprobs
-from grpo_nb.reference import kl, kl_in_reward
+from grpo_nb.reference import kl, kl_in_reward, token_rewards
 from grpo_nb.rollout import Rollout
 from grpo_nb.update import micro_batches, update
 from grpo_nb.value import value_loss
-from helpers import gradient, random_model, random_rollout, short_config
+from helpers import (
+    dense_steps,
+    gradient,
+    random_model,
+    random_rollout,
+    short_config,
+)
 
 LOSS_TYPES = [
     {"loss_type": "grpo"},
@@ -448,9 +455,8 @@ def test_advantages_of_a_group(rewards, scale):
 def test_one_step_at_the_end_is_outcome_supervision(rewards, lengths):
     "Process supervision with one step, at the last token, gives every token the advantage of the completion."
     outcome = group_advantages(torch.tensor(rewards, dtype=torch.float64), 3)
-    process = process_advantages(
-        [[r] for r in rewards], [[n - 1] for n in lengths], 3, lengths
-    )
+    steps = [[(n - 1, r)] for n, r in zip(lengths, rewards)]
+    process = process_advantages(dense_steps(steps, max(lengths)), 3)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     same(process.double(), torch.where(real, outcome[:, None], 0.0), 1e-5)
 
@@ -562,6 +568,26 @@ def test_select_cuts_whole_groups(rollout):
         and only.prompt_mask.all()
         and only.completion_mask.any(0).all()
     )
-    assert replace(rollout, step_rewards=[[float(i)] for i in range(9)]).select(
-        [1]
-    ).step_rewards == [[3.0], [4.0], [5.0]]
+    first = dense_steps([[(0, float(i))] for i in range(9)], len(rollout.logprobs[0]))
+    steps = replace(rollout, step_rewards=first).select([1]).step_rewards
+    assert steps[:, 0].tolist() == [3.0, 4.0, 5.0] and steps[:, 1:].isnan().all()
+    assert steps.shape == rollout.select([1]).logprobs.shape
+
+
+def test_steps_on_padding_count_for_nothing(rollout):
+    "What stands where a completion has ended is no step: not in a group, not in PPO."
+    rollout.rewards = rollout.completion_mask.sum(1).double()
+    ends = (rollout.completion_mask.sum(1) - 1).tolist()
+    steps = dense_steps(
+        [[(end, float(i))] for i, end in enumerate(ends)],
+        rollout.completion_mask.shape[1],
+    )
+    clean = replace(rollout, step_rewards=steps)
+    junk = replace(rollout, step_rewards=steps.masked_fill(~rollout.completion_mask, 7))
+    assert (~rollout.completion_mask).any()
+    for stage in (
+        lambda r: group_box(r, short_config()),
+        lambda r: informative(r),
+        lambda r: token_rewards(r, 0.1),
+    ):
+        assert stage(junk).equal(stage(clean)) and stage(clean).any()

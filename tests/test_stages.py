@@ -23,7 +23,6 @@ from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import whiten
 from grpo_nb.group import advantages as group_box
 from grpo_nb.group import (
-    dynamic_sampling,
     group_advantages,
     has_variance,
     informative,
@@ -34,14 +33,17 @@ from grpo_nb.reference import token_rewards
 from grpo_nb.engine.judging import RewardModel, score
 from grpo_nb.reward import format_reward, overlong_reward, process_reward
 from grpo_nb.reward import score as plain_score
-from grpo_nb.rollout import join
+from grpo_nb.rollout import Rollout
+from grpo_nb.run.dynamic_sampling import dynamic_sampling
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.training import build_models, outer_iteration, preference_pairs, train
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel, value_loss
 from helpers import (
     character_tokenizer,
+    dense_steps,
     gradient,
+    process_advantages_by_definition,
     random_model,
     random_rollout,
     read_metrics,
@@ -50,6 +52,21 @@ from helpers import (
 )
 
 DOUBLE = torch.float64
+
+
+def ended_steps(rollout):
+    "Of each completion the rewards of its steps, by the tokens that they end at."
+    return [
+        {t: x for t, x in enumerate(row) if not math.isnan(x)}
+        for row in rollout.step_rewards.tolist()
+    ]
+
+
+def last_step(rollout):
+    "A step at the last token of each completion, worth the number of its row."
+    ends = rollout.completion_mask.sum(1).tolist()
+    steps = [[(n - 1, float(i))] for i, n in enumerate(ends)]
+    return dense_steps(steps, rollout.completion_mask.shape[1])
 
 
 def close(a, b, tolerance=1e-12):
@@ -66,21 +83,21 @@ def close(a, b, tolerance=1e-12):
 
 def test_joining_undoes_selecting(rollout):
     "Every field, whatever the lengths and the order of the parts; a field that one part lacks is dropped."
-    rollout = replace(
-        rollout, step_rewards=[[float(i)] for i in range(9)], step_ends=[[0]] * 9
-    )
+    rollout = replace(rollout, step_rewards=last_step(rollout))
     for order in itertools.permutations(range(3)):
-        again = join([rollout.select([g]) for g in order]).select(
+        again = Rollout.join([rollout.select([g]) for g in order]).select(
             [order.index(g) for g in range(3)]
         )
         for name, x in vars(rollout).items():
             if isinstance(x, torch.Tensor):
-                assert getattr(again, name).equal(x), name
+                torch.testing.assert_close(
+                    getattr(again, name), x, rtol=0, atol=0, equal_nan=True
+                )
             else:
                 assert getattr(again, name) == x, name
-    assert join([replace(rollout, values=None), rollout]).values is None
+    assert Rollout.join([replace(rollout, values=None), rollout]).values is None
     with pytest.raises(ValueError, match=r"one num_generations, got \[3, 1\]"):
-        join([rollout, as_rollout(character_tokenizer(), [Query("1=")], ["1"])])
+        Rollout.join([rollout, as_rollout(character_tokenizer(), [Query("1=")], ["1"])])
 
 
 # Rewards -----------------------------------------------------------------------------------------------------------------
@@ -155,10 +172,7 @@ def test_steps_end_at_tokens():
     rollout = as_rollout(tokenizer, [Query("1", {"answer": "1237"})], ["1237", "127"])
     assert rollout.completion_mask.sum(1).tolist() == [3, 3]  # 123 7 eos, 12 7 eos
     score(rollout, [process_reward(task, tokenizer)])
-    assert rollout.step_ends == [[0, 2], [0, 2]] and rollout.step_rewards == [
-        [3.0, 1.0],
-        [2.0, 0.0],
-    ]
+    assert ended_steps(rollout) == [{0: 3.0, 2: 1.0}, {0: 2.0, 2: 0.0}]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -192,8 +206,10 @@ def test_the_simple_score_is_the_checked_one(tokenizer, seed):
         plain.rewards, checked.rewards, rtol=0, atol=0, equal_nan=True
     )
     assert plain.scored.equal(checked.scored)
-    assert plain.step_rewards == checked.step_rewards
-    assert plain.step_ends == checked.step_ends
+    if plain.step_rewards is None:
+        assert checked.step_rewards is None
+    else:
+        assert ended_steps(plain) == ended_steps(checked)
     with pytest.raises(ValueError, match="one for each of 3 functions"):
         plain_score(plain, functions, [1.0])
 
@@ -209,18 +225,50 @@ def test_steps_and_scores_together(tokenizer):
 
     rollout = as_rollout(tokenizer, [Query("1+2=")], ["34", "34", "34"])
     metrics = score(rollout, [steps, plain], weights=[10.0, 0.1])
-    assert rollout.step_ends == [[0, 1, 2], [2], []] and rollout.scored.tolist() == [
-        True,
-        True,
-        True,
-    ]
-    close(rollout.step_rewards[0] + rollout.step_rewards[1], [10, 5, 0.2, 0.3])
+    assert rollout.scored.tolist() == [True, True, True]
+    first, second, third = ended_steps(rollout)
+    assert (list(first), list(second), list(third)) == ([0, 1, 2], [2], [])
+    close([*first.values(), *second.values()], [10, 5, 0.2, 0.3])
     close(rollout.rewards.double(), [15.2, 0.3, 0], 1e-6)
     close([metrics["rewards/steps/mean"], metrics["rewards/plain/mean"]], [0.75, 2.5])
     score(rollout, [lambda **_: [[(0, 1.0)], None, [(2, 0.0)]]])
-    assert (
-        rollout.scored.tolist() == [True, False, True] and rollout.step_rewards[1] == []
-    )
+    assert rollout.scored.tolist() == [True, False, True]
+    assert ended_steps(rollout) == [{0: 1.0}, {}, {2: 0.0}]
+
+
+@pytest.mark.parametrize("score", [score, plain_score])
+def test_steps_that_end_at_one_token_are_one(tokenizer, score):
+    "Of one function, and of several with their weights, before any statistics."
+
+    def twice(**_):
+        return [[(0, 1.0), (0, 0.5), (1, 2.0)]]
+
+    def again(**_):
+        return [[(1, 3.0)]]
+
+    rollout = as_rollout(tokenizer, [Query("1+2=")], ["34"])
+    score(rollout, [twice, again], weights=[1.0, 10.0])
+    assert ended_steps(rollout) == [{0: 1.5, 1: 32.0}] and rollout.rewards == 33.5
+
+
+@pytest.mark.parametrize("score", [score, plain_score])
+def test_a_step_of_an_empty_completion(tokenizer, score):
+    "There is no token that it could end at: it is dropped, and nothing is scored."
+
+    def steps(**_):
+        return [[(0, 1.0)], [(-1, 1.0)], []]
+
+    def plain(**_):
+        return [2.0, 3.0, 4.0]
+
+    for functions, expected in [([steps], 1.0), ([steps, plain], 3.0)]:
+        rollout = as_rollout(tokenizer, [Query("1+2=")], ["3", "4", "5"])
+        rollout.completion_mask[1:] = False
+        score(rollout, functions)
+        assert rollout.scored.tolist() == [True, False, False]
+        assert rollout.rewards[0] == expected and rollout.rewards[1:].isnan().all()
+        assert rollout.step_rewards[1:].isnan().all()
+        assert (group_box(rollout, short_config())[1:] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -247,8 +295,7 @@ def test_process_rewards_of_ppo(rollout):
     n = rollout.completion_mask.sum(1).tolist()
     steps = replace(
         rollout,
-        step_rewards=[[0.25, 0.5]] * 9,
-        step_ends=[[0, k - 1] for k in n],
+        step_rewards=dense_steps([[(0, 0.25), (k - 1, 0.5)] for k in n], max(n)),
         rewards=torch.full((9,), 0.75).double(),
     )
     none, plain, by_steps = (
@@ -281,36 +328,37 @@ def test_process_rewards_of_ppo(rollout):
 )
 def test_process_advantages_by_definition(steps, scale, baseline):
     "Section 4.1.3 in plain Python: pool the steps of a group, standardise, and give a token the sum of the steps that end at or after it."
-    rewards, ends = (
-        [[r for _, r in s] for s in steps],
-        [[e for e, _ in s] for s in steps],
+    result = process_advantages(dense_steps(steps, 5), 3, scale, baseline, eps=0.0)
+    expected = process_advantages_by_definition(
+        steps, 3, 5, scale=scale, baseline=baseline, eps=0.0
     )
-    result = process_advantages(rewards, ends, 3, [5] * 6, scale, baseline, eps=0.0)
+    torch.testing.assert_close(
+        result, torch.tensor(expected, dtype=DOUBLE), rtol=1e-5, atol=1e-5
+    )
 
-    def std(xs):
-        return math.sqrt(
-            math.fsum((x - math.fsum(xs) / len(xs)) ** 2 for x in xs) / (len(xs) - 1)
-        )
 
-    pools = [sum(rewards[g : g + 3], []) for g in (0, 3)]
-    everything = sum(pools, [])
-    for g, pool in zip((0, 3), pools):
-        flat = len(pool) < 2 or max(pool) == min(pool)
-        for i, t in itertools.product(range(g, g + 3), range(5)):
-            total = 0.0
-            for end, r in steps[i]:
-                if end < t or flat:
-                    continue
-                centred = r - (
-                    math.fsum(pool) / len(pool)
-                    if baseline == "mean"
-                    else (math.fsum(pool) - r) / (len(pool) - 1)
-                )
-                total += (
-                    centred
-                    / {"group": std(pool), "batch": std(everything), "none": 1.0}[scale]
-                )
-            close(result[i, t], total, 1e-5 * max(1, abs(total)))
+def test_dense_steps_are_the_lists():
+    "3,000 groups, with every choice: a tensor with NaN says what lists of steps say."
+    draw = random.Random(0)
+    for trial in range(300):
+        G, T = draw.randint(2, 5), draw.randint(1, 9)
+        steps = [random_steps(draw, T) for _ in range(10 * G)]
+        options = {
+            "scale": draw.choice(["group", "batch", "none"]),
+            "baseline": draw.choice(["mean", "leave_one_out"]),
+        }
+        expected = process_advantages_by_definition(steps, G, T, **options)
+        close(process_advantages(dense_steps(steps, T), G, *options.values()), expected)
+
+
+def random_steps(draw, T):
+    "Up to four steps of a completion of up to T tokens; several may end at one token."
+    length = draw.randint(0, T)
+    rewards = [0.0, 0.5, 1.0, 1 / 3, 0.7]
+    return [
+        (draw.randrange(length), draw.choice(rewards))
+        for _ in range(draw.randint(0, 4) if length else 0)
+    ]
 
 
 @given(
@@ -323,11 +371,10 @@ def test_a_group_is_informative_if_an_advantage_is_not_zero(steps):
     rollout = SimpleNamespace(
         num_generations=3,
         rewards=torch.tensor([float(sum(s)) for s in steps]),
-        step_rewards=steps,
+        step_rewards=dense_steps([list(enumerate(s)) for s in steps], 3),
+        completion_mask=torch.ones(6, 3, dtype=torch.bool),
     )
-    A = process_advantages(
-        steps, [list(range(len(s))) for s in steps], 3, [3] * 6
-    ).view(2, -1)
+    A = process_advantages(rollout.step_rewards, 3).view(2, -1)
     assert (A.abs().amax(1) > 0).tolist() == informative(rollout).tolist()
     outcomes = group_advantages(rollout.rewards, 3).view(2, -1)
     assert (outcomes.abs().amax(1) > 0).tolist() == informative(

@@ -88,7 +88,7 @@ def _checked_steps(name: str, i: int, steps, length: int) -> list[tuple[int, flo
             "allowed: a number, None or a list of steps, (end, score)"
         )
     outside = [end for end, _ in steps if not 0 <= end < length]
-    if outside:
+    if outside and length:  # without a token, steps are dropped
         raise ValueError(
             f"reward function {name!r} returned a step that ends at token {outside[0]} "
             f"of completion {i}; allowed: 0..{length - 1}"
@@ -249,16 +249,27 @@ def _total(judgement: float | list | None) -> float:
     return math.nan if judgement is None else judgement
 
 
-def _finite_steps(rollout: Rollout, judged: list[list], weights, names: list[str]):
+def _are_finite(judgement, weight: float) -> bool:
+    "Tell whether each step of a completion has a finite weighted reward."
+    if not isinstance(judgement, list):
+        return True
+    return all(math.isfinite(weight * score) for _, score in judgement)
+
+
+def _step_rewards(
+    rollout: Rollout, judged: list[list], weights: list[float], names: list[str]
+) -> Float[Tensor, "N T"]:
     "Combine the steps; refuse weighted rewards that are not finite."
-    lengths = rollout.completion_mask.sum(1).tolist()
-    steps, ends = combine_steps(judged, weights, lengths)
-    if not all(map(math.isfinite, chain(*steps))):
+    finite = True
+    for column, weight in zip(judged, weights):
+        finite &= all(_are_finite(judgement, weight) for judgement in column)
+    steps = combine_steps(judged, weights, rollout.completion_mask)
+    if not finite or steps.isinf().any():
         raise ValueError(
             f"the step rewards of {', '.join(names)} with reward_weights {weights} are "
             "not finite"
         )
-    return steps, ends
+    return steps
 
 
 def score(
@@ -273,18 +284,19 @@ def score(
     if on_error not in ("stop", "drop"):
         raise ValueError(f'on_error must be "stop" or "drop", got {on_error!r}')
     names = names_of(reward_funcs)
+    weights = [1.0] * len(names) if weights is None else weights
     judged = _judged(rollout, reward_funcs, on_error)
+    mask = rollout.completion_mask
     totals = [list(map(_total, column)) for column in judged]
-    scores = torch.tensor(totals, dtype=torch.float64).T
-    scores = scores.to(rollout.completion_ids.device)
+    scores = torch.tensor(totals, dtype=torch.float64, device=mask.device).T
     rewards = combine(scores, weights, names)
-    steps = ends = None
+    steps = None
     if any(isinstance(x, list) for x in chain(*judged)):
-        steps, ends = _finite_steps(rollout, judged, weights, names)
+        steps = _step_rewards(rollout, judged, weights, names)
+        rewards = rewards.where(mask.any(1), math.nan)  # without a token, no step
     rollout.rewards = rewards
     rollout.scored = ~rewards.isnan()
     rollout.step_rewards = steps
-    rollout.step_ends = ends
     if not rollout.scored.any() and process()[0] == 0:
         warnings.warn(
             f"reward functions {', '.join(names)} judged no completion of a step "

@@ -890,14 +890,10 @@ def check_process_advantages() -> tuple[float, None]:
         ]
         for i in range(4)
     ]
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(
-        torch.float64
-    )  # that of the result: numbers in lists have none
-    try:
-        return disagreement(process_advantages(rewards, ends, 4, lengths), truth)
-    finally:
-        torch.set_default_dtype(usual)
+    steps = torch.full((4, 5), torch.nan, dtype=torch.float64)
+    for i, row in enumerate(rewards):
+        steps[i, ends[i]] = torch.tensor(row, dtype=torch.float64)
+    return disagreement(process_advantages(steps, 4), truth)
 
 
 _process_row = Check(
