@@ -51,11 +51,9 @@ def accuracy_reward(task: Task) -> RewardFunction:
     "Reward a right answer of that task with 1, any other with 0."
 
     def accuracy(prompts, completions, **columns):
-        queries = _queries(prompts, columns)
         texts = map(text_of, completions)
-        return [
-            float(task.is_right(text, query)) for text, query in zip(texts, queries)
-        ]
+        verdicts = map(task.is_right, texts, _queries(prompts, columns))
+        return [float(verdict) for verdict in verdicts]
 
     return accuracy
 
@@ -172,6 +170,13 @@ def reward_arguments(rollout: Rollout) -> dict[str, list]:  # N entries each
     return arguments
 
 # %% ../nbs/1_figure/06_reward.ipynb #47cbe36d
+def total_of(judgement: float | list | None) -> float:
+    "Add up the steps of a completion; NaN: no judgement."
+    if isinstance(judgement, list):
+        return math.fsum(score for _, score in judgement)
+    return math.nan if judgement is None else judgement
+
+
 def _steps(judgement, length: int) -> list[tuple[int, float]]:
     "List the (end, score) of a judgement; a plain score is a step at the last token."
     if length == 0 or judgement is None:
@@ -195,13 +200,6 @@ def combine_steps(
     return torch.tensor(rewards, dtype=torch.float64, device=mask.device)
 
 # %% ../nbs/1_figure/06_reward.ipynb #06a00004
-def _total(judgement: float | list | None) -> float:
-    "Add up the steps of a completion; NaN: no judgement."
-    if isinstance(judgement, list):
-        return math.fsum(score for _, score in judgement)
-    return math.nan if judgement is None else judgement
-
-
 def score(
     rollout: Rollout,
     reward_funcs: list[RewardFunction],
@@ -220,7 +218,7 @@ def score(
     mask = rollout.completion_mask
     arguments = reward_arguments(rollout)
     judgements = [list(f(**arguments)) for f in reward_funcs]
-    totals = [list(map(_total, column)) for column in judgements]
+    totals = [list(map(total_of, column)) for column in judgements]
     totals = torch.tensor(totals, dtype=torch.float64, device=mask.device).T  # [N, F]
     weighted = totals * totals.new_tensor(weights)
 

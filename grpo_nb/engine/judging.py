@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .data import hub_options, near
 from .distributed import gather, my_share, process
 from ..policy import encode_prompts, resolve_device
-from ..reward import RewardFunction, combine_steps, reward_arguments
+from ..reward import RewardFunction, combine_steps, reward_arguments, total_of
 from ..reward import RewardModel as SimpleRewardModel
 from ..rollout import Rollout
 from ..task import Query
@@ -242,13 +242,6 @@ def _judged(
     return [sum(parts, []) for parts in columns]
 
 
-def _total(judgement: float | list | None) -> float:
-    "Give the score of a completion with all its steps; NaN: no judgement."
-    if isinstance(judgement, list):
-        return math.fsum(score for _, score in judgement)
-    return math.nan if judgement is None else judgement
-
-
 def _are_finite(judgement, weight: float) -> bool:
     "Tell whether each step of a completion has a finite weighted reward."
     if not isinstance(judgement, list):
@@ -287,7 +280,7 @@ def score(
     weights = [1.0] * len(names) if weights is None else weights
     judged = _judged(rollout, reward_funcs, on_error)
     mask = rollout.completion_mask
-    totals = [list(map(_total, column)) for column in judged]
+    totals = [list(map(total_of, column)) for column in judged]
     scores = torch.tensor(totals, dtype=torch.float64, device=mask.device).T
     rewards = combine(scores, weights, names)
     steps = None
