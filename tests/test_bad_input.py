@@ -22,13 +22,14 @@ from grpo_nb.group import group_advantages, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logprobs
 from grpo_nb.reference import kl
-from grpo_nb.reward import RewardModel, combine, score
 from grpo_nb import sampling
-from grpo_nb.engine.decoding import sample
-from grpo_nb.task import Query, load_task
-from grpo_nb.engine.micro_batch import micro_batches
+from grpo_nb.engine.data import load_task
+from grpo_nb.engine.judging import RewardModel, combine, score
 from grpo_nb.run.build import load_rewards
 from grpo_nb.run.training import train
+from grpo_nb.engine.decoding import sample
+from grpo_nb.task import Query
+from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.update import update
 from grpo_nb.value import value_loss
 from helpers import ROOT, character_tokenizer, random_model, read_metrics, short_config
@@ -611,8 +612,8 @@ slept = []
 time.sleep = slept.append
 import torch
 from grpo_nb.policy import load_policy
-from grpo_nb.reward import RewardModel
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.engine.judging import RewardModel
 from grpo_nb.run.build import load_rewards, load_value_model
 add, (policy, _) = load_task("add"), load_policy("tiny", "cpu")
 loaders = {

@@ -26,7 +26,7 @@ from trl.rewards import (
 
 from grpo_nb.evidence.trl_oracles import silence
 from grpo_nb.policy import as_rollout
-from grpo_nb.reward import judge, name_of, score
+from grpo_nb.engine.judging import judge, name_of, score
 from grpo_nb.task import Query
 from grpo_nb.run.training import train
 from helpers import character_tokenizer, read_metrics, short_config

@@ -40,9 +40,9 @@ from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import plot_run
 from grpo_nb.reward import accuracy_reward, process_reward
 from grpo_nb.engine.decoding import sample
-from grpo_nb.task import (
-    GYM_UNFIT,
-    TASKS,
+from grpo_nb.engine.data import _GYM_UNFIT as GYM_UNFIT
+from grpo_nb.engine.data import (
+    MAKERS,
     as_task,
     check_task,
     extract_answer,
@@ -55,6 +55,7 @@ from grpo_nb.task import (
 )
 from grpo_nb.run.command_line import chat, main
 from grpo_nb.run.training import evaluate, open_run, train
+from grpo_nb.task import TASKS
 from helpers import ROOT, read_metrics, reproducible, short_config
 
 SUMS = [
@@ -171,6 +172,41 @@ def test_all_formats_give_the_same_queries(tmp_path, rows, kinds):
         for task in tasks
         for i, row in enumerate(rows)
     )
+
+
+def test_a_file_of_sums_means_what_the_embedded_task_means(tmp_path):
+    "Each row has the answer of `add`, and each answer its verdict."
+    embedded = load_task("add", digits=1)
+    rows = [
+        {"prompt": query.prompt, **query.columns}
+        for query in map(embedded.query, range(embedded.size))
+    ]
+    for kind in (".jsonl", ".csv", ".parquet"):
+        from_file = load_task(write(tmp_path / f"sums{kind}", rows))
+        for i in range(embedded.size):
+            query, row = embedded.query(i), from_file.query(i)
+            assert (row.prompt, row.columns) == (query.prompt, query.columns)
+            for answer in map(str, range(20)):
+                verdict = embedded.is_right(answer, query)
+                assert from_file.is_right(answer, row) == verdict
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_figures_tasks_are_opened_here_too(name):
+    for digits in (1, 2, 3):
+        here, there = load_task(name, digits=digits), TASKS[name](digits)
+        assert here.queries("train", 20) == there.queries("train", 20)
+        assert here.name == there.name == name
+
+
+def test_a_maker_of_ones_own(monkeypatch):
+    "An entry of the table is a name, in messages, too."
+    monkeypatch.setitem(MAKERS, "doubles", lambda n: as_task(SUMS[: int(n)]))
+    assert (
+        load_task("doubles:7").size == 7 and load_task("doubles:7").name == "doubles:7"
+    )
+    with pytest.raises(ValueError, match="gym_chat:, doubles:"):
+        load_task("doubles:")
 
 
 def test_the_split_is_that_of_the_checksum(tmp_path):
@@ -1418,7 +1454,7 @@ def test_hostile_answers_are_wrong_in_no_time(accepted):
 
 SHOW = """
 import json, sys
-from grpo_nb.task import gym
+from grpo_nb.engine.data import gym
 print("\\n" + json.dumps({name: [gym(name).query(i).text for i in (0, 1, 7)] for name in json.loads(sys.argv[1])}))
 """
 

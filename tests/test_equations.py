@@ -34,16 +34,9 @@ from grpo_nb.reference import (
     reference_logprobs,
     token_rewards,
 )
-from grpo_nb.reward import (
-    RewardModel,
-    bradley_terry_loss,
-    combine,
-    judge,
-    names_of,
-    score,
-)
-from grpo_nb.engine.decoding import sample
-from grpo_nb.sampling import draw
+from grpo_nb.engine.judging import RewardModel, combine, judge, names_of, score
+from grpo_nb.reward import bradley_terry_loss
+from grpo_nb.sampling import draw, sample
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
 from grpo_nb.engine import packing

@@ -22,11 +22,11 @@ from grpo_nb.engine import adapters
 from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
-from grpo_nb.engine.packing import shared_rows, shares_prompt, token_logprobs
+from grpo_nb.engine.judging import RewardModel
+from grpo_nb.engine.packing import shared_rows, shares_prompt
 from grpo_nb.loading import TINY
-from grpo_nb.policy import load_policy
+from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.engine.adapters import reference_logprobs
-from grpo_nb.reward import RewardModel
 from grpo_nb.engine.decoding import sample
 from grpo_nb.task import Query, load_task
 from grpo_nb.run.build import build_models, load_value_model

@@ -16,13 +16,15 @@ from transformers import (
     LlamaConfig,
 )
 
+from grpo_nb import reward
 from grpo_nb.policy import as_rollout
-from grpo_nb.reward import RewardModel, score
-from grpo_nb.task import Query, load_task, task_from_rows
+from grpo_nb.engine.data import task_from_rows
+from grpo_nb.engine.judging import RewardModel, score
 from grpo_nb.run.build import load_rewards
 from grpo_nb.run.iterative import preference_pairs
 from grpo_nb.run.training import train
 from grpo_nb.run.iterative import train_reward_model
+from grpo_nb.task import Query, load_task
 from helpers import EOS, PAD, VOCABULARY, character_tokenizer, ids_of, short_config
 
 SMALL = {
@@ -129,6 +131,28 @@ def test_a_plain_prompt_and_its_completion(tmp_path, make, pad, eos):
     close(judge(*zip(*PLAIN)), truth)
     queries = [Query(prompt) for prompt, _ in PLAIN]
     close(judge.scores(queries, [b for _, b in PLAIN]).tolist(), truth)
+
+
+@pytest.mark.parametrize("make", [LlamaConfig, GPT2Config, BertConfig])
+def test_the_simple_one_gives_the_same_scores_and_gradients(make):
+    "The figure's reward model, padded on the right, beside this one; plain and chat."
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEMPLATES["another end"]
+    model = classifier(make(**SMALL)).requires_grad_(True)
+    simple, robust = reward.RewardModel(model, tokenizer), RewardModel(model, tokenizer)
+    for pairs in (PLAIN, CHAT[:2]):
+        queries = [Query(prompt) for prompt, _ in pairs]
+        answers = [answer for _, answer in pairs]
+        grads = []
+        for judge in (simple, robust):
+            model.zero_grad()
+            judge.scores(queries, answers).square().sum().backward()
+            found = [p.grad for p in model.parameters() if p.grad is not None]
+            grads.append(torch.cat([grad.flatten() for grad in found]))
+        close(simple(*zip(*PLAIN)), robust(*zip(*PLAIN)))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    truth = model(torch.tensor([ids_of("345+678=1023") + [EOS]])).logits.item()
+    close(simple(["345+678="], ["1023"]), [truth])
 
 
 ENCODERS = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet"]

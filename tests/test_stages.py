@@ -31,13 +31,9 @@ from grpo_nb.group import (
 )
 from grpo_nb.policy import as_rollout
 from grpo_nb.reference import token_rewards
-from grpo_nb.reward import (
-    RewardModel,
-    format_reward,
-    overlong_reward,
-    process_reward,
-    score,
-)
+from grpo_nb.engine.judging import RewardModel, score
+from grpo_nb.reward import format_reward, overlong_reward, process_reward
+from grpo_nb.reward import score as plain_score
 from grpo_nb.rollout import Rollout
 from grpo_nb.run.dynamic_sampling import dynamic_sampling
 from grpo_nb.task import Query, load_task
@@ -182,6 +178,45 @@ def test_steps_end_at_tokens():
     assert ended_steps(rollout) == [{0: 3.0, 2: 1.0}, {0: 2.0, 2: 0.0}]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_simple_score_is_the_checked_one(tokenizer, seed):
+    "Numbers, silence and steps of three functions, drawn at random: equal bits."
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("0123456789", k=rng.randint(1, 5))) for _ in range(6)]
+    rollout = as_rollout(tokenizer, [Query("1+2="), Query("2+2=")], texts)
+
+    def judgement(text):
+        ends = sorted(rng.sample(range(len(text) + 1), rng.randint(0, len(text))))
+        steps = [(end, rng.gauss(0, 9)) for end in ends]
+        return rng.choice([None, rng.gauss(0, 9), rng.randint(-2, 2), steps])
+
+    def function(name):
+        column = [judgement(text) for text in texts]
+
+        def f(**_):
+            return column
+
+        f.__name__ = name
+        return f
+
+    functions = [function(name) for name in "abc"]
+    weights = rng.choice([None, [1.0, 0.1, -3], [0, 1e-3, 7.0]])
+    plain, checked = replace(rollout), replace(rollout)
+    ours = plain_score(plain, functions, weights)
+    theirs = score(checked, functions, weights)
+    assert repr(ours) == repr(theirs)  # NaN where a function was silent
+    torch.testing.assert_close(
+        plain.rewards, checked.rewards, rtol=0, atol=0, equal_nan=True
+    )
+    assert plain.scored.equal(checked.scored)
+    if plain.step_rewards is None:
+        assert checked.step_rewards is None
+    else:
+        assert ended_steps(plain) == ended_steps(checked)
+    with pytest.raises(ValueError, match="one for each of 3 functions"):
+        plain_score(plain, functions, [1.0])
+
+
 def test_steps_and_scores_together(tokenizer):
     "A score beside steps is one more step at the last token; weights and abstentions hold for steps, too."
 
@@ -204,7 +239,8 @@ def test_steps_and_scores_together(tokenizer):
     assert ended_steps(rollout) == [{0: 1.0}, {}, {2: 0.0}]
 
 
-def test_steps_that_end_at_one_token_are_one(tokenizer):
+@pytest.mark.parametrize("score", [score, plain_score])
+def test_steps_that_end_at_one_token_are_one(tokenizer, score):
     "Of one function, and of several with their weights, before any statistics."
 
     def twice(**_):
@@ -218,7 +254,8 @@ def test_steps_that_end_at_one_token_are_one(tokenizer):
     assert ended_steps(rollout) == [{0: 1.5, 1: 32.0}] and rollout.rewards == 33.5
 
 
-def test_a_step_of_an_empty_completion(tokenizer):
+@pytest.mark.parametrize("score", [score, plain_score])
+def test_a_step_of_an_empty_completion(tokenizer, score):
     "There is no token that it could end at: it is dropped, and nothing is scored."
 
     def steps(**_):

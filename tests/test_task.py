@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_nb.task import TASKS, Query, evaluate_expression, is_heldout, load_task
+from grpo_nb.task import TASKS, Query, evaluate_expression, load_task
 
 SETTINGS = [(name, digits) for name in TASKS for digits in (1, 2, 3)]
 numbers = st.integers(0, 99).map(str)
@@ -82,7 +82,8 @@ def test_the_split_does_not_leak(name, digits):
     task = load_task(name, digits=digits)
     train, heldout = task.queries("train", 300, seed=1), task.queries("heldout", 60)
     assert not {query.key for query in train} & {query.key for query in heldout}
-    assert not any(map(is_heldout, train)) and all(map(is_heldout, heldout))
+    assert not any(query.is_heldout for query in train)
+    assert all(query.is_heldout for query in heldout)
     assert task.queries("train", 300, seed=1) == train and (
         digits == 1 or task.queries("train", 300, seed=2) != train
     )
@@ -102,6 +103,13 @@ def test_the_split_is_the_same_in_every_process(salt):
     assert [heldout for _, heldout in literal_eval(done.stdout)] == [False] * 20 + [
         True
     ] * 20
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "owner/name", "gsm8k:x", "sub", 3, []])
+def test_other_sources_are_elsewhere(name):
+    "The figure opens its own tasks only, and says who opens the others."
+    with pytest.raises(ValueError, match="one of add, sums, .*engine.data.load_task"):
+        load_task(name)
 
 
 def test_a_sum_and_its_mirror_are_one_question():

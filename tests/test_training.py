@@ -21,12 +21,15 @@ from transformers import (
 
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
-from grpo_nb.reward import RewardModel, accuracy_reward
-from grpo_nb.task import Query, is_heldout, load_task
+from grpo_nb.engine.judging import RewardModel
+from grpo_nb.reward import accuracy_reward
 from grpo_nb.run.checkpoint import checkpoints
-from grpo_nb.run.command_line import chat, main, parse_arguments
+from grpo_nb.run.command_line import chat, main
+from grpo_nb.run.training import evaluate, open_run
+from grpo_nb.run.command_line import parse_arguments
 from grpo_nb.run.iterative import train_reward_model
-from grpo_nb.run.training import evaluate, open_run, train
+from grpo_nb.run.training import train
+from grpo_nb.task import Query, load_task
 from helpers import (
     ROOT,
     python,
@@ -205,7 +208,8 @@ def test_evaluation_is_held_out(tiny):
         ),
     )
     assert evaluate(*tiny, spy, 40, 8) == evaluate(*tiny, spy, 40, 8)
-    assert len(asked) == 80 and asked[:40] == asked[40:] and all(map(is_heldout, asked))
+    assert len(asked) == 80 and asked[:40] == asked[40:]
+    assert all(query.is_heldout for query in asked)
 
 
 # Same seed ---------------------------------------------------------------------------------------------------------------

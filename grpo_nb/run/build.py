@@ -41,7 +41,8 @@ from ..policy import load_policy
 from ..reward import accuracy_reward, brevity_reward, format_reward
 from ..reward import overlong_reward, process_reward, RewardFunction, RewardModel
 from .options import Config, PPOConfig
-from ..task import as_task, check_name, hub_options, load_task, near, Task, TASKS
+from ..engine.data import as_task, check_name, hub_options, near
+from ..task import TASKS, Task, load_task
 from ..value import ValueModel
 
 # %% ../../nbs/2_run/21_build.ipynb #21b00005

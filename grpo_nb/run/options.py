@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from ..engine.data import check_task
 from ..gae import GAEOptions
 from ..group import GroupOptions
 from ..objective import ObjectiveOptions
@@ -35,7 +36,6 @@ from ..loading import resolve_device
 from ..reference import ReferenceOptions
 from ..reward import RewardOptions
 from ..sampling import SamplingOptions
-from ..task import check_task
 from ..update import UpdateOptions
 from ..value import ValueOptions
 

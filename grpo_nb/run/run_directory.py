@@ -27,10 +27,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..engine.distributed import on_main, process
-from ..reward import name_of, RewardFunction
+from ..engine.judging import name_of
+from ..reward import RewardFunction
 from .build import RULES
 from .options import Config, CONFIGS
-from ..task import check_task, Task
+from ..engine.data import check_task
+from ..task import Task
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #774bdf4f
 @contextmanager

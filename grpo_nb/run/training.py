@@ -32,10 +32,12 @@ from ..engine.distributed import process
 from ..engine.precision import precision
 from ..models import Models
 from ..group import informative
+from ..engine.distributed import gather, join_launch
+from ..engine.distributed import known_to_all, on_main, process
+from ..engine.judging import RewardModel, score
 from ..policy import check_tokens, encode_prompts, load_policy
-from ..reward import RewardFunction, RewardModel, score
+from ..reward import RewardFunction
 from ..rollout import Rollout
-from ..engine.decoding import lacks_memory, sample
 from .build import _Trainer, _check_rule, _renewed, _task_of, build_models
 from .build import build_schedulers, load_rewards
 from .checkpoint import _noted_on, _save_models, checkpoints, is_whole
@@ -48,6 +50,7 @@ from .run_directory import _check_passed, _claim, _cut_completions, _find
 from .run_directory import _has_loader, _lines, _record, _remove, _sync
 from .run_directory import read_completions, read_json, write_atomically
 from .trackers import _check_trackers, _trackers
+from ..engine.decoding import lacks_memory, sample
 from ..sampling import check_context
 from ..task import Query, TASKS, Task
 
