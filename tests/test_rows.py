@@ -39,6 +39,7 @@ from grpo_nb.engine.packing import (
     token_logprobs,
     values,
 )
+from grpo_nb.engine.precision import precision
 from grpo_nb.policy import as_rollout, model_inputs
 from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.rollout import Rollout
@@ -548,6 +549,22 @@ def test_in_bfloat16(monkeypatch):
     assert (slopes[0] - slopes[1]).norm() < 0.02 * slopes[0].norm()
     half = make("llama", torch.bfloat16)
     assert shares_prompt(half, 12) and token_logprobs(half, rollout).isfinite().all()
+
+
+def test_no_pass_sees_the_weights_before_an_update():
+    "Within the precision of a run, a pass reads the weights as they are, not a copy that an earlier pass has rounded."
+    model = make("llama", torch.float32)
+    rollout = random_rollout(model, character_tokenizer(), num_generations=3)
+    config = short_config(dtype="bfloat16")
+    with precision(config, model.device):
+        token_logprobs(model, rollout).sum().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        ours = token_logprobs(model, rollout)
+    with precision(config, model.device):
+        truth = token_logprobs(model, rollout)
+    assert ours.equal(truth)
 
 
 def test_completions_without_a_token():

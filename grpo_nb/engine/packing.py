@@ -70,7 +70,7 @@ def _close_holes(
 def _visible(
     owner: Int[Tensor, "R L"],  # 0: the prompt's token, 1 ... k: a completion's
 ) -> Bool[Tensor, "R 1 L L"]:
-    "Let each token see its prompt, what stands before it in its completion, and itself."
+    "Let a token see its prompt, what stands before it in its completion, and itself."
     prompt = owner[:, None] == 0
     own = owner[:, None] == owner[..., None]
     L = owner.shape[1]
