@@ -110,8 +110,8 @@ from grpo_nb.reward import score as plain_score
 from grpo_nb.rollout import Rollout
 from grpo_nb.run.dynamic_sampling import dynamic_sampling
 from grpo_nb.sampling import check_context, check_numbers, decode_completions
-from grpo_nb.engine.decoding import lacks_memory
-from grpo_nb.sampling import keep_likely, prepare_prompts, sample
+from grpo_nb.engine.decoding import lacks_memory, sample
+from grpo_nb.sampling import keep_likely, prepare_prompts
 from grpo_nb.sampling import sample as simple_sample
 from grpo_nb.evidence.sweep import cell_name, grid, sweep
 from grpo_nb.task import (

@@ -257,14 +257,13 @@ class _Cached:
         self,
         model: PreTrainedModel,
         cache: DynamicCache,
-        prompt_mask: Bool[Tensor, "B P"],
-        T: int,
+        is_padded: bool,
+        takes_ready_mask: bool,  # [N, 1, 1, L], as it is
     ):
         self.model = model
         self.cache = cache
-        self.is_padded = not prompt_mask.all()
-        # a mask [N, 1, 1, L] is taken as it is, and need not be made for each token
-        self.takes_ready_mask = shares_prompt(model, prompt_mask.shape[1] + T)
+        self.is_padded = is_padded
+        self.takes_ready_mask = takes_ready_mask
 
     def __call__(self, batch: _Batch, token: Int[Tensor, "n"]) -> Float[Tensor, "n V"]:
         "Compute the logits of the next token."
@@ -327,7 +326,7 @@ class _Uncached:
     def drop(self, gaps: Tensor, movers: Tensor, stay: Tensor):
         "Do nothing: there is no cache."
 
-# %% ../../nbs/3_engine/32_decoding.ipynb #f92efb08
+# %% ../../nbs/3_engine/32_decoding.ipynb #18a8dd5c
 def _start(
     model: PreTrainedModel,
     prompt_ids: Int[Tensor, "B P"],
@@ -337,12 +336,14 @@ def _start(
 ) -> tuple[Float[Tensor, "N V"], _Cached | _Uncached]:
     "Read the prompts: the first logits, and how this model reads what follows."
     T = batch.ids.shape[1]
+    takes_ready_mask = shares_prompt(model, prompt_mask.shape[1] + T)
     is_padding_safe = takes_padding(model)
     if is_padding_safe:
         read = _prefill(model, prompt_ids, prompt_mask, G, T)
         if read is not None:
             logits, cache = read
-            return logits, _Cached(model, cache, prompt_mask, T)
+            is_padded = not prompt_mask.all()
+            return logits, _Cached(model, cache, is_padded, takes_ready_mask)
         warnings.warn(
             f"{type(model).__name__} keeps no cache of keys and values; "
             f"each token passes the whole sequence through it",
