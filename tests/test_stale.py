@@ -1,6 +1,7 @@
 "What is said about the code, in tables and texts, against the code: what has grown old is named."
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -214,3 +215,119 @@ def test_the_chinese_page_counts_the_options_that_are_there():
         own = [field.name for field in fields(config) if field.name not in shared]
         ((count, names),) = re.findall(rf"^{name} 独有 (\d+) 个： (.*)$", shown, re.M)
         assert int(count) == len(own) and set(names.split("、")) == set(own)
+
+
+def fuzzed():
+    "Each function of test_fuzz.py with the text of the tests that draw its arguments."
+    source = (ROOT / "tests/test_fuzz.py").read_text()
+    tree = ast.parse(source)
+    places = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("grpo_nb."):
+            places |= {alias.name: node.module for alias in node.names}
+    texts = {}
+    for test in tree.body:
+        for call in getattr(test, "decorator_list", []):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "fuzz":
+                decorators = " ".join(map(ast.unparse, test.decorator_list[1:]))
+                for name in map(ast.unparse, call.args):
+                    text = texts.get(name, "") + decorators + ast.unparse(test)
+                    texts[name] = text
+    for name, text in texts.items():
+        if name in places:
+            yield getattr(importlib.import_module(places[name]), name), text
+
+
+BY_POSITION = {  # or by a strategy that several tests share
+    "adapt_beta horizon",
+    "aggregate mask",
+    "as_rollout device",
+    "build_models reward_funcs",
+    "build_models task",
+    "check_context lengths",
+    "check_tokens ids",
+    "check_tokens mask",
+    "check_tokens name_of_row",
+    "check_weights info",
+    "combine names",
+    "combine_steps judged",
+    "completions_per_row G",
+    "completions_per_row hidden",
+    "cost_table model_config",
+    "cost_table reward_model",
+    "difference a",
+    "difference b",
+    "draw_figure link",
+    "dynamic_sampling sample",
+    "dynamic_sampling score",
+    "flops reward",
+    "format_reward pattern",
+    "forward_flops scalar",
+    "gae mask",
+    "generate config",
+    "generate generator",
+    "generate sampler",
+    "in_order parts",
+    "in_pieces compute",
+    "in_pieces hidden",
+    "interval statistic",
+    "iqm axis",
+    "judge reward_funcs",
+    "kl_in_reward mask",
+    "lacks_memory error",
+    "load_checkpoint renewed",
+    "load_checkpoint schedulers",
+    "load_rewards policy",
+    "load_rewards tokenizer",
+    "load_task options",
+    "loss_mask mask_truncated_completions",
+    "main arguments",
+    "measure_flops stage",
+    "micro_batches hidden",
+    "open_run device",
+    "open_run reward_funcs",
+    "open_run task",
+    "parameters model_config",
+    "parse_arguments arguments",
+    "piece_loss piece",
+    "piece_loss totals",
+    "preference_pairs is_right",
+    "process_advantages baseline",
+    "process_advantages eps",
+    "process_advantages scale_rewards",
+    "process_reward tokenizer",
+    "ratio mask",
+    "sample generator",
+    "sample max_num_seqs",
+    "save_checkpoint keep",
+    "save_checkpoint renewed",
+    "save_checkpoint schedulers",
+    "score reward_funcs",
+    "shared_rows hidden",
+    "shares_prompt longest",
+    "sweep notebook",
+    "sweep threads",
+    "table step",
+    "text_of completion",
+    "token_logprobs return_entropy",
+    "train on_step",
+    "train reward_funcs",
+    "train task",
+    "training_bytes trained",
+    "update value_model",
+    "update value_optimizer",
+    "whiten mask",
+}
+
+
+def test_every_parameter_of_a_fuzzed_function_is_drawn():
+    """A parameter that its tests do not name is not drawn, or handed over by position.
+
+    Those of today stand in BY_POSITION; what is new has to be drawn by name."""
+    found = set()
+    for function, text in fuzzed():
+        if inspect.isfunction(function):
+            for parameter in inspect.signature(function).parameters:
+                if not re.search(rf"\b{parameter}\b", text):
+                    found.add(f"{function.__name__} {parameter}")
+    assert not found - BY_POSITION, found - BY_POSITION
