@@ -1,0 +1,333 @@
+"What is said about the code, in tables and texts, against the code: what has grown old is named."
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import textwrap
+import tomllib
+from dataclasses import fields
+
+import pandas as pd
+import pytest
+from transformers import LlamaConfig
+
+from grpo_nb import algorithm, gae, group, reference, value
+from grpo_nb.evidence.cost import flops, parameters
+from grpo_nb.evidence.ledger import CHECKS
+from grpo_nb.evidence.trl_oracles import TRL_ROWS
+from grpo_nb.figure import boxes
+from grpo_nb.run.options import RECIPES, Config, GRPOConfig, PPOConfig, make_config
+from helpers import ROOT
+
+NBS = ROOT / "nbs"
+WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+CHINESE = "零一二三四五六七八九十"
+
+
+def cells(path):
+    return json.loads((NBS / path).read_text())["cells"]
+
+
+def sources(path, kind="code"):
+    found = [cell for cell in cells(path) if cell["cell_type"] == kind]
+    return ["".join(cell["source"]) for cell in found]
+
+
+def printed(path):
+    "What the saved outputs of a notebook show as text."
+    lines = []
+    for cell in cells(path):
+        for output in cell.get("outputs", []):
+            lines += output.get("text", []) + output.get("data", {}).get(
+                "text/plain", []
+            )
+    return "".join(lines)
+
+
+def test_every_recipe_has_its_row():
+    "In the table of the options' chapter, and in the saved tables of the experiment."
+    (table,) = [
+        text
+        for text in sources("2_run/20_options.ipynb", "markdown")
+        if text.startswith("## Recipes")
+    ]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(RECIPES)
+    shown = printed("experiments/recipes.ipynb")
+    for recipe in RECIPES:
+        assert re.search(rf"^{recipe}\b", shown, re.MULTILINE), recipe
+
+
+def test_numbers_of_recipes_in_words():
+    "Wherever a text counts them: nine recipes, nine settings, 9 of 9."
+    pages = [path for path in NBS.rglob("*.ipynb") if ".ipynb_" not in str(path)]
+    texts = [ROOT / "README.md", *pages]
+    number = "|".join(WORDS)
+    found = []
+    for path in texts:
+        text = path.read_text()
+        found += re.findall(rf"\b({number}) (?:named )?recipes\b", text, re.IGNORECASE)
+        found += re.findall(rf"\b({number}) settings from \w+ papers", text)
+        found += re.findall(r"\b\d+ of (\d+) recipes\b", text)
+        found += re.findall(rf"([{CHINESE}]|\d+) ?[个种]配方", text)
+    assert len(found) >= 4
+    for word in found:
+        n = word.lower()
+        if n in WORDS:
+            n = WORDS.index(n)
+        elif n in CHINESE:
+            n = CHINESE.index(n)
+        assert int(n) == len(RECIPES), word
+
+
+NO_TRL = {  # choices without a row of TRL's, and why
+    "leave_one_out": "GRPOTrainer has no baseline but the mean; TRL's RLOOTrainer has",
+}
+NO_MUTANT = {  # choices without a mutant of their own, and why
+    "bnpo": "is dapo here, by the same line",
+    "none": "leaves the scale out: what could be wrong in it is in `group`",
+}
+SHOWN = {  # choice of an option: its row in the ledger, TRL's, words of a mutant
+    "objective": {
+        "clip": ("clipped objective", "grpo, TRL", "the clip is inverted"),
+        "cispo": ("CISPO", "cispo, TRL", "CISPO: the capped weight"),
+    },
+    "loss_type": {
+        "grpo": ("grpo", "grpo, TRL", "GRPO averages over all tokens"),
+        "bnpo": ("bnpo", "bnpo, TRL", None),
+        "dapo": ("dapo", "dapo, TRL", "the token mean is a mean of the means"),
+        "dr_grpo": ("dr_grpo", "dr_grpo, TRL", "Dr. GRPO divides by the longest"),
+    },
+    "importance_sampling_level": {
+        "token": ("ratio", "grpo, TRL", "the ratio of a token that is far away"),
+        "sequence": ("sequence ratio", "grpo, TRL", "GSPO without the length"),
+        "sequence_token": ("sequence ratio on tokens", "grpo, TRL", "GSPO-token:"),
+    },
+    "scale_rewards": {
+        "group": ("group advantage", "advantage, group, TRL", "(ddof 0)"),
+        "batch": (
+            "std of the batch",
+            "advantage, batch, TRL",
+            "the standard deviation of the batch",
+        ),
+        "none": ("no std", "advantage, none, TRL", None),
+    },
+    "baseline": {
+        "mean": ("group advantage", "advantage, group, TRL", "mean of the batch"),
+        "leave_one_out": ("leave-one-out", None, "leave-one-out with n in place"),
+    },
+}
+
+
+@pytest.mark.parametrize("option", SHOWN)
+def test_every_choice_has_a_row_an_oracle_and_a_mutant(option):
+    "Or a reason why it has none: a new choice is not forgotten."
+    with pytest.raises(ValueError) as refusal:
+        make_config(**{option: "?"})
+    allowed = re.findall(r"[\"'](\w+)[\"']", str(refusal.value))
+    assert set(allowed) == set(SHOWN[option]), "each choice needs a line in SHOWN"
+    names = [check.name for check in CHECKS]
+    theirs = [check.name for check in TRL_ROWS]
+    mutants = tomllib.loads((ROOT / "tests/mutants/mutants.toml").read_text())
+    titles = [mutant["title"] for mutant in mutants["mutant"]]
+    for choice, (row, trl, bug) in SHOWN[option].items():
+        assert row in names
+        assert (trl is None) == (choice in NO_TRL) and (trl is None or trl in theirs)
+        assert (bug is None) == (choice in NO_MUTANT), choice
+        assert bug is None or any(bug in title for title in titles), choice
+
+
+def definitions(path, *names):
+    "The assignments and functions of a notebook with these names, evaluated."
+    space = dict(algorithm=algorithm, gae=gae, group=group, reference=reference)
+    space |= dict(value=value, ast=ast, inspect=inspect, textwrap=textwrap)
+    for source in sources(path):
+        for node in ast.parse(re.sub("^%", "#%", source, flags=re.M)).body:
+            name = getattr(node, "name", None)
+            if isinstance(node, ast.Assign):
+                name = getattr(node.targets[0], "id", None)
+            if name in names:
+                exec(ast.unparse(node), space)
+    return [space[name] for name in names]
+
+
+def test_claim_5_counts_what_is_there():
+    "Parameters, boxes and lines of its verdict are those that counting gives now."
+    page = "experiments/claims/05_simpler.ipynb"
+    wanted = ("NEEDED", "VARIANTS", "PARTS", "code_lines")
+    needed, variants, parts, code_lines = definitions(page, *wanted)
+    shared = {field.name for field in fields(Config)}
+    own = {}
+    for name, config in (("ppo", PPOConfig), ("grpo", GRPOConfig)):
+        own[name] = {field.name for field in fields(config)} - shared
+        assert own[name] == {*needed[name], *variants[name]}
+    lines = {}
+    for name, of_half in parts.items():
+        lines[name] = {part: sum(map(code_lines, f)) for part, f in of_half.items()}
+    every = {name: sum(counts.values()) for name, counts in lines.items()}
+    plain = {name: every[name] - lines[name]["variants"] for name in lines}
+    counts = {
+        "parameters of its own": {name: len(own[name]) for name in own},
+        "needed by the figure": {name: len(needed[name]) for name in own},
+        "boxes": {name: len(boxes(name)) for name in own},
+        "lines without variants": plain,
+        "(with variants": every,
+    }
+    verdict = json.loads((ROOT / "benchmarks/claims/05_simpler.json").read_text())
+    for what, count in counts.items():
+        sentence = f"{what} {count['ppo']} against {count['grpo']}"
+        assert sentence in verdict["reason"], sentence
+
+
+def test_claim_4_has_the_numbers_of_the_cost_model():
+    "What its verdict says of a model of 8B is not measured but computed: so again here."
+    sizes = dict(hidden_size=4096, intermediate_size=14336, vocab_size=128256)
+    layers = dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+    big = parameters(LlamaConfig(**sizes, **layers, tie_word_embeddings=False))
+
+    def step(config, reward=None, value=True):
+        found = pd.Series(flops(config, big, 256, 1024, reward))
+        if not value:
+            found = found.drop(["value: predict", "value: update"])
+        return found.sum()
+
+    many = PPOConfig(num_prompts=1024, max_completion_length=1024)
+    few = PPOConfig(num_prompts=16, max_completion_length=1024)
+    grpo = GRPOConfig(num_prompts=16, num_generations=64, max_completion_length=1024)
+    rule = 1 - step(many, value=False) / step(many)
+    model = 1 - step(many, big, value=False) / step(many, big)
+    reason = json.loads((ROOT / "benchmarks/claims/04_compute.json").read_text())[
+        "reason"
+    ]
+    assert f"saves {rule:.0%} of the FLOPs with a rule as reward" in reason
+    assert f"and {model:.0%} with a model" in reason
+    times = step(grpo) / step(few)
+    assert f"at equal queries GRPO takes {times:.0f} times those of PPO" in reason
+
+
+def test_the_chinese_page_counts_the_options_that_are_there():
+    "Its saved output has the numbers and the names of the config's fields."
+    shared = [field.name for field in fields(Config)]
+    shown = printed("zh.ipynb")
+    assert re.findall(r"两者共有 (\d+) 个参数", shown) == [str(len(shared))]
+    for name, config in (("PPO", PPOConfig), ("GRPO", GRPOConfig)):
+        own = [field.name for field in fields(config) if field.name not in shared]
+        ((count, names),) = re.findall(rf"^{name} 独有 (\d+) 个： (.*)$", shown, re.M)
+        assert int(count) == len(own) and set(names.split("、")) == set(own)
+
+
+def fuzzed():
+    "Each function of test_fuzz.py with the text of the tests that draw its arguments."
+    source = (ROOT / "tests/test_fuzz.py").read_text()
+    tree = ast.parse(source)
+    places = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("grpo_nb."):
+            places |= {alias.name: node.module for alias in node.names}
+    texts = {}
+    for test in tree.body:
+        for call in getattr(test, "decorator_list", []):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "fuzz":
+                decorators = " ".join(map(ast.unparse, test.decorator_list[1:]))
+                for name in map(ast.unparse, call.args):
+                    text = texts.get(name, "") + decorators + ast.unparse(test)
+                    texts[name] = text
+    for name, text in texts.items():
+        if name in places:
+            yield getattr(importlib.import_module(places[name]), name), text
+
+
+BY_POSITION = {  # or by a strategy that several tests share
+    "adapt_beta horizon",
+    "aggregate mask",
+    "as_rollout device",
+    "build_models reward_funcs",
+    "build_models task",
+    "check_context lengths",
+    "check_tokens ids",
+    "check_tokens mask",
+    "check_tokens name_of_row",
+    "check_weights info",
+    "combine names",
+    "combine_steps judged",
+    "completions_per_row G",
+    "completions_per_row hidden",
+    "cost_table model_config",
+    "cost_table reward_model",
+    "difference a",
+    "difference b",
+    "draw_figure link",
+    "dynamic_sampling sample",
+    "dynamic_sampling score",
+    "flops reward",
+    "format_reward pattern",
+    "forward_flops scalar",
+    "gae mask",
+    "generate config",
+    "generate generator",
+    "generate sampler",
+    "in_order parts",
+    "in_pieces compute",
+    "in_pieces hidden",
+    "interval statistic",
+    "iqm axis",
+    "judge reward_funcs",
+    "kl_in_reward mask",
+    "lacks_memory error",
+    "load_checkpoint renewed",
+    "load_checkpoint schedulers",
+    "load_rewards policy",
+    "load_rewards tokenizer",
+    "load_task options",
+    "loss_mask mask_truncated_completions",
+    "main arguments",
+    "measure_flops stage",
+    "micro_batches hidden",
+    "open_run device",
+    "open_run reward_funcs",
+    "open_run task",
+    "parameters model_config",
+    "parse_arguments arguments",
+    "piece_loss piece",
+    "piece_loss totals",
+    "preference_pairs is_right",
+    "process_advantages baseline",
+    "process_advantages eps",
+    "process_advantages scale_rewards",
+    "process_reward tokenizer",
+    "ratio mask",
+    "sample generator",
+    "sample max_num_seqs",
+    "save_checkpoint keep",
+    "save_checkpoint renewed",
+    "save_checkpoint schedulers",
+    "score reward_funcs",
+    "shared_rows hidden",
+    "shares_prompt longest",
+    "sweep notebook",
+    "sweep threads",
+    "table step",
+    "text_of completion",
+    "token_logprobs return_entropy",
+    "train on_step",
+    "train reward_funcs",
+    "train task",
+    "training_bytes trained",
+    "update value_model",
+    "update value_optimizer",
+    "whiten mask",
+}
+
+
+def test_every_parameter_of_a_fuzzed_function_is_drawn():
+    """A parameter that its tests do not name is not drawn, or handed over by position.
+
+    Those of today stand in BY_POSITION; what is new has to be drawn by name."""
+    found = set()
+    for function, text in fuzzed():
+        if inspect.isfunction(function):
+            for parameter in inspect.signature(function).parameters:
+                if not re.search(rf"\b{parameter}\b", text):
+                    found.add(f"{function.__name__} {parameter}")
+    assert not found - BY_POSITION, found - BY_POSITION
