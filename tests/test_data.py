@@ -725,6 +725,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     done = python(
         "-m",
         "grpo_nb",
+        "train",
         "--task",
         "rows.jsonl",
         *flags,
@@ -741,10 +742,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(
         SystemExit, match="error: task 'row.jsonl': there is no such file"
     ):
-        main(["--task", "row.jsonl"])
+        main(["train", "--task", "row.jsonl"])
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(SystemExit, match=r"error: .*grpo_nb\[gym\]"):
-        main(["--task", "gym:gcd", "--output_dir", "other"])
+        main(["train", "--task", "gym:gcd", "--output_dir", "other"])
     assert not (tmp_path / "other").exists()
 
 

@@ -298,7 +298,7 @@ def test_the_command_line_shows_the_note(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command_line, "train", fails)
     with pytest.raises(SystemExit, match="error: no space\nthen: ValueError: no light"):
-        command_line.main([])
+        command_line.main(["train"])
 
 
 def test_an_end_that_cannot_be_saved(tmp_path, monkeypatch, capsys):

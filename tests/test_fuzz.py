@@ -135,7 +135,7 @@ from grpo_nb.engine.hub import fetch_smollm2
 from grpo_nb.run.build import Trainer, build_models, build_schedulers, load_rewards
 from grpo_nb.run.checkpoint import RunState, checkpoints, is_whole, load_checkpoint
 from grpo_nb.run.checkpoint import resume, save_checkpoint
-from grpo_nb.run.command_line import main, parse_arguments
+from grpo_nb.run.command_line import main, parse_arguments, resume_arguments
 from grpo_nb.run.iterative import preference_pairs
 from grpo_nb.run.run_directory import prepare_directory, read_completions, read_json
 from grpo_nb.run.training import Run, open_run, rollout_metrics, table, train
@@ -1904,7 +1904,7 @@ WORDS = (
 )
 
 
-@fuzz(parse_arguments, main, times=1)
+@fuzz(parse_arguments, main, resume_arguments, times=1)
 @given(st.lists(WORDS, max_size=5))
 def test_command_lines(words):
     "A config; an error with a name in it; or the usage, with the exit code that a shell expects."
@@ -1919,8 +1919,10 @@ def test_command_lines(words):
             return
         if config is None:
             with pytest.raises(SystemExit) as end:
-                main(words)
+                main(["train", *words])
             assert str(end.value.code).startswith("error: ")
+    with pytest.raises(ValueError, match="usage: |is not a run"):
+        resume_arguments(words)
 
 
 @fuzz(

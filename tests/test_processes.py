@@ -97,6 +97,7 @@ def line(directory, options):
     return [
         "-m",
         "grpo_nb",
+        "train",
         *(
             str(x)
             for name, value in {"output_dir": directory, **options}.items()

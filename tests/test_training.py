@@ -318,6 +318,11 @@ def test_what_was_passed_is_asked_for_again(tmp_path, monkeypatch, capsys):
         open_run(directory)
     with pytest.raises(SystemExit, match=call):
         main(["chat", str(directory)])
+    again = (
+        rf"in Python, train\(saved_config\('{directory}', resume=True\), reward_funcs"
+    )
+    with pytest.raises(SystemExit, match=again):
+        main(["resume", str(directory)])
     with pytest.raises(ValueError, match=r"open_run\('[^']*', task=\.\.\.\)"):
         open_run(directory, reward_funcs=own)
     found = open_run(directory, task=task, reward_funcs=own)
@@ -470,7 +475,7 @@ def test_resume_after_a_kill(tmp_path, straight):
         if value is not None and not isinstance(value, list)
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_nb", *flags],
+        [sys.executable, "-m", "grpo_nb", "train", *flags],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -489,6 +494,32 @@ def test_resume_after_a_kill(tmp_path, straight):
     process.stderr.close()
     run(directory, **LONG, **RESUMED["grpo"], resume=True)
     same_run(directory, straight("grpo"))
+
+
+@pytest.mark.parametrize("name", ["ppo", "dapo"])
+def test_resume_from_the_shell_needs_the_directory_alone(
+    tmp_path, straight, monkeypatch, name
+):
+    "Options, recipe and all, come from config.json; what is free to change is a flag."
+    steps, calls = training.STEPS, []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return steps[arguments[2].algorithm](*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training, "STEPS", dict.fromkeys(steps, stops))
+        run(tmp_path / "run", **LONG | RESUMED[name])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="learning_rate = .*, now 0.5"):
+        main(["resume", "run", "--learning_rate", "0.5"])
+    with pytest.raises(SystemExit, match="--output_dir is not for resume"):
+        main(["resume", "run", "--output_dir", "elsewhere"])
+    assert len(read_metrics(tmp_path / "run")) == 3
+    main(["resume", "run", "--max_tokens_per_micro_batch", "500"])
+    same_run(tmp_path / "run", straight(name))
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path, straight):
@@ -861,7 +892,7 @@ def test_no_score_at_all_is_still_json(tmp_path):
 def test_command_line(tmp_path):
     "Train and talk, in two processes, as a user starts them."
     flags = "--algorithm ppo --task add --digits 1 --max_steps 2 --num_prompts 4 --eval_size 5 --device cpu --output_dir out".split()
-    trained = python("-m", "grpo_nb", *flags, cwd=tmp_path)
+    trained = python("-m", "grpo_nb", "train", *flags, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert (
         "held-out accuracy after" in trained.stdout
@@ -880,13 +911,13 @@ def test_command_line(tmp_path):
 
 
 def test_help_and_errors_of_a_process(tmp_path):
-    shown = python("-m", "grpo_nb", "--help", cwd=tmp_path)
+    shown = python("-m", "grpo_nb", "train", "--help", cwd=tmp_path)
     assert (
         shown.returncode == 0
         and "--num_generations" in shown.stdout
         and "chat RUN" in shown.stdout
     ), shown.stderr
-    wrong = python("-m", "grpo_nb", "--temperature", "0", cwd=tmp_path)
+    wrong = python("-m", "grpo_nb", "train", "--temperature", "0", cwd=tmp_path)
     assert (
         wrong.returncode == 1
         and "error: temperature = 0.0" in wrong.stderr
@@ -898,7 +929,7 @@ def test_help_and_errors_of_a_process(tmp_path):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_help_lists_every_option(algorithm, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["--algorithm", algorithm, "--help"])
+        main(["train", "--algorithm", algorithm, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for f in fields(CONFIGS[algorithm]):
@@ -929,6 +960,11 @@ def test_help_lists_every_option(algorithm, capsys):
         (["--max_steps", "many"], "max_steps.*many"),
         (["chat", "/nowhere"], "'/nowhere' is not a finished run"),
         (["chat"], "chat RUN"),
+        (["resume", "/nowhere"], "'/nowhere' is not a run: it has no config.json"),
+        (["resume"], "usage: grpo_nb resume RUN"),
+        (["resume", "--max_steps", "9"], "usage: grpo_nb resume RUN"),
+        (["fetch"], "usage: grpo_nb fetch smollm2"),
+        (["trian"], "'trian' is no command; allowed: train, resume, chat, fetch"),
         (["--task", "chess"], "task must be one of add, sums, target"),
         (["--recipe", "x"], "recipe must be one of .*got 'x'"),
         (["--model", "/nowhere"], "model must be .*got '/nowhere'"),
@@ -939,7 +975,7 @@ def test_command_line_errors(tmp_path, monkeypatch, capsys, flags, message):
     "A wrong flag ends with a message and a nonzero status, and starts no run."
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(flags)
+        main(["train", *flags] if flags[0].startswith("-") else flags)
     said = (
         str(stop.value.code)
         if isinstance(stop.value.code, str)

@@ -545,13 +545,14 @@ def _check_same(directory: Path, record: dict):
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #22d0000d
 def saved_config(
-    directory: Path,  # of a run
+    directory: str | Path,  # of a run
     **changes,  # options that are to have another value, as in `make_config`
 ) -> Config:
     """Read the options that a run was made with.
 
     A task of its own, which no name opens, is not among them."""
-    saved = read_json(directory / "config.json")
+    saved = read_json(Path(directory) / "config.json")
+    saved["output_dir"] = str(directory)
     for name in ("num_processes", "passed"):  # of the launch and the call
         saved.pop(name, None)
     if not _has_loader(saved.get("task")):
