@@ -24,10 +24,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    get_scheduler,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerState,
+    get_scheduler,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,10 +36,10 @@ from ..engine.distributed import full, process, shard, sharded
 from ..loading import check_causal, check_weights
 from ..models import Models
 from ..policy import load_policy, resolve_dtype
-from ..reward import accuracy_reward, brevity_reward, format_reward
-from ..reward import overlong_reward, process_reward, RewardFunction, RewardModel
+from ..reward import RewardFunction, RewardModel, accuracy_reward, brevity_reward
+from ..reward import format_reward, overlong_reward, process_reward
 from .options import Config, PPOConfig
-from ..task import as_task, check_name, hub_options, load_task, near, Task, TASKS
+from ..task import TASKS, Task, as_task, check_name, hub_options, load_task, near
 from ..value import ValueModel
 
 # %% ../../nbs/2_run/21_build.ipynb #21b00005

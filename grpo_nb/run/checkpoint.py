@@ -24,10 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engine.distributed import all_rows, cut_like, full, on_main, process
 from ..models import Models
-from .build import renewed_models, sampling_generator, token_classifier
-from .build import trained_models, Trainer
+from .build import Trainer, renewed_models, sampling_generator
+from .build import token_classifier, trained_models
 from .options import Config
-from .run_directory import Completions, OURS, read_json, read_lines
+from .run_directory import OURS, Completions, read_json, read_lines
 from .run_directory import remove_path, replace_directory, write_atomically
 from ..task import Task
 

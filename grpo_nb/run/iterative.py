@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from ..models import Models
-from ..reward import bradley_terry_loss, RewardModel
+from ..reward import RewardModel, bradley_terry_loss
 from ..rollout import Rollout
 from .options import Config
 from ..sampling import sample

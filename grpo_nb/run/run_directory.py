@@ -17,7 +17,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -28,10 +28,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..engine.distributed import on_main, process
-from ..reward import name_of, RewardFunction
+from ..reward import RewardFunction, name_of
 from .build import RULES
-from .options import Config, CONFIGS, make_config
-from ..task import check_task, Task
+from .options import CONFIGS, Config, make_config
+from ..task import Task, check_task
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #774bdf4f
 @contextmanager
@@ -118,7 +118,8 @@ OURS = (
 def prepare_directory(config: Config) -> Path:
     """Choose and check the run directory, which is not yet made.
 
-    Raises: `ValueError` if it holds a run that is not to be resumed, or cannot be made."""
+    Raises: `ValueError` if it holds a run that is not to be resumed, or cannot be
+    made."""
     if config.resume and config.output_dir is None:
         raise ValueError("resume = True needs output_dir: the run to go on with")
     if config.output_dir is None:

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.tracking import (
+    LOGGER_TYPE_TO_CLASS,
     GeneralTracker,
     get_available_trackers,
-    LOGGER_TYPE_TO_CLASS,
 )
 from accelerate.utils import LoggerType
 

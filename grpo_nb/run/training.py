@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,17 +35,17 @@ from ..models import Models
 from ..policy import check_tokens, encode_prompts, load_policy
 from ..reward import RewardFunction, RewardModel, score
 from ..rollout import Rollout
-from .build import build_models, build_schedulers, check_rules, load_rewards
-from .build import open_task, Trainer
-from .checkpoint import noted_on, resume, RunState, save, save_models
+from .build import Trainer, build_models, build_schedulers, check_rules
+from .build import load_rewards, open_task
+from .checkpoint import RunState, noted_on, resume, save, save_models
 from .iterative import outer_iteration
 from .options import Config, expand_path
-from .run_directory import check_passed, claim_directory, Completions
+from .run_directory import Completions, check_passed, claim_directory
 from .run_directory import find_directory, make_record, read_completions
 from .run_directory import read_json, saved_config, write_atomically
 from .trackers import check_trackers, open_trackers
 from ..sampling import check_context, lacks_memory, sample
-from ..task import Query, Task, TASKS
+from ..task import TASKS, Query, Task
 
 # %% ../../nbs/2_run/24_training.ipynb #e18aad1a
 def evaluate(
