@@ -564,8 +564,11 @@ def _or_saved(
             raise cause
 
 # %% ../../nbs/2_run/24_training.ipynb #cf6ae5fc
-def _take_step(state: RunState, line: dict) -> tuple[Rollout, dict]:
-    "A step of the algorithm, in an outer iteration if one is due: (rollout, its line)."
+def _take_step(
+    state: RunState,
+    initial: dict,  # metrics of before the first step, for its line
+) -> tuple[Rollout, dict]:  # and its line of metrics
+    "A step of the algorithm, in an outer iteration if one is due."
     began = time.perf_counter()
     config, models, step = state.config, state.models, state.step + 1
     state.trainer.state.global_step = state.step  # steps that are done, as in TRL
@@ -587,7 +590,7 @@ def _take_step(state: RunState, line: dict) -> tuple[Rollout, dict]:
         | {"step": step}
         | rollout_metrics(rollout)
         | metrics
-        | line
+        | initial
         | outer
         | {"learning_rate": state.schedulers[0].get_last_lr()[0]}
     )
