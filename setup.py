@@ -61,7 +61,9 @@ setup(
         ]
     },
     entry_points={
-        "nbdev": [f"{lib}={lib}._modidx:d"]
-    },  # how nbdev finds the names that become links in the documentation
+        "console_scripts": settings["console_scripts"].split(),
+        # how nbdev finds the names that become links in the documentation
+        "nbdev": [f"{lib}={lib}._modidx:d"],
+    },
     zip_safe=False,
 )

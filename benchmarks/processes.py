@@ -56,6 +56,7 @@ def seconds(algorithm, processes, steps, fsdp=False):
             *launcher,
             "-m",
             "grpo_nb",
+            "train",
             *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
         ]
         subprocess.run(

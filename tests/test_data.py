@@ -759,7 +759,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     write(tmp_path / "rows.jsonl", SUMS)
     flags = "--max_steps 1 --num_prompts 4 --num_generations 4 --eval_size 5 --device cpu --output_dir out".split()
     monkeypatch.chdir(tmp_path)
-    main(["--task", "rows.jsonl", *flags])
+    main(["train", "--task", "rows.jsonl", *flags])
     shown = capsys.readouterr().out
     assert "held-out accuracy after" in shown
     assert re.search(r"^task +rows.jsonl$", shown, re.MULTILINE)
@@ -768,10 +768,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(
         SystemExit, match="error: task 'row.jsonl': there is no such file"
     ):
-        main(["--task", "row.jsonl"])
+        main(["train", "--task", "row.jsonl"])
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(SystemExit, match=r"error: .*grpo_nb\[gym\]"):
-        main(["--task", "gym:gcd", "--output_dir", "other"])
+        main(["train", "--task", "gym:gcd", "--output_dir", "other"])
     assert not (tmp_path / "other").exists()
 
 

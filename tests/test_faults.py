@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,14 +100,14 @@ def half_a_checkpoint():
 
 def no_rename():
     "Dies with all of the third checkpoint on the disk, and not its name."
-    rename = checkpoint._replace_directory
+    rename = checkpoint.replace_directory
 
     def replace(scratch, target):
         if "checkpoint-3" in str(target):
             os.kill(os.getpid(), signal.SIGKILL)
         rename(scratch, target)
 
-    checkpoint._replace_directory = replace
+    checkpoint.replace_directory = replace
 
 
 def stamp(path):
@@ -273,7 +274,7 @@ def test_an_error_does_not_hide_the_one_before(tmp_path, monkeypatch, name):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Tracker)
     if name != "finish":
         monkeypatch.setattr(
-            run_directory if name == "_write_rows" else training, name, breaks
+            run_directory if name == "_write_rows" else checkpoint, name, breaks
         )
     with pytest.raises(RuntimeError, match="'accuracy' raised ZeroDivision") as error:
         run(
@@ -295,18 +296,20 @@ def test_the_command_line_shows_the_note(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command_line, "train", fails)
     with pytest.raises(SystemExit, match="error: no space\nthen: ValueError: no light"):
-        command_line.main([])
+        command_line.main(["train"])
 
 
 def test_an_end_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     "Too many bad gradients, or a signal, and then a full disk: still the first is said, and that nothing was saved."
     monkeypatch.setattr(training, "gather", lambda compute: [compute()])
+    monkeypatch.setattr(training, "save", breaks)
     config = short_config(max_steps=9, max_skipped_steps=2)
+    state = {"config": config, "directory": tmp_path, "step": 5}
     with pytest.raises(FloatingPointError, match="not finite in 2 steps") as error:
-        training._end_if_due(config, tmp_path, 5, 2, [], breaks)
+        training._end_if_due(SimpleNamespace(**state, skipped=2), [])
     assert "device-side assert" in error.value.__notes__[0]
     with pytest.raises(SystemExit) as stop:
-        training._end_if_due(config, tmp_path, 5, 0, [signal.SIGTERM], breaks)
+        training._end_if_due(SimpleNamespace(**state, skipped=0), [signal.SIGTERM])
     said = capsys.readouterr().err
     assert stop.value.code == 143 and "stopped after step 5; then: RuntimeError" in said
     assert "can be resumed" not in said
@@ -322,7 +325,7 @@ def test_a_tracker_that_cannot_finish_loses_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "_tracker", lambda *_: Tracker())
     config = short_config(report_to=["tensorboard"])
     with pytest.warns(UserWarning, match="tracker tensorboard could not finish"):
-        with trackers._trackers(config, tmp_path, 0):
+        with trackers.open_trackers(config, tmp_path, 0):
             pass
 
 

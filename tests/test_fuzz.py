@@ -41,7 +41,6 @@ import grpo_nb
 from grpo_nb import gae as gae_stage, group as group_stage
 from grpo_nb.engine import distributed, vllm_sampler
 from grpo_nb.evidence import ledger, oracles, plots, sweep as sweeping, trl_oracles
-from grpo_nb.run import training
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
     group_advantages,
@@ -126,10 +125,10 @@ from grpo_nb.task import (
     target,
 )
 from grpo_nb.engine.hub import fetch_smollm2
-from grpo_nb.run.build import build_models, build_schedulers, load_rewards
-from grpo_nb.run.checkpoint import checkpoints, is_whole, load_checkpoint
-from grpo_nb.run.checkpoint import save_checkpoint
-from grpo_nb.run.command_line import main, parse_arguments
+from grpo_nb.run.build import Trainer, build_models, build_schedulers, load_rewards
+from grpo_nb.run.checkpoint import RunState, checkpoints, is_whole, load_checkpoint
+from grpo_nb.run.checkpoint import resume, save_checkpoint
+from grpo_nb.run.command_line import main, parse_arguments, resume_arguments
 from grpo_nb.run.iterative import preference_pairs
 from grpo_nb.run.run_directory import prepare_directory, read_completions, read_json
 from grpo_nb.run.training import Run, open_run, rollout_metrics, table, train
@@ -1873,7 +1872,7 @@ WORDS = (
 )
 
 
-@fuzz(parse_arguments, main, times=1)
+@fuzz(parse_arguments, main, resume_arguments, times=1)
 @given(st.lists(WORDS, max_size=5))
 def test_command_lines(words):
     "A config; an error with a name in it; or the usage, with the exit code that a shell expects."
@@ -1888,8 +1887,10 @@ def test_command_lines(words):
             return
         if config is None:
             with pytest.raises(SystemExit) as end:
-                main(words)
+                main(["train", *words])
             assert str(end.value.code).startswith("error: ")
+    with pytest.raises(ValueError, match="usage: |is not a run"):
+        resume_arguments(words)
 
 
 @fuzz(
@@ -2016,6 +2017,9 @@ def test_a_damaged_run(finished, tmp_path_factory, damage, name):
     checkpoints,
     load_checkpoint,
     save_checkpoint,
+    RunState,
+    Trainer,
+    resume,
     build_models,
     build_schedulers,
     prepare_directory,
@@ -2040,23 +2044,23 @@ def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
     found = {step: is_whole(path) for step, path in checkpoints(directory)}
     assert found.pop(5 - step) and found.get(step, False) == (not other)
     newest = 3 if step == 2 or not other else 2
-    models, generator = build_models(config, load_task("add")), torch.Generator()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        done = training._resume(
-            directory, models, build_schedulers(config, models), generator, {}
-        )
+    models = build_models(config, task := load_task("add"))
+    schedulers = build_schedulers(config, models)
+    state = RunState(config, task, models, schedulers, directory, Trainer())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        lines = resume(state)
     steps = read_completions(directory)["step"]
     assert (
-        done.step == newest
-        and len(done.lines) == newest
+        state.step == newest
+        and len(lines) == newest
         and set(range(1, newest + 1)) <= set(steps)
     )
     saved = load_file(run.directory / f"checkpoint-{newest}/state.safetensors")
     assert all(
         p.equal(saved[f"policy.weights.{k}"])
         for k, p in models.policy.named_parameters()
-    ) and generator.get_state().equal(saved["generator"])
+    ) and state.generator.get_state().equal(saved["generator"])
 
 
 @fuzz(train, times=1)
@@ -2324,6 +2328,26 @@ EXCEPTIONS = (
         "run.training.evaluate": "`sample` and a task",
         "run.training.peak_memory": "takes a device",
         "run.run_directory.write_atomically": "test_security.py",
+        "run.run_directory.read_lines": "in `resume`; test_faults.py damages files",
+        "run.run_directory.remove_path": "takes a path of the library's own",
+        "run.run_directory.replace_directory": "killed in test_faults.py",
+        "run.run_directory.find_directory": "in `train`; test_run_directory.py",
+        "run.run_directory.claim_directory": "in `train`; test_run_directory.py",
+        "run.run_directory.Completions": "test_run_directory.py",
+        "run.run_directory.make_record": "in `train`",
+        "run.run_directory.check_passed": "in `open_run`",
+        "run.run_directory.saved_config": "in `open_run`",
+        "run.checkpoint.save": "in `train`; test_faults.py",
+        "run.checkpoint.save_models": "in `train`; test_faults.py",
+        "run.checkpoint.noted_on": "test_faults.py",
+        "run.trackers.check_trackers": "in `train`; test_watching.py",
+        "run.trackers.open_trackers": "test_watching.py",
+        "run.build.open_task": "`load_task` and `as_task`",
+        "run.build.check_rules": "in `load_rewards`",
+        "run.build.trained_models": "takes models",
+        "run.build.renewed_models": "takes models",
+        "run.build.sampling_generator": "takes a checked config",
+        "engine.adapters.require_peft": "takes no value of a user's",
         "run.iterative.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`",
         "run.iterative.outer_iteration": "part of `train`",
         "run.training.step_queries": "`Task.queries`",

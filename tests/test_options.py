@@ -89,7 +89,7 @@ def test_an_entry_of_ones_own(monkeypatch, capsys, name, table):
     assert getattr(make_config(**{name: "mine"}), name) == "mine"
     assert getattr(parse_arguments([f"--{name}", "mine"]), name) == "mine"
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["train", "--help"])
     assert "mine}" in "".join(capsys.readouterr().out.split())
     assert short_config(algorithm="ppo", **{name: "mine"})
     saved = json.loads(json.dumps(dataclasses.asdict(make_config(**{name: "mine"}))))

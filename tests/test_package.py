@@ -90,6 +90,29 @@ def test_the_leaves_import_torch_and_jaxtyping_only(name):
     assert set(imports(SOURCES["checks"])) == {"collections.abc", "torch"}
 
 
+TOP = """
+import sys
+import grpo_nb.group
+assert not {"transformers", "pydantic"} & sys.modules.keys()
+import grpo_nb
+names = "train GRPOConfig PPOConfig make_config load_policy load_task sample open_run"
+assert {*names.split(), "__version__"} <= set(dir(grpo_nb))
+from grpo_nb import train, GRPOConfig, PPOConfig, make_config, load_policy, load_task
+from grpo_nb import sample, open_run
+from grpo_nb.run.training import train as loop
+assert grpo_nb.train is train is loop and make_config(beta=0.5) == GRPOConfig(beta=0.5)
+print(grpo_nb.__version__)
+"""
+
+
+def test_names_at_the_top_are_imported_when_asked_for(tmp_path):
+    done = python("-c", TOP, cwd=tmp_path, path=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert f"version = {done.stdout.strip()}\n" in (ROOT / "settings.ini").read_text()
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        grpo_nb.trian
+
+
 def test_no_circle():
     "Each module can be put behind all that it imports."
     arrows = {name: own_imports(name) for name in MODULES}
@@ -187,6 +210,9 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_the_model(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        (entry,) = (name for name in sizes if name.endswith("entry_points.txt"))
+        points = archive.read(entry).decode()
+    assert "[console_scripts]\ngrpo_nb = grpo_nb.run.command_line:main\n" in points
     files = {
         str(path.relative_to(ROOT))
         for path in PACKAGE.rglob("*")

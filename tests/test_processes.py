@@ -122,9 +122,12 @@ def run_pair(log, function, *arguments, **environment):
 def line(directory, options):
     "The command line of a run."
     return [
-        str(x)
-        for name, value in {"output_dir": directory, **options}.items()
-        for x in (f"--{name}", value)
+        "train",
+        *(
+            str(x)
+            for name, value in {"output_dir": directory, **options}.items()
+            for x in (f"--{name}", value)
+        ),
     ]
 
 
@@ -258,7 +261,9 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(build, "process", lambda: (rank, 3))
         seeds.append(
-            build._generator(short_config(seed=5), torch.device("cpu")).initial_seed()
+            build.sampling_generator(
+                short_config(seed=5), torch.device("cpu")
+            ).initial_seed()
         )
     assert seeds[0] == 5 and len(set(seeds)) == 3
 

@@ -189,7 +189,7 @@ def rows_of(step, n=256):
 
 def write_run(directory, steps, saves, start=1):
     directory.mkdir(exist_ok=True)
-    found = run_directory._Completions(directory)
+    found = run_directory.Completions(directory)
     for step in range(start, steps + 1):
         found.add(rows_of(step))
         if step % saves == 0:
@@ -199,7 +199,7 @@ def write_run(directory, steps, saves, start=1):
 
 def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
     "Saved often, seldom, never, or cut and gone on with: the same bytes; and the rows are what pandas made of them."
-    monkeypatch.setattr(run_directory, "ROW_GROUP", 1000)
+    monkeypatch.setattr(run_directory, "_ROW_GROUP", 1000)
     files = []
     for name, saves in {"often": 1, "seldom": 7, "never": 10**9}.items():
         found = write_run(tmp_path / name, 20, saves)
@@ -209,12 +209,12 @@ def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
         assert os.listdir(tmp_path / name) == ["completions.parquet"]
     cut = tmp_path / "cut"
     write_run(cut, 16, 4).merge()
-    run_directory._check_completions(cut, 12)
-    run_directory._cut_completions(cut, 12)
+    run_directory.Completions(cut).check(12)
+    run_directory.Completions(cut).cut(12)
     write_run(cut, 15, 4, start=13)  # killed: its rows of 13 to 15 were not saved
     write_run(cut, 18, 5, start=13)  # killed after a part of 13 to 15
-    run_directory._check_completions(cut, 12)
-    run_directory._cut_completions(cut, 12)
+    run_directory.Completions(cut).check(12)
+    run_directory.Completions(cut).cut(12)
     write_run(cut, 20, 3, start=13).merge()
     files.append(cut / "completions.parquet")
     assert len({path.read_bytes() for path in files}) == 1
@@ -232,14 +232,14 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     directory.mkdir()
     rows = [row for step in range(1, 6) for row in rows_of(step)]
     pd.DataFrame(rows).to_parquet(directory / "completions.parquet", index=False)
-    run_directory._check_completions(directory, 4)
-    run_directory._cut_completions(directory, 4)
+    run_directory.Completions(directory).check(4)
+    run_directory.Completions(directory).cut(4)
     write_run(directory, 8, 2, start=5).merge()
     write_run(tmp_path / "new", 8, 3).merge()
     old, new = (tmp_path / x / "completions.parquet" for x in ("run", "new"))
     assert old.read_bytes() == new.read_bytes()
     with pytest.raises(ValueError, match="completions.parquet is damaged.*up to 9"):
-        run_directory._check_completions(directory, 9)
+        run_directory.Completions(directory).check(9)
 
 
 def test_killed_between_two_files(tmp_path):
@@ -247,18 +247,18 @@ def test_killed_between_two_files(tmp_path):
     directory = tmp_path / "run"
     write_run(directory, 6, 2)
     parts = {path: path.read_bytes() for path in directory.iterdir()}
-    run_directory._Completions(directory).merge()
+    run_directory.Completions(directory).merge()
     for path, content in parts.items():
         path.write_bytes(content)
     assert read_completions(directory).groupby("step").size().tolist() == [256] * 6
-    run_directory._Completions(directory).merge()
+    run_directory.Completions(directory).merge()
     assert os.listdir(directory) == ["completions.parquet"]
     assert read_completions(directory).groupby("step").size().tolist() == [256] * 6
 
 
 def test_a_save_does_not_grow_with_the_run(tmp_path):
     "Memory of a save after 20 steps and after 200, and what it writes."
-    found, peaks, sizes = run_directory._Completions(tmp_path), {}, {}
+    found, peaks, sizes = run_directory.Completions(tmp_path), {}, {}
     for step in range(1, 201):
         found.add(rows_of(step))
         if step % 10 == 0:

@@ -19,7 +19,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from grpo_nb.algorithm import STEPS
+from grpo_nb.run.dynamic_sampling import step_of
+from grpo_nb.run import run_directory, training
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
 from grpo_nb.engine.judging import RewardModel
 from grpo_nb.reward import accuracy_reward
@@ -319,6 +320,11 @@ def test_what_was_passed_is_asked_for_again(tmp_path, monkeypatch, capsys):
         open_run(directory)
     with pytest.raises(SystemExit, match=call):
         main(["chat", str(directory)])
+    again = (
+        rf"in Python, train\(saved_config\('{directory}', resume=True\), reward_funcs"
+    )
+    with pytest.raises(SystemExit, match=again):
+        main(["resume", str(directory)])
     with pytest.raises(ValueError, match=r"open_run\('[^']*', task=\.\.\.\)"):
         open_run(directory, reward_funcs=own)
     found = open_run(directory, task=task, reward_funcs=own)
@@ -424,18 +430,14 @@ def test_resume(tmp_path, straight, monkeypatch, name, after):
     refilled steps, and an outer loop (renewed at steps 3 and 5) whose reward model has just been trained when the run stops."""
     directory, options, calls = tmp_path / "run", LONG | RESUMED[name], []
 
-    def stops(step):
-        def inner(*arguments):
-            calls.append(1)
-            if len(calls) > after:
-                raise KeyboardInterrupt
-            return step(*arguments)
-
-        return inner
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return step_of(arguments[2])(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        for algorithm, step in list(STEPS.items()):
-            patched.setitem(STEPS, algorithm, stops(step))
+        patched.setattr(training, "step_of", lambda config: stops)
         run(directory, **options)
     assert checkpoints(directory)[-1][0] == len(read_metrics(directory)) == after
     torch.manual_seed(1234)  # another process would have another global generator
@@ -467,7 +469,7 @@ def test_resume_after_a_kill(tmp_path, straight):
         ).items()
         if value is not None and not isinstance(value, list)
     ]
-    process = start_process(main, flags, log=tmp_path / "log")
+    process = start_process(main, ["train", *flags], log=tmp_path / "log")
     deadline = time.monotonic() + 100
     while (
         not checkpoints(directory)
@@ -480,6 +482,32 @@ def test_resume_after_a_kill(tmp_path, straight):
     assert checkpoints(directory), (tmp_path / "log").read_text()
     run(directory, **LONG, **RESUMED["grpo"], resume=True)
     same_run(directory, straight("grpo"))
+
+
+@pytest.mark.parametrize("name", ["ppo", "dapo"])
+def test_resume_from_the_shell_needs_the_directory_alone(
+    tmp_path, straight, monkeypatch, name
+):
+    "Options, recipe and all, come from config.json; what is free to change is a flag."
+    calls = []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return step_of(arguments[2])(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training, "step_of", lambda config: stops)
+        run(tmp_path / "run", **LONG | RESUMED[name])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="learning_rate = .*, now 0.5"):
+        main(["resume", "run", "--learning_rate", "0.5"])
+    with pytest.raises(SystemExit, match="--output_dir is not for resume"):
+        main(["resume", "run", "--output_dir", "elsewhere"])
+    assert len(read_metrics(tmp_path / "run")) == 3
+    main(["resume", "run", "--max_tokens_per_micro_batch", "500"])
+    same_run(tmp_path / "run", straight(name))
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path, straight):
@@ -523,15 +551,11 @@ def test_resume_with_other_settings_is_refused(tmp_path, other):
 
 def test_the_chapter_names_what_is_free_to_change():
     "The chapter's list is that of the code."
-    source = (ROOT / "grpo_nb/run/run_directory.py").read_text(encoding="utf-8")
-    (free,) = re.findall(r"free = \{(.*?)\}", source, re.DOTALL)
     chapter = json.loads((ROOT / "nbs/2_run/22_run_directory.ipynb").read_text("utf-8"))
     prose = "".join("".join(cell["source"]) for cell in chapter["cells"])
     (sentence,) = re.findall(r"Free to change are (.*?):", prose)
     named = set(re.findall(r"`(\w+)`", sentence))
-    assert named == set(re.findall(r'"(\w+)"', free)) - {"resume", "passed"} | {
-        "max_steps"
-    }
+    assert named == run_directory._FREE - {"resume", "passed"} | {"max_steps"}
 
 
 def test_a_finished_run_is_not_resumed(finished, capsys):
@@ -880,7 +904,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     "Train here, and talk in another process, as a user starts it."
     flags = "--algorithm ppo --task add --digits 1 --max_steps 2 --num_prompts 4 --eval_size 5 --device cpu --output_dir out".split()
     monkeypatch.chdir(tmp_path)
-    main(flags)
+    main(["train", *flags])
     assert "held-out accuracy after" in capsys.readouterr().out
     assert len(read_metrics(tmp_path / "out")) == 2
     spoken = python(
@@ -896,7 +920,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_errors_of_a_process(tmp_path):
-    wrong = python("-m", "grpo_nb", "--temperature", "0", cwd=tmp_path)
+    wrong = python("-m", "grpo_nb", "train", "--temperature", "0", cwd=tmp_path)
     assert (
         wrong.returncode == 1
         and "error: temperature = 0.0" in wrong.stderr
@@ -908,7 +932,7 @@ def test_errors_of_a_process(tmp_path):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_help_lists_every_option(algorithm, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["--algorithm", algorithm, "--help"])
+        main(["train", "--algorithm", algorithm, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for f in fields(CONFIGS[algorithm]):
@@ -939,6 +963,11 @@ def test_help_lists_every_option(algorithm, capsys):
         (["--max_steps", "many"], "max_steps.*many"),
         (["chat", "/nowhere"], "'/nowhere' is not a finished run"),
         (["chat"], "chat RUN"),
+        (["resume", "/nowhere"], "'/nowhere' is not a run: it has no config.json"),
+        (["resume"], "usage: grpo_nb resume RUN"),
+        (["resume", "--max_steps", "9"], "usage: grpo_nb resume RUN"),
+        (["fetch"], "usage: grpo_nb fetch smollm2"),
+        (["trian"], "'trian' is no command; allowed: train, resume, chat, fetch"),
         (["--task", "chess"], "task must be one of add, sums, target"),
         (["--recipe", "x"], "recipe must be one of .*got 'x'"),
         (["--model", "/nowhere"], "model must be .*got '/nowhere'"),
@@ -949,7 +978,7 @@ def test_command_line_errors(tmp_path, monkeypatch, capsys, flags, message):
     "A wrong flag ends with a message and a nonzero status, and starts no run."
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(flags)
+        main(["train", *flags] if flags[0].startswith("-") else flags)
     said = (
         str(stop.value.code)
         if isinstance(stop.value.code, str)

@@ -213,7 +213,9 @@ def test_a_tracker_of_ones_own(tmp_path, memory):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_has_trackers(tmp_path, memory, monkeypatch, rank):
     monkeypatch.setattr(trackers, "process", lambda: (rank, 2))
-    with trackers._trackers(short_config(report_to=["memory"]), tmp_path, 0) as track:
+    with trackers.open_trackers(
+        short_config(report_to=["memory"]), tmp_path, 0
+    ) as track:
         track({"step": 1, "reward": 1.0})
     assert (
         bool(memory.told) == (rank == 0) and len(list(tmp_path.iterdir())) <= 1 - rank

@@ -17,7 +17,7 @@ from ..models import Models
 from .micro_batch import in_micro_batches, micro_batches
 from .packing import sharing_width, token_logprobs, values
 from .adapters import reference_logprobs
-from ..reward import score
+from .judging import score
 from ..rollout import Rollout
 from .decoding import Sampler, sample
 from ..task import Query

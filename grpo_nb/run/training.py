@@ -14,43 +14,39 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from ..engine.adapters import _needs_peft
-from ..engine.distributed import gather, join_launch, known_to_all, on_main
-from ..engine.distributed import process
-from ..engine.precision import precision
-from ..models import Models
-from ..group import informative
+from ..engine.adapters import require_peft
+from ..engine.decoding import lacks_memory, sample
 from ..engine.distributed import gather, join_launch
 from ..engine.distributed import known_to_all, on_main, process
 from ..engine.judging import RewardModel, score
+from ..engine.precision import precision
+from ..group import informative
+from ..models import Models
 from ..policy import check_tokens, encode_prompts, load_policy
 from ..reward import RewardFunction
 from ..rollout import Rollout
-from .build import _Trainer, _check_rule, _renewed, _task_of, build_models
-from .build import build_schedulers, load_rewards
-from .checkpoint import _noted_on, _save_models, checkpoints, is_whole
-from .checkpoint import load_checkpoint, save_checkpoint
-from .dynamic_sampling import step_of
+from .build import Trainer, build_models, build_schedulers, check_rules
+from .build import load_rewards, open_task
+from .checkpoint import RunState, noted_on, resume, save, save_models
+from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
-from .options import Config, expand_path, make_config
-from .run_directory import OURS, _Completions, _check_completions
-from .run_directory import _check_passed, _claim, _cut_completions, _find
-from .run_directory import _has_loader, _lines, _record, _remove, _sync
-from .run_directory import read_completions, read_json, write_atomically
-from .trackers import _check_trackers, _trackers
-from ..engine.decoding import lacks_memory, sample
+from .options import Config
+from .run_directory import check_passed, claim_directory, find_directory
+from .run_directory import make_record, read_completions, saved_config
+from .run_directory import write_atomically
+from .trackers import check_trackers, open_trackers
 from ..sampling import check_context
 from ..task import Query, TASKS, Task
 
@@ -61,14 +57,17 @@ def evaluate(
     task: Task,
     n: int = 200,  # held-out queries; fewer if the task has fewer
     max_completion_length: int = 16,
-    judge: Callable[[Rollout], object]
-    | None = None,  # fills `rollout.rewards`; None: the rule of the task
+    judge: Callable[[Rollout], object] | None = None,  # fills `rollout.rewards`
     max_num_seqs: int | None = None,  # completions decoded at once; None: all
 ) -> float:  # share of right answers, in [0, 1]; with a judge the mean reward
-    "Greedy accuracy on held-out queries, or their mean reward; the same queries every time. `ValueError`: neither rule nor judge."
+    """Measure greedy answers to held-out queries, the same ones every time.
+
+    Without a judge the task's own rule decides.
+    Raises: `ValueError`: neither rule nor judge."""
     if task.is_right is None and judge is None:
         raise ValueError(
-            f"task {task.name!r} has no rule for a right answer: judge must fill the rewards, got None"
+            f"task {task.name!r} has no rule for a right answer: judge must fill the "
+            "rewards, got None"
         )
     queries = list({query.text: query for query in task.queries("heldout", n)}.values())
     rollout = sample(
@@ -87,18 +86,18 @@ def evaluate(
 
 # %% ../../nbs/2_run/24_training.ipynb #bea182b9
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    "What a rollout alone tells: rewards, lengths, groups without variance."
-    rewards, scored = rollout.rewards, rollout.scored
+    "Measure what a rollout alone tells: rewards, lengths, groups without variance."
+    scored = rollout.scored
+    rewards = rollout.rewards[scored]
     metrics = {
-        "reward": rewards[scored].mean().item() if scored.any() else None,
-        "reward_std": rewards[scored].std().item() if scored.sum() > 1 else None,
+        "reward": rewards.mean().item() if scored.any() else None,
+        "reward_std": rewards.std().item() if scored.sum() > 1 else None,
         "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
         "completions/clipped_ratio": rollout.truncated.float().mean().item(),
     }
     if not scored.all():
-        metrics["unscored_groups"] = (
-            (~scored).view(-1, rollout.num_generations).all(1).sum().item()
-        )
+        unscored = (~scored).view(-1, rollout.num_generations).all(1)
+        metrics["unscored_groups"] = unscored.sum().item()
     if rollout.num_generations > 1:
         metrics["reward_std_within_groups"] = _std_within_groups(rollout)
         metrics["frac_reward_zero_std"] = 1 - informative(rollout).float().mean().item()
@@ -108,7 +107,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def _std_within_groups(rollout: Rollout) -> float | None:
-    "Standard deviation of the rewards of a group, mean over the groups with two scores or more."
+    "Standard deviation within a group, mean over groups with two scores or more."
     groups = rollout.rewards.view(-1, rollout.num_generations).unbind()
     scored = [group[~group.isnan()] for group in groups]
     spreads = [rewards.std().item() for rewards in scored if len(rewards) > 1]
@@ -116,61 +115,56 @@ def _std_within_groups(rollout: Rollout) -> float | None:
 
 
 def _mismatch(rollout: Rollout) -> dict[str, float]:
-    "How far the sampler's log-probs are from the trainer's: nats a token, and the ratio of probabilities (before any bound)."
+    """How far the sampler's log-probs are from the trainer's.
+
+    In nats per token, and as a ratio of probabilities (before any bound)."""
     difference = (rollout.logprobs - rollout.sampling_logprobs)[rollout.completion_mask]
     ratio = difference.exp()
     return {
         "sampling/sampling_logp_difference/mean": difference.abs().mean().item(),
         "sampling/sampling_logp_difference/max": difference.abs().max().item(),
-        **{
-            f"sampling/importance_sampling_ratio/{name}": getattr(ratio, name)().item()
-            for name in ("min", "mean", "max")
-        },
+        "sampling/importance_sampling_ratio/min": ratio.min().item(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
+        "sampling/importance_sampling_ratio/max": ratio.max().item(),
     }
 
 # %% ../../nbs/2_run/24_training.ipynb #27909b8e
 def peak_memory(device: torch.device) -> float:
-    "Peak memory in MiB: of the GPU's allocator, or of this process."
+    "Measure the peak memory in MiB: of the GPU's allocator, or of this process."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # in bytes there, elsewhere in KiB
+        return peak / 2**20
+    return peak / 2**10
 
 # %% ../../nbs/2_run/24_training.ipynb #2fea5337
 def table(
     rollout: Rollout,
     step: int,  # training step, written into each row
-) -> list[
-    dict
-]:  # one dict a completion: step, query, completion, reward, advantage, tokens, truncated
-    "A rollout as rows of a table; a token-wise advantage is averaged over its completion."
+) -> list[dict]:  # a dict per completion: the columns of completions.parquet
+    """Lay a rollout out as rows of a table.
+
+    A token-wise advantage is averaged over its completion."""
+    lengths = rollout.completion_mask.sum(1)
     advantages = rollout.advantages
     if advantages is not None and advantages.dim() == 2:
-        advantages = (advantages * rollout.completion_mask).sum(
-            1
-        ) / rollout.completion_mask.sum(1)
-    column = lambda x: [None] * len(rollout) if x is None else x.tolist()
-    return [
-        {
-            "step": step,
-            "query": rollout.queries[i // rollout.num_generations].text,
-            "completion": text,
-            "reward": reward,
-            "advantage": advantage,
-            "tokens": tokens,
-            "truncated": truncated,
-        }
-        for i, (text, reward, advantage, tokens, truncated) in enumerate(
-            zip(
-                rollout.completions,
-                column(rollout.rewards),
-                column(advantages),
-                column(rollout.completion_mask.sum(1)),
-                column(rollout.truncated),
-            )
-        )
-    ]
+        advantages = (advantages * rollout.completion_mask).sum(1) / lengths
+    texts = [query.text for query in rollout.queries]
+    columns = {
+        "step": [step] * len(rollout),
+        "query": [texts[i // rollout.num_generations] for i in range(len(rollout))],
+        "completion": rollout.completions,
+        "reward": _column(rollout.rewards, len(rollout)),
+        "advantage": _column(advantages, len(rollout)),
+        "tokens": lengths.tolist(),
+        "truncated": rollout.truncated.tolist(),
+    }
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def _column(x: Tensor | None, n: int) -> list:
+    return [None] * n if x is None else x.tolist()
 
 # %% ../../nbs/2_run/24_training.ipynb #a0202bab
 @dataclass
@@ -188,16 +182,17 @@ class Run:
 
     @property
     def accuracy(self) -> tuple[float, float]:
-        "Held-out accuracy (before, after) training; NaN where the task has no right answers."
+        "Held-out accuracy (before, after) training; NaN without right answers."
         return self._heldout("accuracy")
 
     def _heldout(self, what: str) -> tuple[float, float]:
         "What was measured on held-out queries (before, after) training."
-        last = lambda name: next(
-            iter(self.metrics.get(name, pd.Series(dtype=float)).dropna()[::-1]),
-            math.nan,
-        )
-        return last(f"eval/initial_{what}"), last(f"eval/{what}")
+        return self._last(f"eval/initial_{what}"), self._last(f"eval/{what}")
+
+    def _last(self, name: str) -> float:
+        "The last value of a metric; NaN if there is none."
+        known = self.metrics.get(name, pd.Series(dtype=float)).dropna().tolist()
+        return known[-1] if known else math.nan
 
     def _task_name(self) -> str:
         "The task that was trained on; of a task that was passed, no more is known."
@@ -212,11 +207,11 @@ class Run:
 
     def summary(self) -> pd.Series:
         "The short table: accuracy, reward, KL, time, files."
-        last, what, form = (
-            self.metrics.tail(10),
-            *(("accuracy", ".1%") if self.task.is_right else ("reward", ".3f")),
-        )
+        what, form = "accuracy", ".1%"
+        if self.task.is_right is None:
+            what, form = "reward", ".3f"
         before, after = self._heldout(what)
+        last = self.metrics.tail(10)
         rows = {
             "algorithm": self.config.algorithm,
             "task": self._task_name(),
@@ -227,57 +222,52 @@ class Run:
         }
         if "kl" in last:
             rows["KL to the reference, nats a token"] = f"{last['kl'].mean():.4f}"
-        return pd.Series(
-            rows
-            | {
-                "seconds a step": f"{self.metrics['step_time'].median():.2f}",
-                "files": str(self.directory),
-            },
-            name="run",
-        )
+        rows["seconds a step"] = f"{self.metrics['step_time'].median():.2f}"
+        rows["files"] = str(self.directory)
+        return pd.Series(rows, name="run")
 
     def answers(
         self, prompt: str, n: int = 8, generator: torch.Generator | None = None
     ) -> pd.DataFrame:
-        "A group of answers to what a person typed, most frequent first, with their reward where the task can judge."
+        """Answer what a person typed with a group, most frequent answers first.
+
+        With their reward, where the task can judge."""
         query = self.task.parse(prompt)
-        asked = query or Query(
-            [{"role": "user", "content": prompt}]
-            if self.tokenizer.chat_template
-            else prompt
-        )
         rollout = sample(
             self.policy,
             self.tokenizer,
-            [asked],
+            [query or self._asked(prompt)],
             n,
             self.config.max_completion_length,
             self.config.temperature,
             generator=generator,
             max_num_seqs=self.config.max_num_seqs,
         )
+        rewards = [None] * n
         if query:
             score(rollout, self.rewards, self.config.reward_weights)
-        rows = pd.DataFrame(
-            {
-                "answer": rollout.completions,
-                "reward": rollout.rewards.tolist() if query else [None] * n,
-            }
-        )
+            rewards = rollout.rewards.tolist()
+        rows = pd.DataFrame({"answer": rollout.completions, "reward": rewards})
         return rows.value_counts(dropna=False).reset_index()
+
+    def _asked(self, prompt: str) -> Query:
+        "A query of which nothing but its text is known."
+        if self.tokenizer.chat_template:
+            return Query([{"role": "user", "content": prompt}])
+        return Query(prompt)
 
 # %% ../../nbs/2_run/24_training.ipynb #67cd4b5a
 def open_run(
     directory: str | Path,
     device: str = "cpu",
-    task: Task
-    | None = None,  # the task object, if the run was trained on one of your own
+    task: Task | None = None,  # if the run was trained on one of your own
     reward_funcs: RewardFunction | list[RewardFunction] | None = None,  # likewise
 ) -> Run:
     """Open the directory of a run that has a trained model.
 
-    Raises: `ValueError` if there is none, or if the run was trained with a task or reward functions of its own that
-    are not passed: code is never loaded because a file names it."""
+    Raises: `ValueError` if there is none, or if the run was trained with a task or
+    reward functions of its own that are not passed: code is never loaded because a
+    file names it."""
     directory = Path(expand_path(directory))
     for needed in ("config.json", "model"):
         if not (directory / needed).exists():
@@ -285,141 +275,89 @@ def open_run(
                 f"{str(directory)!r} is not a finished run: it has no {needed}"
             )
     reward_funcs = _listed(reward_funcs)
-    saved = read_json(directory / "config.json") | {"device": device}
-    _check_passed(f"open_run({str(directory)!r}", saved, task, reward_funcs)
-    saved.pop("num_processes", None)  # of the launch, not of the config
-    own_task = "task" in saved.pop("passed", {}) or task is not None
-    if task is not None and not _has_loader(saved.get("task")):
-        saved.pop("task", None)
-    if reward_funcs:
-        saved.pop("reward_funcs", None)
-    config = make_config(**saved)
-    task = _task_of(config, task)
+    saved = read_json(directory / "config.json")
+    check_passed(f"open_run({str(directory)!r}", saved, task, reward_funcs)
+    own_task = "task" in saved.get("passed", {}) or task is not None
+    config = saved_config(directory, device=device)
+    task = open_task(config, task)
     if (directory / "model" / "adapter_config.json").exists():
-        _needs_peft(f"the adapter in {str(directory)!r}")
+        require_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
-    names = _Trainer().bound(reward_funcs) or config.reward_funcs
-    names = [
-        str(directory / "reward_model") if name == "learned" else name for name in names
-    ]
-    return Run(
-        directory,
-        config,
-        _read_metrics(directory),
-        policy,
-        tokenizer,
-        task,
-        load_rewards(
-            names, task, device, policy, tokenizer, config.max_completion_length
-        ),
-        own_task,
-    )
+    names = Trainer().bound(reward_funcs) or config.reward_funcs
+    learned = str(directory / "reward_model")
+    names = [learned if name == "learned" else name for name in names]
+    longest = config.max_completion_length
+    rewards = load_rewards(names, task, device, policy, tokenizer, longest)
+    metrics = _read_metrics(directory)
+    return Run(directory, config, metrics, policy, tokenizer, task, rewards, own_task)
 
 # %% ../../nbs/2_run/24_training.ipynb #1465f550
 def _read_metrics(directory: Path) -> pd.DataFrame:
     "metrics.jsonl as a table, one row a step."
     path = directory / "metrics.jsonl"
     try:
-        return pd.DataFrame(map(json.loads, path.read_text().splitlines())).set_index(
-            "step"
-        )
+        lines = path.read_text().splitlines()
+        return pd.DataFrame(map(json.loads, lines)).set_index("step")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 # %% ../../nbs/2_run/24_training.ipynb #20c44bde
 def train(
     config: Config,
-    task: Task
-    | Sequence[dict]
-    | None = None,  # or rows, a Dataset, a DataFrame; None: `config.task` by name
-    reward_funcs: RewardFunction
-    | list[RewardFunction]
-    | None = None,  # None: `config.reward_funcs` by name
+    task: Task | Sequence[dict] | None = None,  # or rows; None: `config.task` by name
+    reward_funcs: RewardFunction | list[RewardFunction] | None = None,  # None: config's
     progress: bool = True,  # show a bar
-    on_step: Callable[[dict], None]
-    | None = None,  # called with each line of metrics, after it is written; of several processes, in the main one
+    on_step: Callable[[dict], None] | None = None,  # gets each line that is written
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
-    Whatever is wrong with the input is refused (`ValueError`) before anything is written. If a step raises, what was
-    measured and sampled in the steps before it is in the directory, and the newest checkpoint can be resumed. The
-    directory is locked meanwhile (`ValueError`: another run has it)."""
+    Rows are a list of dicts, a Dataset or a DataFrame; of several processes, the main
+    one calls `on_step`. If a step raises, what was measured and sampled in the steps
+    before it is in the directory, and the newest checkpoint can be resumed.
+    Raises: `ValueError` for whatever is wrong with the input, before anything is
+    written, and if another run has the directory, which is locked meanwhile."""
     join_launch()
-    own_task, reward_funcs = task is not None, _listed(reward_funcs)
-    task = _task_of(config, task)
+    own_task = task is not None
+    reward_funcs = _listed(reward_funcs)
+    task = open_task(config, task)
     _check_call(config, task, reward_funcs)
-    record = _record(config, task, own_task, reward_funcs)
+    record = make_record(config, task, own_task, reward_funcs)
     with ExitStack() as lock:
-        directory, state = _find(config, record, lock)
-        if state == "finished":
+        directory, status = find_directory(config, record, lock)
+        if status == "finished":
             passed = task if own_task else None
             return _open_finished(directory, config.device, passed, reward_funcs)
-        trainer = _Trainer(TrainerState(max_steps=config.max_steps))
+        trainer = Trainer(TrainerState(max_steps=config.max_steps))
         models = build_models(config, task, trainer.bound(reward_funcs))
         _check_prompts(config, task, models)
         schedulers = build_schedulers(config, models)
-        generator = models.generator
-        renewed = _renewed(config, models)
-        done = _Done()
-        if config.resume:
-            done = _resume(directory, models, schedulers, generator, renewed)
-        if state == "new":
-            directory = _claim(config, directory, lock)
-        completions = _begin(directory, record, done)
-        try:
-            with _trackers(config, directory, done.step) as track:
-                listeners = [track]
-                if on_step is not None and process()[0] == 0:
-                    listeners.append(on_step)
-                _steps(
-                    config,
-                    task,
-                    models,
-                    schedulers,
-                    generator,
-                    completions,
-                    done,
-                    progress,
-                    trainer,
-                    listeners,
-                )
-        except BaseException as error:
-            with _noted_on(error):
-                completions.merge()
-            raise
-        _save_models(config, models, directory)
-        on_main(completions.merge)
-        run = Run(
-            directory,
-            config,
-            _read_metrics(directory),
-            models.policy,
-            models.tokenizer,
-            task,
-            models.rewards,
-            own_task,
-        )
-        write_atomically(directory / "summary.txt", run.summary().to_string() + "\n")
-    return run
+        if status == "new":
+            directory = claim_directory(config, directory, lock)
+        state = RunState(config, task, models, schedulers, directory, trainer)
+        _begin(state, record)
+        _take_steps(state, progress, on_step)
+        return _finish(state, own_task)
 
 # %% ../../nbs/2_run/24_training.ipynb #a1c0b00a
 def _listed(
     reward_funcs: RewardFunction | list[str | RewardFunction] | None,
 ) -> list[str | RewardFunction] | None:
-    "Reward functions as a list: one alone is a list of one. `ValueError`: no function."
+    "Reward functions as a list; one alone is a list of one. `ValueError`: no function."
     if reward_funcs is None:
         return None
     if callable(reward_funcs) or isinstance(reward_funcs, (str, os.PathLike)):
         reward_funcs = [reward_funcs]
     listed = [f if callable(f) else expand_path(f) for f in reward_funcs]
+    if not listed:
+        raise ValueError(
+            "reward_funcs must hold at least one reward function, got none "
+            "(None: those of the config)"
+        )
     other = [f for f in listed if not callable(f) and not isinstance(f, str)]
-    if other or not listed:
+    if other:
         raise ValueError(
             "reward_funcs must hold functions, or names and paths as in the config; "
             f"got {other[0]!r}"
-            if other
-            else "reward_funcs must hold at least one "
-            "reward function, got none (None: those of the config)"
         )
     return listed
 
@@ -427,30 +365,49 @@ def _listed(
 def _check_call(
     config: Config, task: Task, reward_funcs: list[str | RewardFunction] | None
 ):
-    "`ValueError` for what does not fit together, before a model is loaded."
-    if config.num_prompts % process()[1]:
+    "Refuse (`ValueError`) what does not fit together, before a model is loaded."
+    world_size = process()[1]
+    if config.num_prompts % world_size:
         raise ValueError(
             f"num_prompts = {config.num_prompts} must be divisible by the number of "
-            f"processes, {process()[1]}: each takes as many queries of a step"
+            f"processes, {world_size}: each takes as many queries of a step"
         )
     functions = reward_funcs or config.reward_funcs
-    _check_rule(functions, task)
+    check_rules(functions, task)
     weights = config.reward_weights
     if weights is not None and len(weights) != len(functions):
         raise ValueError(
             f"reward_weights must have one weight for each of the {len(functions)} "
             f"reward_funcs, got {len(weights)}"
         )
-    _check_trackers(config.report_to)
+    check_trackers(config.report_to)
 
 
-def _begin(directory: Path, record: dict, done: "_Done") -> "_Completions":
+def _begin(state: RunState, record: dict):
     "Write what the run begins with: the options, and what is done."
+    lines = resume(state) if state.config.resume else []
+    directory = state.directory
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
-    write_atomically(directory / "metrics.jsonl", "".join(done.lines))
-    done.lines.clear()
-    on_main(lambda: _cut_completions(directory, done.step))
-    return _Completions(directory)
+    write_atomically(directory / "metrics.jsonl", "".join(lines))
+    on_main(lambda: state.completions.cut(state.step))
+
+
+def _finish(state: RunState, own_task: bool) -> Run:
+    "Save what was trained, and say how it went."
+    save_models(state)
+    on_main(state.completions.merge)
+    run = Run(
+        state.directory,
+        state.config,
+        _read_metrics(state.directory),
+        state.models.policy,
+        state.models.tokenizer,
+        state.task,
+        state.models.rewards,
+        own_task,
+    )
+    write_atomically(state.directory / "summary.txt", run.summary().to_string() + "\n")
+    return run
 
 
 def _open_finished(
@@ -462,7 +419,7 @@ def _open_finished(
     "A run with nothing left to do, but for what was killed after its model was saved."
     if process()[0] == 0:
         print(f"{directory} is finished: nothing to resume")
-    on_main(_Completions(directory).merge)
+    on_main(Completions(directory).merge)
     return open_run(directory, device, task, reward_funcs)
 
 # %% ../../nbs/2_run/24_training.ipynb #f292416e
@@ -472,129 +429,79 @@ def step_queries(
     seed: int,  # of the run
     step: int,  # from 1
 ) -> list[Query]:
-    "The training queries of a step: from seed and step alone, so that the position in the data is the step's number."
+    """Draw the training queries of a step.
+
+    From seed and step alone: the position in the data is the step's number."""
     return task.queries("train", n, seed=seed * 1_000_003 + step)
 
 
-def _check_reward_models(models: Models, queries: list[Query], longest: int):
-    "Refuse queries that a reward model cannot read with a completion of the longest length."
+def _check_prompts(config: Config, task: Task, models: Models):
+    """Refuse (`ValueError`) queries that the models cannot read, or a reward model.
+
+    Looks at all rows of a table, else at the first queries of training and evaluation,
+    before anything is written."""
+    if task.sides is not None:
+        queries = [task.query(i) for i in range(task.size)]
+    else:
+        queries = step_queries(task, config.num_prompts, config.seed, 1)
+        queries += task.queries("heldout", config.eval_size)
+    for start in range(0, len(queries), 1000):
+        _check_readable(config, models, queries[start : start + 1000])
+
+
+def _check_readable(config: Config, models: Models, queries: list[Query]):
+    "Refuse queries with tokens or of a length that a model does not take."
+    tokenizer, longest = models.tokenizer, config.max_completion_length
+    ids, mask = encode_prompts(tokenizer, queries)
     for f in models.rewards:
         f = f.func if isinstance(f, partial) else f
         if isinstance(f, RewardModel):
             f.check(queries, longest)
-
-
-def _check_prompts(config: Config, task: Task, models: Models):
-    "Refuse queries that this model cannot read, on the first ones of training and of evaluation or all rows of a table, before anything is written."
-    queries = step_queries(task, config.num_prompts, config.seed, 1) + task.queries(
-        "heldout", config.eval_size
-    )
-    if task.sides is not None:
-        queries = list(map(task.query, range(task.size)))  # a table: all of its rows
-    tokenizer, unknown = models.tokenizer, models.tokenizer.unk_token_id
-    if unknown in (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.bos_token_id,
-    ):
-        unknown = None  # it stands for something else, too
-    for part in (
-        queries[start : start + 1000] for start in range(0, len(queries), 1000)
-    ):
-        ids, mask = encode_prompts(tokenizer, part)
-        _check_reward_models(models, part, config.max_completion_length)
-        check_tokens(models.policy, ids, mask, lambda i: part[i].where(i), tokenizer)
-        for model in [models.policy] + (
-            [models.value.trunk] if models.value is not None else []
-        ):
-            check_context(model, part, mask.sum(1), config.max_completion_length)
-        unread = (
-            []
-            if unknown is None
-            else ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
-        )
-        if unread:
-            asked = part[unread[0]]
-            row = f" ({asked.source})" if asked.source else ""
-            raise ValueError(
-                f"model {config.model!r} cannot read {asked.text[:60]!r}{row}: its tokenizer does not know all of these characters"
-            )
-
-# %% ../../nbs/2_run/24_training.ipynb #f29ccbe0
-@dataclass
-class _Done:
-    "What a run has behind it."
-
-    step: int = 0
-    lines: list[str] = field(default_factory=list)  # of metrics.jsonl
-    preferences: list[dict] = field(default_factory=list)  # of preferences.jsonl
-    num_completions: int = 0  # sampled so far
-
-# %% ../../nbs/2_run/24_training.ipynb #7e9a1002
-def _newest(directory: Path) -> str | None:
-    "The newest whole checkpoint. Damaged ones are removed, with a warning, and what a killed process left."
-    for left in [
-        path for pattern in OURS for path in directory.glob(f".{pattern}.tmp")
-    ]:
-        _remove(left)
-    found = checkpoints(directory)
-    while found and not is_whole(found[-1][1]):
-        _, damaged = found.pop()
-        warnings.warn(
-            f"{damaged} is damaged; the run goes on from {found[-1][1].name if found else 'the start'}",
-            stacklevel=3,
-        )
-        _remove(damaged)
-    return str(found[-1][1]) if found else None
-
-
-def _resume(
-    directory: Path,
-    models: Models,
-    schedulers: list,
-    generator: torch.Generator,
-    renewed: dict,
-) -> _Done:
-    "Up to the newest whole checkpoint, which is put back into the models; a fresh start without one."
-    newest = on_main(lambda: _newest(directory))
-    if newest is None:
-        return _Done()
-    step = load_checkpoint(Path(newest), models, schedulers, generator, renewed)
-    on_main(lambda: _check_completions(directory, step))
-    path = directory / "metrics.jsonl"
-    lines = _lines(path, step)
-    if [json.loads(line)["step"] for line in lines] != [*range(1, step + 1)]:
+    check_tokens(models.policy, ids, mask, lambda i: queries[i].where(i), tokenizer)
+    check_context(models.policy, queries, mask.sum(1), longest)
+    if models.value is not None:
+        check_context(models.value.trunk, queries, mask.sum(1), longest)
+    unread = _unread_rows(tokenizer, ids, mask)
+    if unread:
+        query = queries[unread[0]]
+        row = f" ({query.source})" if query.source else ""
         raise ValueError(
-            f"{path} is damaged, so the run cannot be resumed: "
-            f"it does not have each step up to {step} once"
+            f"model {config.model!r} cannot read {query.text[:60]!r}{row}: "
+            "its tokenizer does not know all of these characters"
         )
-    preferences = _lines(directory / "preferences.jsonl", step)
-    sampled = json.loads(lines[-1])["num_completions"]
-    return _Done(step, lines, list(map(json.loads, preferences)), sampled)
+
+
+def _unread_rows(
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor
+) -> list[int]:
+    "Rows with characters for which the tokenizer has no token."
+    unknown = tokenizer.unk_token_id
+    others = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    if unknown is None or unknown in others:  # then it stands for something else, too
+        return []
+    return ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
 
 # %% ../../nbs/2_run/24_training.ipynb #e8e992e3
 @contextmanager
 def _noted_signals():
-    "While it is open, the first SIGINT or SIGTERM is only noted in the list that it yields. (Python hands signals to the main thread alone.)"
+    """While it is open, the first SIGINT or SIGTERM is only noted, in a list.
+
+    (Python hands signals to the main thread alone.)"""
     noted = []
 
     def note(number, frame):
+        # the launcher of several processes passes signals on twice, and has its limit
         if noted and process()[1] == 1:
-            raise KeyboardInterrupt  # several processes: their launcher passes signals on twice, and has a limit of its own
+            raise KeyboardInterrupt
         noted.append(number)
-        if process()[0] == 0:
-            tqdm.write(
-                f"{signal.Signals(number).name}: stopping after this step (again: at once)",
-                file=sys.stderr,
-            )
+        name = signal.Signals(number).name
+        _say(f"{name}: stopping after this step (again: at once)")
 
     if threading.current_thread() is not threading.main_thread():
         yield noted
         return
-    before = {
-        number: signal.signal(number, note)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield noted
     finally:
@@ -602,194 +509,204 @@ def _noted_signals():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _explained(
-    error: Exception, config: Config, step: int, directory: Path
-) -> Exception:
+def _say(text: str):
+    "Write a line beside the bar, in the main process."
+    if process()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def _explained(error: Exception, state: RunState) -> Exception:
     "The error itself, or for a lack of memory one that says what to change."
     if not lacks_memory(error):
         return error
+    step = state.step + 1
     if "max_num_seqs" in str(error):  # of sampling, which knows its own remedy
-        return MemoryError(f"step {step}: {error}; {directory} can be resumed with it")
+        remedy = f"{state.directory} can be resumed with it"
+        return MemoryError(f"step {step}: {error}; {remedy}")
+    tokens = state.config.max_tokens_per_micro_batch
     return MemoryError(
-        f"out of memory in step {step} with max_tokens_per_micro_batch = {config.max_tokens_per_micro_batch}: try {max(1, config.max_tokens_per_micro_batch // 2)}, "
-        f"or gradient_checkpointing=True; {directory} can be resumed with it"
+        f"out of memory in step {step} with max_tokens_per_micro_batch = {tokens}: "
+        f"try {max(1, tokens // 2)}, or gradient_checkpointing=True; "
+        f"{state.directory} can be resumed with it"
     )
 
 
 @contextmanager
 def _or_saved(
-    save: Callable[[int], None] | None,
-    config: Config,
-    models: Models,
-    generator: torch.Generator,
-    step: int,
-    directory: Path,
+    state: RunState,
+    renewed: bool,  # did this step begin an outer iteration? Then nothing can be saved
 ):
-    "If what is done here raises before a weight has moved, `save` keeps the run as it was after the step before (None: that state is gone)."
-    before, moved = generator.get_state(), []
-    with models.optimizer.register_step_post_hook(lambda *_: moved.append(step)):
+    """Save the run as it was after the step before, if what is done here raises.
+
+    And if no weight has moved by then."""
+    random_numbers = state.generator.get_state()
+    moved = []
+    optimizer = state.models.optimizer
+    with optimizer.register_step_post_hook(lambda *_: moved.append(True)):
         try:
             yield
         except Exception as error:
-            cause = _explained(error, config, step, directory)
-            if save and not moved and known_to_all(error):
+            cause = _explained(error, state)
+            if not renewed and not moved and known_to_all(error):
                 # after an error on a GPU nothing there may work any more
-                with _noted_on(cause):
-                    generator.set_state(before)
-                    save(step - 1)
+                with noted_on(cause):
+                    state.generator.set_state(random_numbers)
+                    save(state)
             raise cause
 
 # %% ../../nbs/2_run/24_training.ipynb #cf6ae5fc
-def _one_step(
-    config, task, models, generator, directory, preferences, step, save
-) -> tuple[Rollout, dict, dict]:
-    "The outer iteration if one is due, and a step of the algorithm: (rollout, its metrics, those of the outer iteration)."
-    outer = outer_iteration(config, task, models, generator, step, preferences)
-    if outer:
-        write_atomically(
-            directory / "preferences.jsonl",
-            "".join(json.dumps(p) + "\n" for p in preferences),
-        )
-    queries = step_queries(
-        task,
-        config.num_prompts * (1 + getattr(config, "dynamic_sampling", 0)),
-        config.seed,
-        step,
+def _take_step(
+    state: RunState,
+    initial: dict,  # metrics of before the first step, for its line
+) -> tuple[Rollout, dict]:  # and its line of metrics
+    "A step of the algorithm, in an outer iteration if one is due."
+    began = time.perf_counter()
+    config, models, step = state.config, state.models, state.step + 1
+    state.trainer.state.global_step = state.step  # steps that are done, as in TRL
+    outer = outer_iteration(
+        config, state.task, models, state.generator, step, state.preferences
     )
-    with _or_saved(None if outer else save, config, models, generator, step, directory):
-        return *step_of(config)(models, queries, config), outer
+    if outer:
+        lines = [json.dumps(preference) + "\n" for preference in state.preferences]
+        write_atomically(state.directory / "preferences.jsonl", "".join(lines))
+    n = config.num_prompts * rounds_of(config)
+    queries = step_queries(state.task, n, config.seed, step)
+    with _or_saved(state, renewed=bool(outer)):
+        rollout, metrics = step_of(config)(models, queries, config)
+    state.num_completions += metrics.pop("num_sampled", len(rollout))
+    state.num_completions += outer.get("reward_model/completions", 0)
+    line = (
+        state.trainer.metrics()
+        | {"step": step}
+        | rollout_metrics(rollout)
+        | metrics
+        | initial
+        | outer
+        | {"learning_rate": state.schedulers[0].get_last_lr()[0]}
+    )
+    for scheduler in state.schedulers:
+        scheduler.step()
+    line["num_completions"] = state.num_completions
+    line["step_time"] = time.perf_counter() - began
+    line["peak_memory"] = peak_memory(models.policy.device)
+    return rollout, line
 
 # %% ../../nbs/2_run/24_training.ipynb #7e9a1004
-def _end_if_due(config, directory, step, skipped, signals, save):
-    "End the run after this step, with a checkpoint, if too many gradients in a row were not finite or a signal has come."
-    if skipped == config.max_skipped_steps:
+def _end_if_due(state: RunState, signals: list[int]):
+    """End the run after this step, with a checkpoint.
+
+    If too many gradients in a row were not finite, or a signal has come."""
+    config, directory, step = state.config, state.directory, state.step
+    if state.skipped == config.max_skipped_steps:
         error = FloatingPointError(
-            f"the gradient was not finite in {skipped} steps in a row "
+            f"the gradient was not finite in {state.skipped} steps in a row "
             f"(max_skipped_steps); {directory} is saved up to step {step}"
         )
-        with _noted_on(error):
-            save(step)
+        with noted_on(error):
+            save(state)
         raise error
     noted = sum(gather(lambda: signals), [])  # by one process is by all
     if not noted or step >= config.max_steps:
         return
     interrupt = noted[0] == signal.SIGINT
     error = KeyboardInterrupt() if interrupt else SystemExit(128 + noted[0])
-    with _noted_on(error):
-        save(step)
+    with noted_on(error):
+        save(state)
     outcome = getattr(error, "__notes__", [f"{directory} can be resumed"])
     text = f"stopped after step {step}; {outcome[0]}"
-    if process()[0] == 0:
-        tqdm.write(text, file=sys.stderr)
+    _say(text)
     if interrupt:
         error.args = (text,)
     raise error
 
 # %% ../../nbs/2_run/24_training.ipynb #7e9a1003
-def _steps(
-    config,
-    task,
-    models,
-    schedulers,
-    generator,
-    rows,
-    done,
-    progress,
-    trainer,
-    listeners,
-):
-    "The steps up to max_steps, each with its line of metrics, which the listeners get, too."
-    device, directory = models.policy.device, rows.directory
-    sampled, skipped = done.num_completions, 0
-    what, judge = "accuracy", None
-    if task.is_right is None:
-        what, judge = (
-            "reward",
-            lambda rollout: score(
-                rollout, models.rewards, config.reward_weights, config.on_reward_error
-            ),
+def _heldout(state: RunState) -> float:
+    "Accuracy on held-out queries; where the task has no rule, the mean reward."
+    config, models = state.config, state.models
+    judge = None
+    if state.task.is_right is None:
+        judge = partial(
+            score,
+            reward_funcs=models.rewards,
+            weights=config.reward_weights,
+            on_error=config.on_reward_error,
         )
-    heldout = lambda: evaluate(
+    return evaluate(
         models.policy,
         models.tokenizer,
-        task,
+        state.task,
         config.eval_size,
         config.max_completion_length,
         judge,
         config.max_num_seqs,
     )
 
-    def save(last):
-        if last < 1 or last in dict(checkpoints(directory)):
-            return
-        # a checkpoint without the rows and lines of its steps could not be resumed
-        rows.flush()
-        _sync(directory / "metrics.jsonl")
-        save_checkpoint(
-            directory, last, models, schedulers, generator, _renewed(config, models)
-        )
 
+def _finite(line: dict) -> dict:
+    "A line of metrics as JSON takes it, which has no NaN."
+    known = {name: x for name, x in line.items() if x is not None and math.isfinite(x)}
+    return dict.fromkeys(line) | known
+
+
+def _bar(state: RunState, progress: bool) -> tqdm:
+    "The numbers of the steps that are left, shown as a bar."
+    last = state.config.max_steps
+    return tqdm(
+        range(state.step + 1, last + 1),
+        initial=state.step,
+        total=last,
+        desc=state.config.algorithm,
+        disable=not progress or process()[0] > 0,
+    )
+
+
+def _loop(
+    state: RunState,
+    progress: bool,
+    listeners: list[Callable[[dict], None]],  # each gets each line of metrics
+):
+    "The steps up to max_steps."
+    config = state.config
+    what = "reward" if state.task.is_right is None else "accuracy"
+    path = state.directory / "metrics.jsonl" if process()[0] == 0 else os.devnull
     with (
-        open(
-            directory / "metrics.jsonl" if process()[0] == 0 else os.devnull, "a"
-        ) as log,
-        precision(config, device),
+        open(path, "a") as log,
+        precision(config, state.models.policy.device),
         _noted_signals() as signals,
     ):
-        initial = {} if done.step else {f"eval/initial_{what}": heldout()}
-        bar = tqdm(
-            range(done.step + 1, config.max_steps + 1),
-            initial=done.step,
-            total=config.max_steps,
-            desc=config.algorithm,
-            disable=not progress or process()[0] > 0,
-        )
+        initial = {} if state.step else {f"eval/initial_{what}": _heldout(state)}
+        bar = _bar(state, progress)
         for step in bar:
-            began, trainer.state.global_step = (
-                time.perf_counter(),
-                step - 1,
-            )  # steps that are done, as in TRL
-            rollout, metrics, outer = _one_step(
-                config, task, models, generator, directory, done.preferences, step, save
-            )
-            sampled += metrics.pop("num_sampled", len(rollout))
-            sampled += outer.get("reward_model/completions", 0)
-            metrics = (
-                trainer.metrics()
-                | {"step": step}
-                | rollout_metrics(rollout)
-                | metrics
-                | initial
-                | outer
-                | {"learning_rate": schedulers[0].get_last_lr()[0]}
-            )
-            for scheduler in schedulers:
-                scheduler.step()
-            metrics |= {
-                "num_completions": sampled,
-                "step_time": time.perf_counter() - began,
-                "peak_memory": peak_memory(device),
-            }
-            if step % config.eval_steps == 0 or step == config.max_steps:
-                metrics[f"eval/{what}"] = heldout()
-            rows.add(table(rollout, step))
-            skipped = skipped + 1 if metrics["skipped_updates"] else 0
-            metrics = {
-                name: x if x is None or math.isfinite(x) else None
-                for name, x in metrics.items()
-            }  # JSON has no NaN
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            for hear in listeners:
-                hear(dict(metrics))
-            if config.save_steps and step % config.save_steps == 0:
-                save(step)
-            bar.set_postfix(
-                {
-                    "reward": metrics["reward"],
-                    "kl": metrics.get("kl"),
-                    what: metrics.get(f"eval/{what}"),
-                }
-            )
+            rollout, line = _take_step(state, initial)
             initial = {}
-            _end_if_due(config, directory, step, skipped, signals, save)
+            if step % config.eval_steps == 0 or step == config.max_steps:
+                line[f"eval/{what}"] = _heldout(state)
+            line = _finite(line)
+            state.completions.add(table(rollout, step))
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            state.step = step
+            state.skipped = state.skipped + 1 if line["skipped_updates"] else 0
+            for hear in listeners:
+                hear(dict(line))
+            if config.save_steps and step % config.save_steps == 0:
+                save(state)
+            shown = {"reward": line["reward"], "kl": line.get("kl")}
+            bar.set_postfix(shown | {what: line.get(f"eval/{what}")})
+            _end_if_due(state, signals)
+
+
+def _take_steps(
+    state: RunState, progress: bool, on_step: Callable[[dict], None] | None
+):
+    "All steps, with trackers; what was sampled is put together if one raises."
+    try:
+        with open_trackers(state.config, state.directory, state.step) as track:
+            listeners = [track]
+            if on_step is not None and process()[0] == 0:
+                listeners.append(on_step)
+            _loop(state, progress, listeners)
+    except BaseException as error:
+        with noted_on(error):
+            state.completions.merge()
+        raise
