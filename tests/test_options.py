@@ -1,6 +1,7 @@
 """Options stand beside their box, are put together in one place, and each choice is spelled once: in its table."""
 
 import dataclasses
+import functools
 import json
 import re
 import textwrap
@@ -14,6 +15,7 @@ from grpo_nb import gae, group, objective, reference, reward, sampling, update, 
 from grpo_nb.run import options
 from grpo_nb.run.training import main, parse_arguments
 from grpo_nb.run.options import BOUNDS, CONFIGS, Config, make_config
+from grpo_nb.run.options import other_functions, own_functions
 
 BOXES = [
     sampling.SamplingOptions,
@@ -94,6 +96,70 @@ def test_an_entry_of_ones_own(monkeypatch, capsys, name, table):
     assert short_config(algorithm="ppo", **{name: "mine"})
     saved = json.loads(json.dumps(dataclasses.asdict(make_config(**{name: "mine"}))))
     assert getattr(make_config(**saved), name) == "mine"
+
+
+def first(rollout, config):
+    return rollout.rewards
+
+
+def another(rollout, config):
+    return -rollout.rewards
+
+
+def typed(source):
+    "A function without a file, as at a prompt."
+    names = {}
+    exec(source, names)
+    return names["f"]
+
+
+class Called:
+    def __call__(self, rollout, config):
+        return rollout.rewards
+
+
+def test_functions_of_ones_own(monkeypatch):
+    "What was passed is named, and entries that are not the library's; the digest tells two sources apart."
+    config = make_config()
+    assert own_functions(config, advantages=None) == {}
+    assert own_functions(config, policy_loss=objective.policy_loss) == {
+        "policy_loss": {"name": "policy_loss", "sha256": ""}
+    }
+    functions = {
+        "first": first,
+        "another": another,
+        "partial": functools.partial(first, config=1),
+        "partial of the library's": functools.partial(objective.aggregate, mask=1),
+        "partial of another value": functools.partial(first, config=2),
+        "called": Called(),
+        "typed": typed("def f(rollout, config): return rollout.rewards"),
+        "typed another": typed("def f(rollout, config): return rollout.values"),
+    }
+    digests = {}
+    for name, function in functions.items():
+        record = own_functions(config, advantages=function)
+        assert record == own_functions(config, advantages=function)
+        assert json.loads(json.dumps(record)) == record
+        digests[name] = record["advantages"]["sha256"]
+    assert len(set(digests.values())) == len(functions)
+    monkeypatch.setitem(objective.OBJECTIVES, "mine", first)
+    record = own_functions(make_config(objective="mine"), advantages=another)
+    assert {key: x["name"] for key, x in record.items()} == {
+        "advantages": "another",
+        "objective": "first",
+    }
+    assert other_functions(record, record) == []
+    assert other_functions(record, {}) == [
+        "advantages was another, now the library's",
+        "objective was first, now the library's",
+    ]
+    monkeypatch.setattr(another, "__name__", "first")
+    renamed = own_functions(make_config(objective="mine"), advantages=first)
+    renamed["objective"] = own_functions(config, objective=another)["objective"]
+    assert other_functions(record, renamed) == [
+        "advantages was another, now first",
+        "objective is not the first that it was: another source",
+    ]
 
 
 def comments_of(source):
