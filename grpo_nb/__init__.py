@@ -18,7 +18,7 @@ _PLACES = {
     "GRPOConfig": "run.options",
     "PPOConfig": "run.options",
     "load_policy": "policy",
-    "load_task": "task",
+    "load_task": "engine.data",
     "sample": "sampling",
 }
 

@@ -221,13 +221,13 @@ class GroupOptions:
         default="group",
         metadata={
             "help": "standard deviation that advantages are divided by",
-            "choices": ("group", "batch", "none"),
+            "choices": SCALES,
         },
     )
     baseline: str = field(
         default="mean",
         metadata={
             "help": "what a reward is compared with",
-            "choices": ("mean", "leave_one_out"),
+            "choices": BASELINES,
         },
     )

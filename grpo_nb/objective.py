@@ -174,6 +174,8 @@ def _per_token(
 
 def _check_one_advantage(advantages: Tensor, mask: Tensor):
     "Refuse advantages that differ within a completion."
+    if mask.shape[1] < 2:
+        return
     highest = torch.where(mask, advantages, -torch.inf).amax(1)
     lowest = torch.where(mask, advantages, torch.inf).amin(1)
     if (highest > lowest).any():

@@ -1,6 +1,7 @@
 """Options stand beside their box, are put together in one place, and each choice is spelled once: in its table."""
 
 import dataclasses
+import functools
 import json
 import re
 import textwrap
@@ -14,6 +15,8 @@ from grpo_nb import gae, group, objective, reference, reward, sampling, update, 
 from grpo_nb.run import options
 from grpo_nb.run.command_line import main, parse_arguments
 from grpo_nb.run.options import BOUNDS, CONFIGS, Config, make_config
+from grpo_nb.run.options import other_functions, own_functions
+from grpo_nb.run.training import train
 
 BOXES = [
     sampling.SamplingOptions,
@@ -29,6 +32,8 @@ TABLES = {
     "objective": objective.OBJECTIVES,
     "loss_type": objective.AGGREGATES,
     "importance_sampling_level": objective.LEVELS,
+    "scale_rewards": group.SCALES,
+    "baseline": group.BASELINES,
 }
 PARTS = [*BOXES, options.StartOptions, options.RunOptions]
 
@@ -91,9 +96,74 @@ def test_an_entry_of_ones_own(monkeypatch, capsys, name, table):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "mine}" in "".join(capsys.readouterr().out.split())
-    assert short_config(algorithm="ppo", **{name: "mine"})
+    if table not in (group.SCALES, group.BASELINES):
+        assert short_config(algorithm="ppo", **{name: "mine"})
     saved = json.loads(json.dumps(dataclasses.asdict(make_config(**{name: "mine"}))))
     assert getattr(make_config(**saved), name) == "mine"
+
+
+def first(rollout, config):
+    return rollout.rewards
+
+
+def another(rollout, config):
+    return -rollout.rewards
+
+
+def typed(source):
+    "A function without a file, as at a prompt."
+    names = {}
+    exec(source, names)
+    return names["f"]
+
+
+class Called:
+    def __call__(self, rollout, config):
+        return rollout.rewards
+
+
+def test_functions_of_ones_own(monkeypatch):
+    "What was passed is named, and entries that are not the library's; the digest tells two sources apart."
+    config = make_config()
+    assert own_functions(config, advantages=None) == {}
+    assert own_functions(config, policy_loss=objective.policy_loss) == {
+        "policy_loss": {"name": "policy_loss", "sha256": ""}
+    }
+    functions = {
+        "first": first,
+        "another": another,
+        "partial": functools.partial(first, config=1),
+        "partial of the library's": functools.partial(objective.aggregate, mask=1),
+        "partial of another value": functools.partial(first, config=2),
+        "called": Called(),
+        "typed": typed("def f(rollout, config): return rollout.rewards"),
+        "typed another": typed("def f(rollout, config): return rollout.values"),
+    }
+    digests = {}
+    for name, function in functions.items():
+        record = own_functions(config, advantages=function)
+        assert record == own_functions(config, advantages=function)
+        assert json.loads(json.dumps(record)) == record
+        digests[name] = record["advantages"]["sha256"]
+    assert len(set(digests.values())) == len(functions)
+    monkeypatch.setitem(objective.OBJECTIVES, "mine", first)
+    record = own_functions(make_config(objective="mine"), advantages=another)
+    assert {key: x["name"] for key, x in record.items()} == {
+        "advantages": "another",
+        "objective": "first",
+    }
+    assert other_functions(record, record) == []
+    assert other_functions(record, {}) == [
+        "advantages was another, now the library's",
+        "objective was first, now the library's",
+    ]
+    monkeypatch.setattr(another, "__name__", "first")
+    renamed = own_functions(make_config(objective="mine"), advantages=first)
+    renamed["objective"] = own_functions(config, objective=another)["objective"]
+    assert other_functions(record, renamed) == [
+        "advantages was another, now first",
+        "objective is not the first that it was: another source",
+    ]
 
 
 def comments_of(source):
@@ -125,3 +195,49 @@ def test_the_comments_of_the_train_notebook():
         """the comment beside a parameter, or above it where both do not fit into 88
         columns, is its help text with its choices in brackets"""
     )
+
+
+def twice(rollout, config):
+    "Group advantages, doubled."
+    return 2 * group.advantages(rollout, config)
+
+
+def halved(rollout, config):
+    "Group advantages, halved."
+    return group.advantages(rollout, config) / 2
+
+
+def test_functions_of_ones_own_are_used_recorded_and_asked_for(tmp_path):
+    "They move the policy; a run goes on with the same alone, and to the last bit."
+    small = {"num_generations": 4, "max_steps": 2, "save_steps": 1}
+
+    def run(name, steps=2, resume=False, **functions):
+        options = small | {"max_steps": steps, "output_dir": str(tmp_path / name)}
+        config = short_config(**options, resume=resume)
+        return train(config, progress=False, **functions)
+
+    plain, own = run("plain"), run("own", advantages=twice)
+    assert own.metrics["grad_norm"][1] > 1.5 * plain.metrics["grad_norm"][1]
+    record = json.loads((tmp_path / "own/config.json").read_text())
+    assert record["passed"]["functions"]["advantages"]["name"] == "twice"
+    run("parts", steps=1, advantages=twice)
+    (tmp_path / "parts/model").rename(tmp_path / "elsewhere")
+    for other in ({}, {"advantages": halved}, {"policy_loss": objective.policy_loss}):
+        with pytest.raises(ValueError, match="advantages was twice, now"):
+            run("parts", resume=True, **other)
+    parts = run("parts", resume=True, advantages=twice)
+    assert parts.metrics["loss"].tolist() == own.metrics["loss"].tolist()
+
+
+def test_a_loss_of_ones_own(tmp_path):
+    calls = []
+
+    def loss(*arguments, **options):
+        calls.append(1)
+        return objective.policy_loss(*arguments, **options)
+
+    config = short_config(max_steps=1, output_dir=str(tmp_path / "run"))
+    train(config, policy_loss=loss, progress=False)
+    assert calls
+    with pytest.raises(ValueError, match="advantages.*must be None"):
+        train(short_config(algorithm="ppo"), advantages=twice, progress=False)

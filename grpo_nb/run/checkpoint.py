@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engine.distributed import all_rows, cut_like, full, on_main, process
 from ..models import Models
-from .build import Trainer, renewed_models, sampling_generator
+from .build import Trainer, renewed_models
 from .build import token_classifier, trained_models
 from .options import Config
 from .run_directory import OURS, Completions, read_json, read_lines

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'RECIPES', 'CONFIGS', 'expand_path', 'StartOptions', 'RunOptions', 'Config', 'GRPOConfig', 'PPOConfig',
-           'make_config']
+           'make_config', 'own_functions', 'other_functions']
 
 # %% ../../nbs/2_run/20_options.ipynb #20a00003
+import hashlib
+import inspect
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -466,3 +470,65 @@ def make_config(
         return CONFIGS[algorithm](**options)
     except ValidationError as error:
         raise ValueError("; ".join(map(_explain, error.errors()))) from None
+
+# %% ../../nbs/2_run/20_options.ipynb #a527afe5
+def _source(function: Callable) -> str:
+    "Give what a function is made of: its source, or its bytecode if there is none."
+    if isinstance(function, partial):
+        bound = (function.args, sorted(function.keywords.items()))
+        return f"{_source(function.func)}{bound}"
+    if not inspect.isroutine(function):
+        function = type(function)  # an object that can be called
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed at a prompt
+        code = getattr(function, "__code__", None)
+        return repr(code and (code.co_code, code.co_names, code.co_varnames))
+
+
+def _is_the_librarys(function: Callable) -> bool:
+    module = str(getattr(function, "__module__", None))
+    return module.partition(".")[0] == "grpo_nb"
+
+
+def _described(function: Callable) -> dict[str, str]:
+    "Name a function, and digest its source; the library's own is known by its name."
+    target = function.func if isinstance(function, partial) else function
+    name = getattr(target, "__name__", type(target).__name__)
+    if _is_the_librarys(function):
+        return {"name": name, "sha256": ""}
+    digest = hashlib.sha256(_source(function).encode()).hexdigest()
+    return {"name": name, "sha256": digest}
+
+
+def own_functions(
+    config: Config,
+    **passed: Callable | None,  # that `train` was given, by the parameter's name
+) -> dict[str, dict[str, str]]:  # parameter or option -> name and digest
+    "Describe what was passed, and the chosen entries that are not the library's."
+    functions = {name: f for name, f in passed.items() if f is not None}
+    for option in fields(config):
+        table = option.metadata.get("choices")
+        if not isinstance(table, dict):
+            continue
+        entry = table[getattr(config, option.name)]
+        if not _is_the_librarys(entry):
+            functions[option.name] = entry
+    return {name: _described(f) for name, f in functions.items()}
+
+
+def other_functions(
+    before: dict[str, dict[str, str]],  # `own_functions` of the run
+    now: dict[str, dict[str, str]],  # of the present call
+) -> list[str]:
+    "Say in words which functions are not those that a run was trained with."
+    nothing = {"name": "the library's", "sha256": ""}
+    found = []
+    for name in sorted(before | now):
+        old = before.get(name, nothing)
+        new = now.get(name, nothing)
+        if old["name"] != new["name"]:
+            found.append(f"{name} was {old['name']}, now {new['name']}")
+        elif old["sha256"] != new["sha256"]:
+            found.append(f"{name} is not the {old['name']} that it was: another source")
+    return found

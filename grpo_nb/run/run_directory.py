@@ -31,7 +31,7 @@ from ..engine.distributed import on_main, process
 from ..engine.judging import name_of
 from ..reward import RewardFunction
 from .build import RULES
-from .options import CONFIGS, Config, make_config
+from .options import CONFIGS, Config, make_config, other_functions
 from ..engine.data import check_task
 from ..task import Task
 
@@ -431,6 +431,7 @@ def make_record(
     task: Task,
     own_task: bool,  # was it passed as an object?
     reward_funcs: list[str | RewardFunction] | None,
+    functions: dict | None = None,  # of `own_functions`
 ) -> dict:
     "Say what config.json holds: the options, and names of what was passed as objects."
     record = asdict(config) | {"task": task.name}
@@ -442,6 +443,8 @@ def make_record(
         record["reward_funcs"] = names
     if own_task:
         passed["task"] = task.name
+    if functions:
+        passed["functions"] = functions
     if passed:
         record["passed"] = passed
     if process()[1] > 1:
@@ -521,11 +524,17 @@ def _differences(found: dict, record: dict) -> list[str]:
     # a field that is younger than the run has its default
     saved = {"num_processes": 1} | asdict(CONFIGS[record["algorithm"]]()) | found
     asked = {"num_processes": 1} | record
-    return [
+    other = [
         f"{name} = {saved.get(name)!r}, now {value!r}"
         for name, value in asked.items()
         if name not in free and saved.get(name) != value
     ]
+    return other + other_functions(_own(found), _own(record))
+
+
+def _own(record: dict) -> dict:
+    "The functions of its own that a run was trained with."
+    return record.get("passed", {}).get("functions", {})
 
 
 def _check_same(directory: Path, record: dict):
@@ -538,6 +547,7 @@ def _check_same(directory: Path, record: dict):
         return
     hint = "resume it with its own, or give another output_dir"
     own = found.get("passed", {}).keys() - record.get("passed", {}).keys()
+    own = (own - {"functions"}) | (_own(found).keys() - _own(record).keys())
     if own:
         ask = ", ".join(f"{name}=..." for name in sorted(own))
         hint = f"pass its own to train ({ask}), or give another output_dir"

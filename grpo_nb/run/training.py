@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from ..algorithm import STEPS
 from ..engine.adapters import require_peft
 from ..engine.decoding import lacks_memory, sample
 from ..engine.distributed import gather, join_launch
@@ -42,7 +43,7 @@ from .build import load_rewards, open_task
 from .checkpoint import RunState, noted_on, resume, save, save_models
 from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
-from .options import Config
+from .options import Config, own_functions
 from .run_directory import check_passed, claim_directory, find_directory
 from .run_directory import make_record, read_completions, saved_config
 from .run_directory import write_atomically
@@ -308,11 +309,14 @@ def train(
     reward_funcs: RewardFunction | list[RewardFunction] | None = None,  # None: config's
     progress: bool = True,  # show a bar
     on_step: Callable[[dict], None] | None = None,  # gets each line that is written
+    advantages: Callable | None = None,  # (rollout, config) -> [N] or [N, T]; GRPO's
+    policy_loss: Callable | None = None,  # in the place of `objective.policy_loss`
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
     Rows are a list of dicts, a Dataset or a DataFrame; of several processes, the main
-    one calls `on_step`. If a step raises, what was measured and sampled in the steps
+    one calls `on_step`. Functions of one's own are recorded by name and digest, and a
+    run goes on only with the same. If a step raises, what was measured and sampled in the steps
     before it is in the directory, and the newest checkpoint can be resumed.
     Raises: `ValueError` for whatever is wrong with the input, before anything is
     written, and if another run has the directory, which is locked meanwhile."""
@@ -321,7 +325,8 @@ def train(
     reward_funcs = _listed(reward_funcs)
     task = open_task(config, task)
     _check_call(config, task, reward_funcs)
-    record = make_record(config, task, own_task, reward_funcs)
+    functions = _functions(config, advantages, policy_loss)
+    record = make_record(config, task, own_task, reward_funcs, functions)
     with ExitStack() as lock:
         directory, status = find_directory(config, record, lock)
         if status == "finished":
@@ -329,6 +334,8 @@ def train(
             return _open_finished(directory, config.device, passed, reward_funcs)
         trainer = Trainer(TrainerState(max_steps=config.max_steps))
         models = build_models(config, task, trainer.bound(reward_funcs))
+        models.advantages = advantages or models.advantages
+        models.policy_loss = policy_loss or models.policy_loss
         _check_prompts(config, task, models)
         schedulers = build_schedulers(config, models)
         if status == "new":
@@ -381,6 +388,22 @@ def _check_call(
             f"reward_funcs, got {len(weights)}"
         )
     check_trackers(config.report_to)
+
+
+def _functions(
+    config: Config, advantages: Callable | None, policy_loss: Callable | None
+) -> dict[str, dict[str, str]]:
+    "Describe a run's own functions; `ValueError` where the algorithm has no such place."
+    if advantages is not None and config.algorithm == "ppo":
+        raise ValueError(
+            "advantages is a function of GRPO's group computation; "
+            'with algorithm = "ppo", whose advantages are GAE\'s, it must be None'
+        )
+    step = STEPS[config.algorithm]
+    own = None if step.__module__.startswith("grpo_nb.") else step
+    return own_functions(
+        config, advantages=advantages, policy_loss=policy_loss, algorithm=own
+    )
 
 
 def _begin(state: RunState, record: dict):
