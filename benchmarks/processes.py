@@ -1,7 +1,10 @@
-"""Seconds a step by one process and by two, the same queries a step: benchmarks/results/processes.json.
+"""Seconds a step by one process and by two, the same queries a step:
+benchmarks/results/processes.json.
 
-Each pair is two runs of the command line, one after the other (the order changes from pair to pair), with one thread a process;
-compared are the medians of their steps, without the first ones. `python benchmarks/processes.py [--pairs 5] [--steps 10]`."""
+Each pair is two runs of the command line, one after the other (the order changes
+from pair to pair), with one thread a process; compared are the medians of their
+steps, without the first ones. `python benchmarks/processes.py [--pairs 5] [--steps
+10]`."""
 
 import argparse
 import json

@@ -1,11 +1,12 @@
-"""Peak memory of a forward and backward pass over completions, as the vocabulary grows.
+"""Peak memory of a forward and backward pass over completions, as the vocabulary
+grows.
 
-    python benchmarks/vocabulary.py        # writes benchmarks/results/vocabulary.json
+python benchmarks/vocabulary.py        # writes benchmarks/results/vocabulary.json
 
-Three ways to the same log-probs, entropies and gradients: a row for each completion with its logits whole; a row for each
-group, logits still whole; and `token_logprobs`, whose logits exist in pieces that are computed again in the backward pass.
-Each is measured in a process of its own, above weights and gradients.
-"""
+Three ways to the same log-probs, entropies and gradients: a row for each completion
+with its logits whole; a row for each group, logits still whole; and
+`token_logprobs`, whose logits exist in pieces that are computed again in the
+backward pass. Each is measured in a process of its own, above weights and gradients."""
 
 import argparse
 import ctypes
@@ -76,7 +77,8 @@ def rollout_of(vocabulary):
 
 
 def each_row(model, rollout):
-    "The plain way: a row for each completion, and every logit of its completion at once."
+    """The plain way: a row for each completion, and every logit of its completion at
+    once."""
     every = (
         model(**model_inputs(rollout), logits_to_keep=T + 1)
         .logits[:, :-1]
@@ -149,7 +151,9 @@ def main():
                 "torch": torch.__version__.split("+")[0],
                 "ways": WAYS,
                 "vocabularies": VOCABULARIES,
-                "what": f"{B} prompts of {P} tokens x {G} completions of {T}, a Llama of 4 layers, 256 wide, float32; bytes above weights and gradients",
+                "what": f"{B} prompts of {P} tokens x {G} completions of {T}, a "
+                "Llama of "
+                "4 layers, 256 wide, float32; bytes above weights and gradients",
                 "bytes": found,
             },
             indent=1,

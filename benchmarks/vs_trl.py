@@ -1,15 +1,18 @@
-"""A step of GRPO here and in TRL, side by side: seconds, tokens, memory, on one machine in one run.
+"""A step of GRPO here and in TRL, side by side: seconds, tokens, memory, on one
+machine in one run.
 
-    make bench                                  # every setting that this machine can run
-    make bench ARGS="--settings a,b --pairs 3"
+make bench                                  # every setting that this machine can run
+make bench ARGS="--settings a,b --pairs 3"
 
-Both sides get the same weights, prompts, reward function, number and length of completions, KL price, optimiser and dtype;
-TRL generates with transformers, its default. Steps alternate in one process (a step of TRL, then one of ours, from a callback of
-its trainer), so that a machine that slows down slows both. What is reported are medians over pairs after a warm-up.
-TRL's gradient checkpointing, on by default, is off where time is compared: it computes the forward pass twice, and ours does
-not unless it is asked to; memory is reported without it and with it, for both. Results go into benchmarks/results/, one file a machine; a setting that is
-measured again replaces only itself.
-"""
+Both sides get the same weights, prompts, reward function, number and length of
+completions, KL price, optimiser and dtype; TRL generates with transformers, its
+default. Steps alternate in one process (a step of TRL, then one of ours, from a
+callback of its trainer), so that a machine that slows down slows both. What is
+reported are medians over pairs after a warm-up. TRL's gradient checkpointing, on by
+default, is off where time is compared: it computes the forward pass twice, and ours
+does not unless it is asked to; memory is reported without it and with it, for both.
+Results go into benchmarks/results/, one file a machine; a setting that is measured
+again replaces only itself."""
 
 import argparse
 import ctypes
@@ -47,7 +50,8 @@ from grpo_nb.loading import TINY, cache_directory, resolve_device
 from grpo_nb.policy import load_policy
 from grpo_nb.task import Query, load_task
 
-# grpo_nb.algorithm, grpo_nb.run, trl and pandas are imported where they are used: what one side loads is no memory of the other
+# grpo_nb.algorithm, grpo_nb.run, trl and pandas are imported where they are used: what
+# one side loads is no memory of the other
 
 COMMON = {
     "beta": 0.01,
@@ -76,7 +80,9 @@ class Setting:
     prompt_length: int  # tokens; of smollm2 about
     max_completion_length: int
     dtype: str = "float32"
-    passes: int = 1  # in which TRL cuts the update; ours cuts by max_tokens_per_micro_batch, at its default
+    # in which TRL cuts the update; ours cuts by max_tokens_per_micro_batch, at its
+    # default
+    passes: int = 1
     cuda: bool = False  # only there
 
     @property
@@ -98,7 +104,8 @@ SMOLLM2 = Setting(
 SETTINGS = {
     "a": Setting(
         "tiny",
-        "the embedded model, 16 sums of 2 digits x 16 completions of at most 8 tokens, many of them equal (here these are computed once)",
+        "the embedded model, 16 sums of 2 digits x 16 completions of at most 8 "
+        "tokens, many of them equal (here these are computed once)",
         16,
         16,
         6,
@@ -106,7 +113,8 @@ SETTINGS = {
     ),
     "b": Setting(
         "tiny_1024",
-        f"the embedded model with a longer context, 4 prompts of 128 tokens x 16 completions of 32 tokens; {NO_EOS}",
+        "the embedded model with a longer context, 4 prompts of 128 tokens x 16 "
+        f"completions of 32 tokens; {NO_EOS}",
         4,
         16,
         128,
@@ -118,7 +126,8 @@ SETTINGS = {
     ),
     "d": Setting(
         "qwen",
-        f"shape of Qwen2.5-0.5B, random weights, 4 prompts of 512 tokens x 16 completions of 256 tokens; {NO_EOS}; bfloat16 autocast; TRL in 4 passes",
+        "shape of Qwen2.5-0.5B, random weights, 4 prompts of 512 tokens x 16 "
+        f"completions of 256 tokens; {NO_EOS}; bfloat16 autocast; TRL in 4 passes",
         4,
         16,
         512,
@@ -149,7 +158,8 @@ NEVER = "<never>"  # the EOS token of a tokenizer whose model has no logit for i
 
 
 def without_eos(model, tokenizer):
-    "The same model, which now never ends a completion: EOS becomes an id beyond its vocabulary."
+    """The same model, which now never ends a completion: EOS becomes an id beyond
+    its vocabulary."""
     pad = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.add_special_tokens({"eos_token": NEVER})
     tokenizer.pad_token = pad
@@ -162,7 +172,8 @@ def without_eos(model, tokenizer):
 
 
 def byte_tokenizer(vocab_size):
-    "Qwen's tokenizer with a token a byte and fillers above: a text is as long as it has characters, and every id can be decoded."
+    """Qwen's tokenizer with a token a byte and fillers above: a text is as long as
+    it has characters, and every id can be decoded."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     words = sorted(ByteLevel.alphabet()) + ["<|endoftext|>"]
@@ -192,7 +203,8 @@ def qwen_shape(device):
 
 
 def save_model(name, directory, device):
-    "The directory that both sides load: that of the embedded model, or `directory`, written here."
+    """The directory that both sides load: that of the embedded model, or
+    `directory`, written here."""
     if name == "tiny":
         return TINY
     model, tokenizer = (
@@ -202,11 +214,11 @@ def save_model(name, directory, device):
     )
     if name == "tiny_random":
         torch.manual_seed(0)
-        model = type(
-            model
-        )(
+        model = type(model)(
             model.config
-        )  # where it was never trained, the embedded model says the same again and again
+            # where it was never trained, the embedded model says the same again and
+            # again
+        )
     if name.startswith("tiny"):
         model.config.max_position_embeddings = tokenizer.model_max_length = (
             1024  # rotary positions: no weight depends on it
@@ -251,7 +263,8 @@ def make_queries(setting, n, seed):
 
 
 def variety(prompts, completions, **columns):
-    "A reward that differs within a group, whatever was drawn: the share of different characters."
+    """A reward that differs within a group, whatever was drawn: the share of
+    different characters."""
     texts = [o if isinstance(o, str) else o[-1]["content"] for o in completions]
     return [len(set(text)) / max(1, len(text)) for text in texts]
 
@@ -271,7 +284,8 @@ def reward_of(setting):
 
 
 class Meter:
-    "Seconds and tokens of a step by phase; what belongs to no other phase is the update."
+    """Seconds and tokens of a step by phase; what belongs to no other phase is the
+    update."""
 
     def __init__(self, device):
         self.device, self.phase = device, "update"
@@ -393,7 +407,8 @@ class Ours:
 
 
 def trl_arguments(setting, device, steps, scratch, checkpointing):
-    "TRL's options: those of COMMON, all completions in one step of the optimiser, nothing written."
+    """TRL's options: those of COMMON, all completions in one step of the optimiser,
+    nothing written."""
     import trl
 
     with warnings.catch_warnings():
@@ -420,7 +435,8 @@ def trl_arguments(setting, device, steps, scratch, checkpointing):
 
 
 class TRL:
-    "Its GRPOTrainer, with the phases of a step timed; `after` is called after each step."
+    """Its GRPOTrainer, with the phases of a step timed; `after` is called after each
+    step."""
 
     def __init__(
         self, setting, directory, device, queries, scratch, after, checkpointing=False
@@ -509,7 +525,8 @@ def alternate(setting, directory, device, pairs, warmup, tick=lambda: None):
 
 
 def weights(model):
-    "(weights that every token passes, weights of the projection onto the vocabulary, which only completion tokens need)"
+    """(weights that every token passes, weights of the projection onto the
+    vocabulary, which only completion tokens need)"""
     inputs, outputs = (
         model.get_input_embeddings().weight,
         model.get_output_embeddings().weight,
@@ -523,7 +540,8 @@ def weights(model):
 
 
 def flops(size, tokens, completion, factor):
-    "Of the matrix products with weights: 2 a weight and token forward, 6 forward and backward."
+    """Of the matrix products with weights: 2 a weight and token forward, 6 forward
+    and backward."""
     return factor * (size[0] * tokens + size[1] * completion)
 
 
@@ -550,7 +568,8 @@ def middle(records, name, phase=None):
 
 
 def summary(ours, theirs, size, rate, rows):
-    "The figures of a setting from the records of its steps; `rows`: completions of a step."
+    """The figures of a setting from the records of its steps; `rows`: completions of
+    a step."""
     result = {
         "speedup": median(t["seconds"] / o["seconds"] for o, t in zip(ours, theirs)),
         "pairs": [[o["seconds"], t["seconds"]] for o, t in zip(ours, theirs)],
@@ -562,7 +581,8 @@ def summary(ours, theirs, size, rate, rows):
         )
         if tokens["sampling"] < completion - rows:
             raise RuntimeError(
-                f"{side}: {tokens['sampling']} tokens were seen while {completion} were sampled: the model is not called through its embedding"
+                f"{side}: {tokens['sampling']} tokens were seen while {completion} "
+                "were sampled: the model is not called through its embedding"
             )
         split = {phase: middle(records, "split", phase) for phase in PHASES}
         result |= {
@@ -594,7 +614,8 @@ def summary(ours, theirs, size, rate, rows):
 
 
 def best_of(settings):
-    "For each side the faster of its float32 and bfloat16, of what has been measured in both."
+    """For each side the faster of its float32 and bfloat16, of what has been
+    measured in both."""
     best = {}
     for name in [name for name in settings if f"{name}_bf16" in settings]:
         dtypes = {"float32": settings[name], "bfloat16": settings[f"{name}_bf16"]}
@@ -619,7 +640,9 @@ def resident(peak=False):
     "Bytes of this process in memory, now or at most."
     status = Path(
         "/proc/self/status"
-    )  # not getrusage: its maximum begins with that of the process that started this one
+        # not getrusage: its maximum begins with that of the process that started this
+        # one
+    )
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
             1 if sys.platform == "darwin" else 1024
@@ -657,10 +680,13 @@ def steps_alone(which, setting, directory, device, steps):
 
 
 def own_memory(which, setting, directory, device):
-    """Bytes at the peak of a few steps: all, the model's own state, and what is above it.
+    """Bytes at the peak of a few steps: all, the model's own state, and what is
+    above it.
 
-    The state is weights, gradients, two moments and the reference. Above it is what the peak has more than the state and than the
-    process had before a model of this setting was loaded, but with every import done: after a small step of the embedded model."""
+    The state is weights, gradients, two moments and the reference. Above it is what
+    the peak has more than the state and than the process had before a model of this
+    setting was loaded, but with every import done: after a small step of the
+    embedded model."""
     steps_alone(
         which,
         replace(
@@ -698,7 +724,8 @@ def own_memory(which, setting, directory, device):
 
 
 def measure_memory(name, directory, device, threads):
-    "`own_memory` of both sides, without and with gradient checkpointing, in processes alike: malloc gives large blocks back at once."
+    """`own_memory` of both sides, without and with gradient checkpointing, in
+    processes alike: malloc gives large blocks back at once."""
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "131072",
         "MALLOC_TRIM_THRESHOLD_": "131072",
@@ -756,7 +783,8 @@ def measure(setting, device, directory, label, pairs, warmup, rate):
 
 
 def measure_growth(device, arguments, scratch):
-    "Short runs over prompt length and size of the group. No group of one: neither side takes it."
+    """Short runs over prompt length and size of the group. No group of one: neither
+    side takes it."""
     directory, rate, points = (
         save_model("tiny_random", scratch, device),
         matmul_rate(device, "float32"),
@@ -795,7 +823,9 @@ def measure_growth(device, arguments, scratch):
             }
         )
     return {
-        "what": f"the shape of the embedded model with random weights, 1 prompt, completions of 16 tokens; {NO_EOS}. G = 2 stands for the smallest group: neither side takes 1",
+        "what": "the shape of the embedded model with random weights, 1 prompt, "
+        f"completions of 16 tokens; {NO_EOS}. G = 2 stands for the smallest "
+        "group: neither side takes 1",
         "matmul_tflops": rate / 1e12,
         "points": points,
     }
@@ -875,7 +905,8 @@ def commit():
 
 
 def opened(path, device):
-    "The record to add to: what the file holds, if it comes from this machine and these versions; else an error, before anything is measured."
+    """The record to add to: what the file holds, if it comes from this machine and
+    these versions; else an error, before anything is measured."""
     from grpo_nb import __version__
 
     versions = {
@@ -891,7 +922,8 @@ def opened(path, device):
     for key, value in here.items():
         if record[key] != value:
             raise ValueError(
-                f"{path} was measured with other {key} ({record[key]}; here {value}): give another --output, or remove it"
+                f"{path} was measured with other {key} ({record[key]}; here "
+                f"{value}): give another --output, or remove it"
             )
     return record
 
@@ -1015,7 +1047,8 @@ def parse(words):
 
 
 def run(arguments):
-    "Measure, and write after every setting: what is measured is not lost if a later one fails."
+    """Measure, and write after every setting: what is measured is not lost if a
+    later one fails."""
     from grpo_nb.run.run_directory import write_atomically
 
     device = resolve_device(arguments.device)

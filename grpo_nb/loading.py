@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .engine.data import hub_options, near
+from .names import hub_options, near
 
 # %% ../nbs/1_figure/14_loading.ipynb #61376a4e
 DTYPES = {

@@ -1,4 +1,5 @@
-"What every test shares. One thread, no network, no progress bars: the same numbers on every machine."
+"""What every test shares. One thread, no network, no progress bars: the same numbers
+on every machine."""
 
 import os
 
@@ -51,7 +52,8 @@ def tokenizer():
 
 @pytest.fixture(params=["llama", "gpt2"])
 def model(request):
-    "Random weights, float64, dropout 0.1: once with rotary and once with learned absolute positions."
+    """Random weights, float64, dropout 0.1: once with rotary and once with learned
+    absolute positions."""
     return random_model(request.param)
 
 

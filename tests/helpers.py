@@ -1,4 +1,5 @@
-"Small models and rollouts to check the library against: random weights, float64, nothing loaded from disk."
+"""Small models and rollouts to check the library against: random weights, float64,
+nothing loaded from disk."""
 
 import itertools
 import json
@@ -62,7 +63,8 @@ def random_model(
     seed=0,
     context=64,
 ):
-    "A Llama or a GPT-2 with random weights, large enough that its distributions are far from uniform."
+    """A Llama or a GPT-2 with random weights, large enough that its distributions
+    are far from uniform."""
     if kind == "llama":
         config = LlamaConfig(
             vocab_size=vocabulary,
@@ -101,7 +103,8 @@ def random_model(
 
 
 def with_logits(model, table):
-    "The model, made to answer with `table[last token]` ([V, V]) at every position: a Markov chain."
+    """The model, made to answer with `table[last token]` ([V, V]) at every position:
+    a Markov chain."""
 
     def replaced(module, arguments, keywords, output):
         ids = arguments[0] if arguments else keywords["input_ids"]
@@ -123,7 +126,8 @@ def random_rollout(
 ):
     """Every field filled, groups and rows of different lengths.
 
-    `logprobs` are those of `model`, moved by up to `off_policy`, so that rho is not 1 and the bounds are reached."""
+    `logprobs` are those of `model`, moved by up to `off_policy`, so that rho is not
+    1 and the bounds are reached."""
     generator, dtype = torch.Generator().manual_seed(seed), model.dtype
     queries = [Query(prompt, {"answer": "3"}, key=prompt) for prompt in prompts]
     prompt_ids, prompt_mask = encode_prompts(tokenizer, queries)
@@ -233,8 +237,8 @@ def dense_steps(steps, T, dtype=torch.float64):
 
 
 def padded(rollout, left=3, right=4, junk=7.0):
-    """The same rollout with more padding: columns of junk on the left of the prompts and
-    on the right of the completions, of each field another, so that none cancels."""
+    """The same rollout with more padding: columns of junk on the left of the prompts
+    and on the right of the completions, of each field another, so that none cancels."""
     of_each_field = itertools.count(junk)
 
     def wider(x, n, side):
@@ -318,7 +322,8 @@ def run(directory, functions=None, **options):
 
 
 def same_run(a, b):
-    "Bit for bit: metrics (no line twice, none missing), completions, model, and the last checkpoint (optimisers, sampler, schedule, beta)."
+    """Bit for bit: metrics (no line twice, none missing), completions, model, and
+    the last checkpoint (optimisers, sampler, schedule, beta)."""
     assert [reproducible(line) for line in read_metrics(a)] == [
         reproducible(line) for line in read_metrics(b)
     ]
@@ -341,8 +346,9 @@ PROCESSES.set_forkserver_preload(
 def start_process(function, *arguments, cwd=None, log=os.devnull, **environment):
     """Call a function of a module in a process of its own, of one thread.
 
-    Forked from a process that has imported the library and done nothing else, so that it
-    starts at once; it can be killed like any other. What it prints is in the file `log`."""
+    Forked from a process that has imported the library and done nothing else, so
+    that it starts at once; it can be killed like any other. What it prints is in the
+    file `log`."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     plain = os.environ.copy()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -369,7 +375,8 @@ def _in_a_process(function, arguments, cwd, log, environment):
 
 
 def python(*arguments, cwd, stdin="", path=None, timeout=120):
-    "Run this Python in another process; standard output and error are captured as text."
+    """Run this Python in another process; standard output and error are captured as
+    text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)

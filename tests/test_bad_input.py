@@ -1,4 +1,5 @@
-"""Bad input gives a clear error, which names the argument, the value and what is allowed, before any work is lost."""
+"""Bad input gives a clear error, which names the argument, the value and what is
+allowed, before any work is lost."""
 
 import json
 import math
@@ -123,7 +124,8 @@ TABLE = torch.ones(4, 3)
     ids=str,
 )
 def test_config(options, words):
-    "Every wrong option is refused when the config is made, before there is a model or a directory; several at once are all named."
+    """Every wrong option is refused when the config is made, before there is a model
+    or a directory; several at once are all named."""
     with pytest.raises(ValueError) as error:
         make_config(**options)
     for word in words:
@@ -369,7 +371,8 @@ def test_a_rollout_checks_its_shapes(rollout):
         replace(rollout, num_generations=2)
     with pytest.raises(
         ValueError,
-        match=r"completion_mask must be Bool\[Tensor, 'N T'\] with N = 9; got \(torch.bool, 9, 5\)",
+        match=r"completion_mask must be Bool\[Tensor, 'N T'\] with N = 9; got "
+        r"\(torch.bool, 9, 5\)",
     ):
         replace(rollout, completion_mask=rollout.completion_mask[:, 1:])
     with pytest.raises(ValueError, match="num_generations be at least 1, got 3 and 0"):
@@ -400,7 +403,7 @@ def test_an_update_with_a_beta_needs_the_reference(llama, rollout):
         token_logprobs(llama, rollout, 0)
 
 
-# Reward functions --------------------------------------------------------------------------------------------------------
+# Reward functions ---------------------------------------------------------------------
 
 
 def raises(**_):
@@ -521,12 +524,13 @@ def test_a_reward_model_has_one_output(tokenizer):
         RewardModel(SimpleNamespace(config=SimpleNamespace(num_labels=3)), tokenizer)
 
 
-# Models ------------------------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_model_without_a_pad_token_is_no_obstacle(kind):
-    "Masks say where padding is: a tokenizer without a pad token samples and trains exactly as one with it."
+    """Masks say where padding is: a tokenizer without a pad token samples and trains
+    exactly as one with it."""
     outcomes = []
     for pad in ("<pad>", None, "<eos>"):
         model, tokenizer = (
@@ -598,13 +602,14 @@ def test_an_unknown_model_leaves_no_run_behind(tmp_path):
 def test_a_task_that_the_model_cannot_do_leaves_no_run_behind(
     tmp_path, options, message
 ):
-    "More tokens than the embedded model's context of 256, or a chat without a chat template: refused before anything is written."
+    """More tokens than the embedded model's context of 256, or a chat without a chat
+    template: refused before anything is written."""
     with pytest.raises(ValueError, match=message):
         train(short_config(output_dir=str(tmp_path / "run"), **options), progress=False)
     train(short_config(output_dir=str(tmp_path / "run")), progress=False)
 
 
-# Names -------------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------
 
 UNREACHED = """
 import json, sys, time
@@ -636,7 +641,8 @@ KINDS = ("model", "value_model", "reward model", "reward_funcs", "task", "gsm8k"
 
 
 def test_a_name_that_is_nowhere_is_not_waited_for(tmp_path):
-    "No network: a path or a rule that is misspelt is refused with what is near; a name on the hub is tried once."
+    """No network: a path or a rule that is misspelt is refused with what is near; a
+    name on the hub is tried once."""
     (tmp_path / "runs/0001/model").mkdir(parents=True)
     (tmp_path / "data.jsonl").write_text("")
     names = [(what, name) for what in KINDS for name in ("no/such", "rnus/0001/model")]
@@ -678,7 +684,7 @@ def test_a_name_that_is_nowhere_is_not_waited_for(tmp_path):
     assert not any("no such path" in errors[name] for name in hub)
 
 
-# Directories -------------------------------------------------------------------------------------------------------------
+# Directories --------------------------------------------------------------------------
 
 
 def test_an_old_run_is_not_touched(tmp_path):
@@ -716,7 +722,7 @@ def test_runs_without_a_name_are_numbered(tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("runs").iterdir()) == ["0001", "0002"]
 
 
-# Papermill ---------------------------------------------------------------------------------------------------------------
+# Papermill ----------------------------------------------------------------------------
 
 
 def test_papermill_parameters(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""benchmarks/vs_trl.py: what it computes from times, that both sides do the same work, and the file that it writes. No time is judged."""
+"""benchmarks/vs_trl.py: what it computes from times, that both sides do the same
+work, and the file that it writes. No time is judged."""
 
 import importlib.util
 import json
@@ -135,7 +136,8 @@ def test_eos_is_beyond_the_vocabulary(name, tmp_path, monkeypatch):
 
 
 def test_both_sides_do_the_work_of_setting_b():
-    "Smaller, but of its kind: full length on both sides, of the same prompts; no more tokens here."
+    """Smaller, but of its kind: full length on both sides, of the same prompts; no
+    more tokens here."""
     setting = vs_trl.replace(
         vs_trl.SETTINGS["b"],
         num_prompts=2,
@@ -249,7 +251,8 @@ def test_an_unknown_setting_is_refused(tmp_path):
 
 
 def test_memory_of_one_side():
-    "The state of this side is five times its weights (gradients, two moments and the reference with them)."
+    """The state of this side is five times its weights (gradients, two moments and
+    the reference with them)."""
     setting = vs_trl.replace(vs_trl.SETTINGS["a"], num_prompts=2, num_generations=4)
     found = vs_trl.own_memory("ours", setting, vs_trl.TINY, CPU)
     weights = sum(p.nbytes for p in vs_trl.load_policy("tiny", "cpu")[0].parameters())

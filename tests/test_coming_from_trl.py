@@ -1,5 +1,6 @@
-"""Reward functions as people write them for TRL's GRPOTrainer: the same scores from TRL's own trainer and from `judge`, and the same
-things handed to them while training."""
+"""Reward functions as people write them for TRL's GRPOTrainer: the same scores from
+TRL's own trainer and from `judge`, and the same things handed to them while
+training."""
 
 import asyncio
 import functools
@@ -32,7 +33,8 @@ from grpo_nb.run.training import train
 from helpers import character_tokenizer, read_metrics, short_config
 
 
-# What follows is written in TRL's conventions; `text` makes it work for plain and chat completions.
+# What follows is written in TRL's conventions; `text` makes it work for plain and chat
+# completions.
 def text(completion):
     return completion if isinstance(completion, str) else completion[0]["content"]
 
@@ -186,7 +188,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def trl_rewards(tmp_path_factory, tiny):
-    "What TRL's trainer makes of these functions: [N, F], and the names that it logs them by."
+    """What TRL's trainer makes of these functions: [N, F], and the names that it
+    logs them by."""
     from datasets import Dataset
 
     directory = tmp_path_factory.mktemp("trl")
@@ -229,7 +232,8 @@ def trl_rewards(tmp_path_factory, tiny):
     ids=["own, plain", "own, chat", "shipped, chat"],
 )
 def test_the_same_scores(functions, texts, trl_rewards, tiny, tokenizer):
-    "Each function, for each completion, to float32; None and NaN where TRL has NaN; and the same names."
+    """Each function, for each completion, to float32; None and NaN where TRL has
+    NaN; and the same names."""
     queries, completions = texts
     rollout = as_rollout(tokenizer, queries, completions)
     ids = [
@@ -256,7 +260,8 @@ def test_the_same_scores(functions, texts, trl_rewards, tiny, tokenizer):
 
 
 def test_a_function_that_does_not_take_what_it_is_given(tokenizer):
-    "Without **kwargs TRL cannot call it either; the error says which function, and which argument."
+    """Without **kwargs TRL cannot call it either; the error says which function, and
+    which argument."""
 
     def narrow(completions):
         return [0.0] * len(completions)
@@ -268,7 +273,8 @@ def test_a_function_that_does_not_take_what_it_is_given(tokenizer):
 
 
 def test_async_functions_wait_together_and_after_the_others(tokenizer):
-    "Two that wait for each other come to an end; the plain one has been called before either begins."
+    """Two that wait for each other come to an end; the plain one has been called
+    before either begins."""
     order, barrier = [], asyncio.Barrier(2)
 
     async def one(completions, **kwargs):
@@ -289,7 +295,8 @@ def test_async_functions_wait_together_and_after_the_others(tokenizer):
 
 
 def test_async_functions_where_a_loop_is_running(tokenizer):
-    "As in a notebook's cell: the thread that calls has a loop of its own, which cannot be entered again."
+    """As in a notebook's cell: the thread that calls has a loop of its own, which
+    cannot be entered again."""
 
     async def cell():
         return judge([distant], as_rollout(tokenizer, *PLAIN))
@@ -323,7 +330,8 @@ async def wrong(completions, **kwargs):
 
 
 def test_errors_of_async_functions(tokenizer):
-    "Named like those of others; `drop` leaves out the group; nothing is left without being waited for."
+    """Named like those of others; `drop` leaves out the group; nothing is left
+    without being waited for."""
     rollout = as_rollout(tokenizer, *PLAIN)
     with pytest.raises(
         RuntimeError, match="'lost' raised ConnectionError: no route to the judge"
@@ -348,7 +356,8 @@ def test_errors_of_async_functions(tokenizer):
 
 @pytest.mark.parametrize("on_reward_error", ["stop", "drop"])
 def test_training_where_an_async_judge_fails(tmp_path, on_reward_error):
-    "In the second step, once: the run stops and can be resumed, or goes on without that group."
+    """In the second step, once: the run stops and can be resumed, or goes on without
+    that group."""
     calls = []
 
     async def flaky(completions, answer, **kwargs):
@@ -394,7 +403,8 @@ def schedule(seen):
 
 
 def test_what_trl_hands_over(tmp_path, tiny):
-    "The trainer's state and the metric that is logged, step by step, in TRL and here; also after resuming."
+    """The trainer's state and the metric that is logged, step by step, in TRL and
+    here; also after resuming."""
     from datasets import Dataset
 
     theirs, ours = [], []
@@ -442,7 +452,8 @@ def test_what_trl_hands_over(tmp_path, tiny):
 
 
 def test_what_it_logs_cannot_replace_a_metric(tmp_path):
-    "A metric of ours keeps its name; a value that is no number is an error of the function."
+    """A metric of ours keeps its name; a value that is no number is an error of the
+    function."""
 
     def greedy(completions, log_metric, **kwargs):
         log_metric("reward", 1e6)
@@ -486,7 +497,8 @@ def test_a_function_that_takes_only_its_columns(tmp_path):
 
 
 def test_a_function_beside_one_by_name(tmp_path):
-    "TRL's list may mix functions with names of models; config.json says which is which."
+    """TRL's list may mix functions with names of models; config.json says which is
+    which."""
     run = train(
         short_config(output_dir=str(tmp_path / "run")),
         reward_funcs=["accuracy", functools.partial(weighted, weight=-0.01)],

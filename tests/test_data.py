@@ -1,7 +1,9 @@
-"""Questions of one's own: files, data sets, GSM8K and reasoning-gym, as tasks that train like the built-in ones.
+"""Questions of one's own: files, data sets, GSM8K and reasoning-gym, as tasks that
+train like the built-in ones.
 
-The files are written here. Independent truths: pandas and datasets for reading, math-verify's own reader for numbers,
-a search through reasoning-gym's source for what its checkers execute."""
+The files are written here. Independent truths: pandas and datasets for reading,
+math-verify's own reader for numbers, a search through reasoning-gym's source for
+what its checkers execute."""
 
 import ast
 import builtins
@@ -149,7 +151,7 @@ def two_steps(directory, model="tiny", functions=None, **options):
     )
 
 
-# Files and data sets -----------------------------------------------------------------------------------------------------
+# Files and data sets ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,8 @@ def test_the_split_is_that_of_the_checksum(tmp_path):
     ],
 )
 def test_splits_of_the_source(tmp_path, names, held):
-    "Where there is a split test or validation, that is held out; of a prompt on both sides nothing is trained on."
+    """Where there is a split test or validation, that is held out; of a prompt on
+    both sides nothing is trained on."""
     parts = {
         name: datasets.Dataset.from_list(SUMS[20 * i : 20 * i + 22])
         for i, name in enumerate(names)
@@ -266,7 +269,8 @@ def test_what_csv_holds_is_text(tmp_path):
     "Nothing is guessed: numbers, missing values and JSON stay what was written."
     path = tmp_path / "rows.csv"
     path.write_text(
-        'prompt,answer,note\n"[{""role"": ""user"", ""content"": ""hi""}]",007,NA\n"two\nlines",1.50,\n'
+        'prompt,answer,note\n"[{""role"": ""user"", ""content"": '
+        '""hi""}]",007,NA\n"two\nlines",1.50,\n'
     )
     first, second = map(load_task(str(path)).query, range(2))
     assert first.prompt == '[{"role": "user", "content": "hi"}]' and first.columns == {
@@ -291,7 +295,8 @@ def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
 
 
 def test_a_name_on_the_hub(monkeypatch, tmp_path):
-    "Only where nothing of that name is there locally; owner/name:config names a configuration."
+    """Only where nothing of that name is there locally; owner/name:config names a
+    configuration."""
     asked = []
     monkeypatch.setattr(
         datasets,
@@ -313,7 +318,8 @@ def test_a_name_on_the_hub(monkeypatch, tmp_path):
 
 
 def test_columns_reach_the_reward_functions(tmp_path):
-    "Each by its name, one entry a completion; and nothing of the file leaks into the prompt."
+    """Each by its name, one entry a completion; and nothing of the file leaks into
+    the prompt."""
     seen = []
 
     def recorder(prompts, completions, level, answer, **columns):
@@ -422,7 +428,8 @@ def test_a_wrong_name_is_refused_by_the_config(name):
     ):
         with pytest.raises(
             ValueError,
-            match="no such file|add, sums, target, add_chat; a file that ends in .jsonl",
+            match="no such file|add, sums, target, add_chat; a file that ends in "
+            ".jsonl",
         ):
             refused()
 
@@ -462,7 +469,7 @@ def test_a_missing_package_is_named_with_its_extra(
         load_task(name.format(path))
 
 
-# Answers ---------------------------------------------------------------------------------------------------------------
+# Answers ------------------------------------------------------------------------------
 
 GAPS = {
     "nothing": None,
@@ -617,7 +624,7 @@ def test_lists_of_answers_in_files(tmp_path):
         assert not any(task.is_right(text, task.query(4)) for text in ("", "10", "88"))
 
 
-# Rows in memory ----------------------------------------------------------------------------------------------------------
+# Rows in memory -----------------------------------------------------------------------
 
 
 def in_memory(kind, rows):
@@ -648,7 +655,8 @@ def test_rows_in_memory_are_as_rows_of_a_file(tmp_path, kind):
 
 
 def test_a_run_on_rows_in_memory(tmp_path):
-    "The same numbers as on a file with these rows; resumed and opened with the same rows alone."
+    """The same numbers as on a file with these rows; resumed and opened with the
+    same rows alone."""
     from_file = two_steps(tmp_path / "a", task=write(tmp_path / "rows.csv", SUMS))
     config = short_config(
         model="tiny", output_dir=str(tmp_path / "b"), max_steps=2, eval_size=3
@@ -717,11 +725,12 @@ def test_a_row_is_named_as_the_file_counts_it(tmp_path, kind, prompt, says):
     assert not (tmp_path / "run").exists()
 
 
-# Training ----------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------
 
 
 def test_a_run_on_a_file_resumes_bit_for_bit(tmp_path):
-    "Two steps at once, or one, and another one resumed: the same weights, metrics and completions."
+    """Two steps at once, or one, and another one resumed: the same weights, metrics
+    and completions."""
     path = write(tmp_path / "rows.csv", SUMS)
     whole = two_steps(tmp_path / "a", task=path)
     two_steps(tmp_path / "b", task=path, max_steps=1, save_steps=1)
@@ -757,7 +766,10 @@ def test_a_run_on_a_file_resumes_bit_for_bit(tmp_path):
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     write(tmp_path / "rows.jsonl", SUMS)
-    flags = "--max_steps 1 --num_prompts 4 --num_generations 4 --eval_size 5 --device cpu --output_dir out".split()
+    flags = (
+        "--max_steps 1 --num_prompts 4 --num_generations 4 --eval_size 5 --device "
+        "cpu --output_dir out"
+    ).split()
     monkeypatch.chdir(tmp_path)
     main(["train", "--task", "rows.jsonl", *flags])
     shown = capsys.readouterr().out
@@ -776,7 +788,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_file_without_answers(tmp_path, reader):
-    "There is no accuracy; what is reported is the mean reward of the greedy answers, here computed again."
+    """There is no accuracy; what is reported is the mean reward of the greedy
+    answers, here computed again."""
     path = write(tmp_path / "rows.jsonl", [{"prompt": row["prompt"]} for row in SUMS])
     for asked in ("accuracy", "process", "learned"):
         with pytest.raises(
@@ -832,7 +845,8 @@ def test_a_file_without_answers_of_which_nothing_is_scored(tmp_path):
 
 
 def test_a_model_that_cannot_read_the_prompts_is_refused(tmp_path):
-    "The embedded model knows digits and signs, and its context is short; the whole table is looked at, also a row that no early step draws."
+    """The embedded model knows digits and signs, and its context is short; the whole
+    table is looked at, also a row that no early step draws."""
     for prompt, says in (
         ("What is 1+1=", "cannot read 'What is"),
         ("1+" * 1000, "too long"),
@@ -867,7 +881,7 @@ def test_two_steps_on_texts(tmp_path, reader, kind):
     )
 
 
-# GSM8K -------------------------------------------------------------------------------------------------------------------
+# GSM8K --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -938,7 +952,8 @@ def scanned_integer(text, i):
 
 
 def scanned(text):
-    "The value of a text by the grammar of the chapter, character by character, without a regular expression; None: no number."
+    """The value of a text by the grammar of the chapter, character by character,
+    without a regular expression; None: no number."""
     sign, i = 1, 0
     if text[:1] in ("-", "+"):
         sign, i = (-1 if text[0] == "-" else 1), 1
@@ -982,7 +997,8 @@ def read(text):
 
 
 def test_the_grammar_against_a_scanner():
-    "All texts of up to five characters, and grouped ones, behind each mark: the value, or none; a gold answer likewise."
+    """All texts of up to five characters, and grouped ones, behind each mark: the
+    value, or none; a gold answer likewise."""
     short = map(
         "".join,
         itertools.chain(*(itertools.product("07-/ .,", repeat=n) for n in range(1, 6))),
@@ -1120,9 +1136,9 @@ GOLDS = (
     )
 )
 NO_GOLDS = [
-    *"2^10 1\u00a0200 1,00,000 1e5 10:30 3/4/2024 ½ ７２ ٣ 5-3 3-4 1/0 x=18 5! 18cm".split(
-        " "
-    ),
+    *(
+        "2^10 1\u00a0200 1,00,000 1e5 10:30 3/4/2024 ½ ７２ ٣ 5-3 3-4 1/0 x=18 5! 18cm"
+    ).split(" "),
     "18 seats",
     "5 million",
     "3 or 4",
@@ -1138,7 +1154,8 @@ NO_GOLDS = [
 
 
 def test_gold_answers(tmp_path):
-    "What is in the grammar is read, and its own solution is right; anything else is refused with its row."
+    """What is in the grammar is read, and its own solution is right; anything else
+    is refused with its row."""
     rows = [
         {"question": f"{i}?", "answer": f"so\n#### {x}"} for i, x in enumerate(GOLDS)
     ]
@@ -1212,7 +1229,8 @@ HOSTILE = [
 
 
 def test_hostile_solutions_are_wrong_in_no_time():
-    "Also in a thread, where no alarm can be set: there is none. And nothing of the text is compiled."
+    """Also in a thread, where no alarm can be set: there is none. And nothing of the
+    text is compiled."""
     task = task_of_problems()
     compiled = []
     watching = [False]
@@ -1309,7 +1327,7 @@ def test_rows_that_are_not_gsm8k(tmp_path, row, says):
         gsm8k(write(tmp_path / "rows.jsonl", [PROBLEMS[0], row]))
 
 
-# reasoning-gym -----------------------------------------------------------------------------------------------------------
+# reasoning-gym ------------------------------------------------------------------------
 
 GYM = [
     "leg_counting",
@@ -1357,7 +1375,8 @@ def test_gym(name):
 
 
 def executed(cls):
-    "Names of what the checker of a class calls, in itself and in all functions of reasoning-gym that it reaches; eval and its like."
+    """Names of what the checker of a class calls, in itself and in all functions of
+    reasoning-gym that it reaches; eval and its like."""
     todo, seen, names = [cls.score_answer], set(), set()
     while todo:
         function = todo.pop()
@@ -1413,7 +1432,8 @@ def accepted():
 
 
 def test_no_checker_of_reasoning_gym_executes_what_a_model_writes(accepted):
-    "A search through the source. One checker evaluates, and that is the question's own expression."
+    """A search through the source. One checker evaluates, and that is the question's
+    own expression."""
     assert len(accepted) > 80 and not accepted.keys() & {
         *GYM_UNFIT,
         "countdown",

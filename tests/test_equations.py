@@ -1,7 +1,9 @@
-"""Equations, and the bugs that real projects shipped: each test names the bug that it catches.
+"""Equations, and the bugs that real projects shipped: each test names the bug that
+it catches.
 
-The truth comes from outside the library: numbers worked by hand, enumeration of a small vocabulary in float64, the definition
-as a double sum, a decoder that goes step by step. Bugs 26 (resume) and 28 (every option runs) are in test_training.py."""
+The truth comes from outside the library: numbers worked by hand, enumeration of a
+small vocabulary in float64, the definition as a double sum, a decoder that goes step
+by step. Bugs 26 (resume) and 28 (every option runs) are in test_training.py."""
 
 import copy
 import itertools
@@ -85,7 +87,7 @@ def step_of(model, rollout, optimizer=None, **options):
     return metrics, gradient(model)
 
 
-# The clipped objective ---------------------------------------------------------------------------------------------------
+# The clipped objective ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,8 @@ def step_of(model, rollout, optimizer=None, **options):
     ],
 )
 def test_clip_takes_the_minimum_for_both_signs(A, rho, options, objective, slope):
-    "Bug 1: a clip that is inverted for negative advantages. Values and slopes by hand, with `epsilon_high` and `delta` too."
+    """Bug 1: a clip that is inverted for negative advantages. Values and slopes by
+    hand, with `epsilon_high` and `delta` too."""
     logprobs = torch.tensor([[math.log(rho)]], dtype=DOUBLE, requires_grad=True)
     loss, statistics = policy_loss(
         logprobs,
@@ -124,7 +127,8 @@ def test_clip_takes_the_minimum_for_both_signs(A, rho, options, objective, slope
     "A, rho, weight", [(1, 5.0, 1.2), (1, 0.1, 0.1), (-1, 5.0, 1.2), (-1, 1.0, 1.0)]
 )
 def test_cispo_caps_the_weight_and_keeps_the_gradient(A, rho, weight):
-    "CISPO: the gradient is min(rho, 1 + eps) A grad log pi: capped, never gone, and the cap has no gradient itself."
+    """CISPO: the gradient is min(rho, 1 + eps) A grad log pi: capped, never gone,
+    and the cap has no gradient itself."""
     logprobs = torch.tensor([[math.log(rho)]], dtype=DOUBLE, requires_grad=True)
     policy_loss(
         logprobs,
@@ -199,7 +203,7 @@ def test_an_entry_of_ones_own(monkeypatch):
         policy_loss(*arguments, importance_sampling_level="x")
 
 
-# Far away ------------------------------------------------------------------------------
+# Far away -----------------------------------------------------------------------------
 
 FAR = [-3e38, -1e4, -100.0, -20.0, -1.0, 0.0, 1.0, 19.9, 20.0, 20.1, 89.0, 100.0, 1e4]
 
@@ -299,7 +303,7 @@ def test_a_large_return_has_its_gradient():
     close(values.grad / 1e17, [[-5.0, 5.0]], 1e-6)
 
 
-# The KL ------------------------------------------------------------------------------------------------------------------
+# The KL -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +319,8 @@ def divergence(p, q):
 
 
 def test_kl_estimators_have_the_right_expectation(two_policies):
-    "Bug 2: a reversed KL. Under pi, k1 and k3 average to KL(pi || ref); k2 does not (it is biased), k3 is never negative."
+    """Bug 2: a reversed KL. Under pi, k1 and k3 average to KL(pi || ref); k2 does
+    not (it is biased), k3 is never negative."""
     logits, ref = two_policies
     logprobs = logits.log_softmax(0).detach()
     for estimator in ("k1", "k3"):
@@ -353,7 +358,8 @@ def test_kl_estimators_have_the_right_expectation(two_policies):
     ],
 )
 def test_kl_gradients_differ(two_policies, estimator, weighted, truth):
-    "Bug 3: E grad k1 = 0, E grad k2 = grad KL(pi || ref), E grad k3 = grad KL(ref || pi), E grad rho k3 = grad KL(pi || ref)."
+    """Bug 3: E grad k1 = 0, E grad k2 = grad KL(pi || ref), E grad k3 = grad KL(ref
+    || pi), E grad rho k3 = grad KL(pi || ref)."""
     logits, ref = two_policies
     logprobs = logits.log_softmax(0)
     rho = (logprobs - logprobs.detach()).exp() if weighted else 1.0
@@ -375,7 +381,8 @@ def test_kl_gradients_differ(two_policies, estimator, weighted, truth):
     "corrected, direction", [(False, "KL(ref || pi)"), (True, "KL(pi || ref)")]
 )
 def test_kl_in_the_loss_of_grpo(tokenizer, corrected, direction):
-    "Bug 3, end to end: which divergence `update` descends, by enumerating every token that the model can say."
+    """Bug 3, end to end: which divergence `update` descends, by enumerating every
+    token that the model can say."""
     policy, reference, V = (
         random_model("gpt2"),
         random_model("gpt2", seed=1),
@@ -439,11 +446,11 @@ def test_kl_in_the_loss_of_grpo(tokenizer, corrected, direction):
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 def test_the_corrected_kl_takes_the_ratio_of_the_token(tokenizer, level):
-    """E grad (rho k3) = grad KL(pi || ref) at each token, also where the policy loss has
-    a sequence's ratio: every completion of two tokens, enumerated.
+    """E grad (rho k3) = grad KL(pi || ref) at each token, also where the policy loss
+    has a sequence's ratio: every completion of two tokens, enumerated.
 
-    The truth is the KL of the exact distributions after each prefix, whose probability
-    is held fixed, as it is in a loss."""
+    The truth is the KL of the exact distributions after each prefix, whose
+    probability is held fixed, as it is in a loss."""
     V, totals = 6, {"num_sequences": torch.tensor(1), "num_tokens": torch.tensor(2)}
     policy, reference = (
         random_model("gpt2", vocabulary=V, seed=seed) for seed in (0, 1)
@@ -505,7 +512,8 @@ def test_the_corrected_kl_takes_the_ratio_of_the_token(tokenizer, level):
 
 @pytest.mark.parametrize("objective", ["clip", "cispo"])
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
-    "The whole way from logits to loss, against the exact gradient: every completion of up to two tokens, enumerated."
+    """The whole way from logits to loss, against the exact gradient: every
+    completion of up to two tokens, enumerated."""
     V, tokenizer = 7, character_tokenizer()
     policy = random_model("gpt2", vocabulary=V)
     rows = [(EOS,)] + [(a, b) for a in range(V) if a != EOS for b in range(V)]
@@ -540,7 +548,7 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
         close(a, b, 1e-11)
 
 
-# Aggregation -------------------------------------------------------------------------------------------------------------
+# Aggregation --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -554,7 +562,8 @@ def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
 )
 @pytest.mark.parametrize("columns", [8, 12])
 def test_aggregation(how, value, columns):
-    "Bugs 4, 5: lengths (2, 8), A = (1, -1), rho = 1; dr_grpo divides by a constant, not by the longest completion (or the padding)."
+    """Bugs 4, 5: lengths (2, 8), A = (1, -1), rho = 1; dr_grpo divides by a
+    constant, not by the longest completion (or the padding)."""
     mask = torch.arange(columns) < torch.tensor([[2], [8]])
     zeros = torch.zeros(2, columns, dtype=DOUBLE)
     loss, _ = policy_loss(zeros, zeros, torch.tensor([1.0, -1.0]).double(), mask)
@@ -578,7 +587,8 @@ def test_aggregation(how, value, columns):
     ids=lambda options: "-".join(map(str, options.values())) or "grpo",
 )
 def test_gradient_and_metrics_do_not_depend_on_the_cut(llama, rollout, options):
-    "Bugs 6, 27: the same gradient to 1e-12 and the same metrics, in one piece, in two, or one group at a time."
+    """Bugs 6, 27: the same gradient to 1e-12 and the same metrics, in one piece, in
+    two, or one group at a time."""
     rollout = replace(
         rollout, truncated=torch.arange(9) % 4 == 1, scored=torch.arange(9) % 5 != 3
     )
@@ -647,7 +657,8 @@ def test_value_gradient_does_not_depend_on_the_cut(llama, rollout):
 
 
 def test_weights_do_not_depend_on_the_cut(llama, rollout):
-    "Bug 6: one step a rollout, on the whole gradient and nothing of the step before, clipped once: the same weights from one piece and from three."
+    """Bug 6: one step a rollout, on the whole gradient and nothing of the step
+    before, clipped once: the same weights from one piece and from three."""
     weights = []
     for budget in (10_000, 1):
         model = copy.deepcopy(llama)
@@ -673,7 +684,7 @@ def test_weights_do_not_depend_on_the_cut(llama, rollout):
     close(*weights)
 
 
-# Groups ------------------------------------------------------------------------------------------------------------------
+# Groups -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -689,7 +700,8 @@ def test_weights_do_not_depend_on_the_cut(llama, rollout):
     ids=str,
 )
 def test_equal_rewards_teach_nothing(dtype, options):
-    "Bug 7: the mean of twelve 0.7 is not 0.7; the advantages must be exactly 0 all the same, and the other group's must not."
+    """Bug 7: the mean of twelve 0.7 is not 0.7; the advantages must be exactly 0 all
+    the same, and the other group's must not."""
     rewards = torch.tensor([0.7] * 12 + [0.0, 1.0] * 6, dtype=dtype)
     advantages = group_advantages(rewards, 12, **options)
     assert (
@@ -703,7 +715,8 @@ def test_equal_rewards_teach_nothing(dtype, options):
     "large, small, dtype", [(1000, 0.001, torch.float32), (1e8, 0.25, DOUBLE)]
 )
 def test_small_differences_of_large_rewards(large, small, dtype):
-    "Bug 8: variance in float32 loses the digits of 1000 + (0, .001, .002, 0); in one pass (mean of squares less square of mean) also in float64."
+    """Bug 8: variance in float32 loses the digits of 1000 + (0, .001, .002, 0); in
+    one pass (mean of squares less square of mean) also in float64."""
     rewards = large + torch.tensor([0, small, 2 * small, 0], dtype=dtype)
     r = [float(x) for x in rewards]
     mean = math.fsum(r) / 4
@@ -754,7 +767,8 @@ def test_a_group_of_one_is_refused():
     ],
 )  # 0, 2, 4: std 2
 def test_group_advantages(rewards, options, advantages):
-    "Bugs 10, 22, 25: ddof 1, RLOO, no scaling, and the standard deviation of the batch, of which a row without a score is no part."
+    """Bugs 10, 22, 25: ddof 1, RLOO, no scaling, and the standard deviation of the
+    batch, of which a row without a score is no part."""
     close(
         group_advantages(
             torch.tensor(rewards, dtype=DOUBLE), **{"num_generations": 4} | options
@@ -764,7 +778,8 @@ def test_group_advantages(rewards, options, advantages):
 
 
 def test_process_advantages():
-    "Bug 25: all step rewards of a group are normalised together, and each token gets those of the steps that end at or after it."
+    """Bug 25: all step rewards of a group are normalised together, and each token
+    gets those of the steps that end at or after it."""
     steps = [[(1, 0.2), (3, 0.8)], [(2, 0.5)], []]
     result = process_advantages(dense_steps(steps, 5), 3, eps=0.0)
     z = 0.3 / 0.3  # the step rewards .2, .5, .8 have mean .5 and std .3
@@ -792,7 +807,8 @@ def test_process_advantages():
 
 
 def test_sequence_ratio():
-    "Bug 25: GSPO's ratio is the exponential of the mean log-ratio, the same for every token of the sequence."
+    """Bug 25: GSPO's ratio is the exponential of the mean log-ratio, the same for
+    every token of the sequence."""
     log_rho, mask = (
         torch.tensor([[0.3, 0.1, -0.1, 9.0]], dtype=DOUBLE, requires_grad=True),
         torch.tensor([[True, True, True, False]]),
@@ -862,10 +878,11 @@ def test_gspo_token_is_gspo_where_a_completion_has_one_advantage(A, objective, m
 
 
 def test_the_weights_of_another_sampler_are_no_advantages(llama, rollout):
-    """GSPO with the correction for another sampler: loss and gradient by their definition.
+    """GSPO with the correction for another sampler: loss and gradient by their
+    definition.
 
-    The weight of each token multiplies its loss, -min(s A, clip(s) A), and the gradient
-    of s reaches every token of the completion."""
+    The weight of each token multiplies its loss, -min(s A, clip(s) A), and the
+    gradient of s reaches every token of the completion."""
     config = short_config(importance_sampling_level="sequence", epsilon=0.05)
     mask = rollout.completion_mask
     rollout.sampling_logprobs = rollout.logprobs - 0.7 * rollout.values.sin()
@@ -891,7 +908,7 @@ def test_the_weights_of_another_sampler_are_no_advantages(llama, rollout):
     assert a.abs().max() > 1e-3
 
 
-# End of sequence, padding, positions -------------------------------------------------------------------------------------
+# End of sequence, padding, positions --------------------------------------------------
 
 
 def chain(transitions, vocabulary=len(VOCABULARY)):
@@ -904,7 +921,8 @@ def chain(transitions, vocabulary=len(VOCABULARY)):
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>", None])
 def test_padding_that_looks_like_eos(llama, pad):
-    "Bug 11: with pad == eos, `[a, eos, eos]` is a completion of two tokens: the first EOS is one, the second is padding."
+    """Bug 11: with pad == eos, `[a, eos, eos]` is a completion of two tokens: the
+    first EOS is one, the second is padding."""
     tokenizer, (a, b, c) = character_tokenizer(pad=pad), ids_of("789")
     model = with_logits(llama, chain({ids_of("=")[0]: a, ids_of(":")[0]: b, b: c}))
     rollout = sample(model, tokenizer, [Query("1+1="), Query("24:")], 1, 6)
@@ -936,7 +954,8 @@ def test_eos_carries_gradient(llama):
 
 
 def test_several_eos_tokens(llama, tokenizer):
-    "Bug 12: every id of the generation config ends a completion, also as its first token, which is then not truncated; one that runs on is."
+    """Bug 12: every id of the generation config ends a completion, also as its first
+    token, which is then not truncated; one that runs on is."""
     second, (a, b, c) = VOCABULARY.index(")"), ids_of("789")
     llama.generation_config.eos_token_id = [EOS, second]
     model = with_logits(
@@ -972,7 +991,8 @@ def test_an_end_at_the_limit_is_not_a_truncation(llama, tokenizer):
 
 
 def test_left_padding_moves_no_position(model, tokenizer):
-    "Bug 13: a prompt padded by its neighbours gives the log-probs and values that it gives alone, with rotary and absolute positions."
+    """Bug 13: a prompt padded by its neighbours gives the log-probs and values that
+    it gives alone, with rotary and absolute positions."""
     rollout, value = random_rollout(model, tokenizer), ValueModel(model)
     torch.nn.init.normal_(value.head.weight)
     together, values = token_logprobs(model, rollout), value(rollout)
@@ -986,7 +1006,8 @@ def test_left_padding_moves_no_position(model, tokenizer):
 
 
 def test_sampling_with_padding_is_sampling_without(model, tokenizer):
-    "Bug 13 in the sampler: greedy answers and log-probs of a batch of unequal prompts are those of each prompt alone."
+    """Bug 13 in the sampler: greedy answers and log-probs of a batch of unequal
+    prompts are those of each prompt alone."""
     queries = [Query(prompt) for prompt in ("1+2=", "345+678=", "7:")]
     together = sample(model, tokenizer, queries, 2, 5, top_k=1)
     for i, query in enumerate(queries):
@@ -1011,7 +1032,9 @@ def test_sampling_with_padding_is_sampling_without(model, tokenizer):
     ids=str,
 )
 def test_padding_changes_nothing(model, tokenizer, options):
-    "Bug 14: more padding, full of junk, changes no loss, no gradient and no metric, whether the model sees it or `select` cuts it off first, as `update` does."
+    """Bug 14: more padding, full of junk, changes no loss, no gradient and no
+    metric, whether the model sees it or `select` cuts it off first, as `update`
+    does."""
     rollout = random_rollout(model, tokenizer)
     rollout = replace(
         rollout, advantages=rollout.advantages[:, None] * rollout.completion_mask
@@ -1070,7 +1093,8 @@ def test_padding_changes_no_advantage_of_ppo(rollout):
 
 
 def test_shift_by_one(model, tokenizer):
-    "Bug 23: the log-prob of token t comes from the logits at t-1, as a decoder without batch, padding or cache computes it; the value too."
+    """Bug 23: the log-prob of token t comes from the logits at t-1, as a decoder
+    without batch, padding or cache computes it; the value too."""
     rollout, value = random_rollout(model, tokenizer), ValueModel(model)
     torch.nn.init.normal_(value.head.weight)
     (logprobs, entropy), values = (
@@ -1096,11 +1120,12 @@ def test_shift_by_one(model, tokenizer):
         )
 
 
-# The sampler and the trainer agree ---------------------------------------------------------------------------------------
+# The sampler and the trainer agree ----------------------------------------------------
 
 
 def test_temperature_is_in_the_logprobs(llama, tokenizer):
-    "Bug 15: logits (2, 0) at T = 0.5 -> log-prob -0.01815, in the sampler as in the trainer, and in what is drawn."
+    """Bug 15: logits (2, 0) at T = 0.5 -> log-prob -0.01815, in the sampler as in
+    the trainer, and in what is drawn."""
     table = torch.full((len(VOCABULARY),) * 2, -1e4)
     table[:, 3], table[:, 4] = 2.0, 0.0
     model = with_logits(llama, table)
@@ -1136,7 +1161,8 @@ def test_temperature_is_in_the_logprobs(llama, tokenizer):
 )
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_sampler_and_trainer_agree(kind, tokenizer, options):
-    "Bugs 16, 17: without an update rho = 1 to 1e-5, under every truncation, although the model has dropout and is in training mode."
+    """Bugs 16, 17: without an update rho = 1 to 1e-5, under every truncation,
+    although the model has dropout and is in training mode."""
     model = random_model(kind, dropout=0.1, dtype=torch.float32).train()
     queries = [Query("1+2="), Query("345+6="), Query("7:")]
     rollout = sample(
@@ -1175,7 +1201,8 @@ def test_sampler_and_trainer_agree(kind, tokenizer, options):
     ids=str,
 )
 def test_draw(options, kept):
-    "Bug 16: which tokens top-k and top-p leave (by hand; top-p is a share of what top-k left), and that they are drawn in proportion to their probability."
+    """Bug 16: which tokens top-k and top-p leave (by hand; top-p is a share of what
+    top-k left), and that they are drawn in proportion to their probability."""
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
     tokens = draw(
         probabilities.log().expand(8000, 5),
@@ -1192,7 +1219,8 @@ def test_draw(options, kept):
 
 @pytest.mark.parametrize("num_generations", [1, 8])
 def test_bfloat16_samples_are_scored_again(tokenizer, num_generations):
-    "Bug 16: in bfloat16 the sampler's own log-probs are not exact enough; those of `EngineModels.sample` give rho = 1, in pieces too."
+    """Bug 16: in bfloat16 the sampler's own log-probs are not exact enough; those of
+    `EngineModels.sample` give rho = 1, in pieces too."""
     model = random_model(dtype=torch.float32)
     queries = [Query("1+2="), Query("345+6=")] * 2
     config = short_config(
@@ -1232,7 +1260,8 @@ def test_bfloat16_samples_are_scored_again(tokenizer, num_generations):
 
 
 def test_log_probs_of_a_bfloat16_model_are_float32(tokenizer):
-    "Bug 16: the softmax of bfloat16 logits is taken in float32 (bfloat16 has three digits): the probabilities of all tokens sum to 1."
+    """Bug 16: the softmax of bfloat16 logits is taken in float32 (bfloat16 has three
+    digits): the probabilities of all tokens sum to 1."""
     model, V = random_model(dtype=torch.bfloat16), len(VOCABULARY)
     rollout = replace(
         as_rollout(tokenizer, [Query("1+2=")], [""] * V),
@@ -1246,7 +1275,8 @@ def test_log_probs_of_a_bfloat16_model_are_float32(tokenizer):
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_box_forgets(tokenizer, kind, algorithm):
-    "Bugs 15, 17: with dropout 0.1 everywhere, every model in training mode and T = 0.6, a step still has rho = 1, KL = 0 and V = its copy's V."
+    """Bugs 15, 17: with dropout 0.1 everywhere, every model in training mode and T =
+    0.6, a step still has rho = 1, KL = 0 and V = its copy's V."""
     policy = random_model(dropout=0.1, dtype=torch.float32).train()
     models = kind(
         policy,
@@ -1272,11 +1302,12 @@ def test_no_box_forgets(tokenizer, kind, algorithm):
         close(models.value.train()(rollout).detach(), rollout.values, 1e-5)
 
 
-# PPO: reward, advantages, value ------------------------------------------------------------------------------------------
+# PPO: reward, advantages, value -------------------------------------------------------
 
 
 def test_the_score_lands_on_the_last_real_token():
-    "Bug 18: `[t, t, eos, pad]` -> index 2, on top of the price of the KL, which every real token pays."
+    """Bug 18: `[t, t, eos, pad]` -> index 2, on top of the price of the KL, which
+    every real token pays."""
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     logprobs, ref = (
         torch.tensor([[-1.0, -2, -3, 0], [-1, 0, 0, 0]]),
@@ -1287,7 +1318,8 @@ def test_the_score_lands_on_the_last_real_token():
 
 
 def test_gae_by_hand():
-    "Bug 19: r = (0, 0, 1), V = (.5, .6, .7), gamma 1, lambda .95 -> (.46575, .385, .3), and R = A + V."
+    """Bug 19: r = (0, 0, 1), V = (.5, .6, .7), gamma 1, lambda .95 -> (.46575, .385,
+    .3), and R = A + V."""
     values, real = (
         torch.tensor([[0.5, 0.6, 0.7, 9.0]], dtype=DOUBLE),
         torch.tensor([[True, True, True, False]]),
@@ -1303,7 +1335,8 @@ def test_gae_by_hand():
     "gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.9, 0.0), (1.0, 1.0), (0.5, 1.0)]
 )
 def test_gae_is_its_double_sum(rollout, gamma, lam):
-    "Bug 19: A_t = sum_l (gamma lambda)^l delta_(t+l), written out; and the two limits of lambda."
+    """Bug 19: A_t = sum_l (gamma lambda)^l delta_(t+l), written out; and the two
+    limits of lambda."""
     mask, r, V = rollout.completion_mask, rollout.returns, rollout.values
     advantages, returns = gae(r, V, mask, gamma, lam)
     for i, n in enumerate(mask.sum(1).tolist()):
@@ -1327,7 +1360,8 @@ def test_gae_is_its_double_sum(rollout, gamma, lam):
 
 
 def test_whitening_leaves_the_returns_alone(rollout):
-    "Bug 19: returns are of unwhitened advantages; whitening counts the tokens that carry loss, and only those."
+    """Bug 19: returns are of unwhitened advantages; whitening counts the tokens that
+    carry loss, and only those."""
     config = short_config(algorithm="ppo", mask_truncated_completions=True)
     rollout = replace(rollout, truncated=torch.arange(9) == 0)
     rewards = token_rewards(rollout, 0.1)
@@ -1368,7 +1402,8 @@ def test_whiten_keeps_the_mean_if_asked():
     ],
 )
 def test_value_clip(V, old, R, loss, slope):
-    "Bug 20: the larger of the two errors counts; V_old 0, V 1, R 1, eps .2 -> loss .32 without gradient."
+    """Bug 20: the larger of the two errors counts; V_old 0, V 1, R 1, eps .2 -> loss
+    .32 without gradient."""
     value = torch.tensor([[V, 5.0]], dtype=DOUBLE, requires_grad=True)
     result = value_loss(
         value,
@@ -1390,25 +1425,28 @@ def test_value_clip(V, old, R, loss, slope):
     ],
 )
 def test_adaptive_beta(observed, factor):
-    "Ziegler et al.: the error is cut at 20 % and the step scaled by n / horizon (256 / 10 000)."
+    """Ziegler et al.: the error is cut at 20 % and the step scaled by n / horizon
+    (256 / 10 000)."""
     close(adapt_beta(0.1, observed, 6.0, 256), 0.1 * factor)
 
 
 def test_adaptive_beta_observes_whole_completions(rollout):
-    "The target is nats a completion: k1 summed over its tokens, then the mean over completions (here 2 / 9, not 2 / tokens)."
+    """The target is nats a completion: k1 summed over its tokens, then the mean over
+    completions (here 2 / 9, not 2 / tokens)."""
     ref = rollout.logprobs.clone()
     ref[0, 0] -= 2.0
     for target, factor in ((2 / 9, 1.0), (2.2 / 9, 1 - 0.2 / 2.2 * 9 / 10_000)):
         close(next_beta(0.1, replace(rollout, ref_logprobs=ref), target), 0.1 * factor)
 
 
-# Completions that carry no loss ------------------------------------------------------------------------------------------
+# Completions that carry no loss -------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("how", ["truncated", "unscored"])
 def test_rows_without_loss_leave_the_denominators(llama, rollout, loss_type, how):
-    "Bugs 21, 22: masking a whole group gives the gradient and the metrics of a step that never had it."
+    """Bugs 21, 22: masking a whole group gives the gradient and the metrics of a
+    step that never had it."""
     out = torch.arange(9) < 3
     masked = (
         replace(rollout, truncated=out)
@@ -1428,7 +1466,8 @@ def test_rows_without_loss_leave_the_denominators(llama, rollout, loss_type, how
 
 
 def test_truncated_rows_count_only_if_told(llama, rollout):
-    "Bug 21: without `mask_truncated_completions` truncation changes nothing; and truncated rows stay in their group's mean."
+    """Bug 21: without `mask_truncated_completions` truncation changes nothing; and
+    truncated rows stay in their group's mean."""
     close(
         step_of(llama, replace(rollout, truncated=torch.arange(9) < 3))[1],
         step_of(llama, rollout)[1],
@@ -1476,7 +1515,8 @@ def scored_rollout(tokenizer, *functions, n=3, weights=None):
 
 
 def test_a_reward_function_may_abstain(tokenizer):
-    "Bug 22: (1, None, 0) -> mean .5 over the others, and advantage 0 for the row without a score."
+    """Bug 22: (1, None, 0) -> mean .5 over the others, and advantage 0 for the row
+    without a score."""
     rollout, metrics = scored_rollout(tokenizer, lambda completions, **_: [1, None, 0])
     assert metrics == {"rewards/<lambda>/mean": 0.5} and rollout.scored.tolist() == [
         True,
@@ -1501,7 +1541,8 @@ def test_a_reward_function_may_abstain(tokenizer):
 
 
 def test_weights_and_abstentions(tokenizer):
-    "Bug 22: the weighted sum is over the functions that judged; a row that none judged is not scored."
+    """Bug 22: the weighted sum is over the functions that judged; a row that none
+    judged is not scored."""
     f, g = (
         (lambda completions, **_: [1, None, None]),
         (lambda completions, **_: [2, 3, None]),
@@ -1516,7 +1557,8 @@ def test_weights_and_abstentions(tokenizer):
 
 
 def test_reward_functions_see_what_trl_gives_them(tokenizer):
-    "Prompts, completions, token ids and one list a column, all of length N; a chat query gives a chat completion."
+    """Prompts, completions, token ids and one list a column, all of length N; a chat
+    query gives a chat completion."""
     seen = {}
 
     def spy(prompts, completions, **columns):
@@ -1561,7 +1603,8 @@ async def later(**columns):
 
 
 def test_a_reward_function_may_change_what_it_is_given(tokenizer):
-    "Neither the queries, nor what the next function or the next call sees, nor the completions of one group beside each other."
+    """Neither the queries, nor what the next function or the next call sees, nor the
+    completions of one group beside each other."""
     chat = [{"role": "user", "content": "1+2="}]
     queries = [
         Query(chat, {"answer": ["3"], "call": {}}),
@@ -1618,7 +1661,8 @@ def test_functions_of_one_name(tokenizer):
 
 
 def test_rewards_are_combined_in_float64(tokenizer):
-    "16777217 is not 16777216; sums beyond float32 have a mean and a spread; what is no number is refused by name."
+    """16777217 is not 16777216; sums beyond float32 have a mean and a spread; what
+    is no number is refused by name."""
     rollout, metrics = scored_rollout(
         tokenizer, lambda **_: [2**24 + 1, 2**24], lambda **_: [0.1, 0.2], n=2
     )
@@ -1690,7 +1734,8 @@ def test_bradley_terry_loss_of_what_are_no_pairs(chosen, rejected):
 
 
 def test_the_reward_model_reads_the_last_real_token(tokenizer):
-    "Bugs 13, 14 in the reward model: the score of an answer does not depend on what it is batched with."
+    """Bugs 13, 14 in the reward model: the score of an answer does not depend on
+    what it is batched with."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
@@ -1722,7 +1767,7 @@ def test_the_reward_model_reads_the_last_real_token(tokenizer):
     )
 
 
-# Loss, gradient, metrics -------------------------------------------------------------------------------------------------
+# Loss, gradient, metrics --------------------------------------------------------------
 
 
 def test_loss_0_is_not_gradient_0():
@@ -1743,7 +1788,8 @@ def test_loss_0_is_not_gradient_0():
 
 
 def test_an_update_with_loss_0_moves_the_policy(llama, rollout):
-    "Bug 24, end to end: without an update rho = 1, and A = (1, 0, -1) in every group gives a loss of exactly 0; the policy learns all the same."
+    """Bug 24, end to end: without an update rho = 1, and A = (1, 0, -1) in every
+    group gives a loss of exactly 0; the policy learns all the same."""
     rollout = replace(
         rollout,
         advantages=torch.tensor([1.0, 0.0, -1.0] * 3).double(),
@@ -1756,7 +1802,8 @@ def test_an_update_with_loss_0_moves_the_policy(llama, rollout):
 
 @pytest.mark.parametrize("budget", [10_000, 1])
 def test_metrics_are_those_of_the_whole_step(llama, tokenizer, budget):
-    "Bug 27: every metric from its definition over all tokens that carry loss, whatever the pieces."
+    """Bug 27: every metric from its definition over all tokens that carry loss,
+    whatever the pieces."""
     rollout = replace(
         random_rollout(llama, tokenizer, off_policy=0.6),
         scored=torch.arange(9) % 4 != 2,
@@ -1805,7 +1852,8 @@ def test_metrics_are_those_of_the_whole_step(llama, tokenizer, budget):
 
 
 def test_rewards_of_a_step():
-    "Bug 27: `frac_reward_zero_std` counts groups whose scores are all equal, unscored rows aside."
+    """Bug 27: `frac_reward_zero_std` counts groups whose scores are all equal,
+    unscored rows aside."""
     rewards = torch.tensor(
         [0.7, 0.7, 0.7, 1, 0, 1, 1, torch.nan, 1, torch.nan, torch.nan, 0]
     )
@@ -1835,7 +1883,8 @@ def test_rewards_of_a_step():
 
 
 def test_entropy_bonus(llama, rollout):
-    "Alone, the bonus is a loss of -coef times the token mean of the entropy, and a step on it raises the entropy."
+    """Alone, the bonus is a loss of -coef times the token mean of the entropy, and a
+    step on it raises the entropy."""
     calm = replace(rollout, advantages=torch.zeros(9, dtype=DOUBLE))
     optimizer, config = (
         torch.optim.SGD(llama.parameters(), lr=0.05),
@@ -1849,7 +1898,8 @@ def test_entropy_bonus(llama, rollout):
 
 
 def test_gradients_are_clipped_to_max_grad_norm(llama, rollout):
-    "The step of policy and value model is as long as `max_grad_norm`, each of its own; the metric is the norm before."
+    """The step of policy and value model is as long as `max_grad_norm`, each of its
+    own; the metric is the norm before."""
     value = ValueModel(llama)
     torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
     optimizers = [
@@ -1881,7 +1931,8 @@ def test_gradients_are_clipped_to_max_grad_norm(llama, rollout):
 
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_num_iterations_is_the_number_of_steps(llama, rollout, iterations):
-    "mu updates on one sampling equal mu calls with one update each; the metrics are their mean."
+    """mu updates on one sampling equal mu calls with one update each; the metrics
+    are their mean."""
     one, many = copy.deepcopy(llama), copy.deepcopy(llama)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (one, many)]
     singles = [
@@ -1899,7 +1950,8 @@ def test_num_iterations_is_the_number_of_steps(llama, rollout, iterations):
 
 
 def test_the_table_averages_over_real_tokens(rollout):
-    "Bug 14 in completions.parquet: the advantage of a completion is the mean over its tokens, whatever stands in the padding."
+    """Bug 14 in completions.parquet: the advantage of a completion is the mean over
+    its tokens, whatever stands in the padding."""
     rows = table(
         replace(rollout, advantages=rollout.values + 7.0 * ~rollout.completion_mask),
         step=1,
@@ -1910,11 +1962,12 @@ def test_the_table_averages_over_real_tokens(rollout):
         close(row["advantage"], sum(rollout.values[i, :n].tolist()) / n)
 
 
-# The two halves ----------------------------------------------------------------------------------------------------------
+# The two halves -----------------------------------------------------------------------
 
 
 def boxes(tokenizer, algorithm, kind):
-    "Every box of the figure, random: a reference that is not the policy, a value model that has an opinion, a reward by length."
+    """Every box of the figure, random: a reference that is not the policy, a value
+    model that has an opinion, a reward by length."""
     policy = random_model("gpt2")
     models = kind(
         policy,
@@ -1938,7 +1991,8 @@ QUERIES = [Query("1+2="), Query("345+6="), Query("7:")]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ppo_step(tokenizer, kind):
-    "The upper half: r and beta KL make token rewards, GAE makes advantages, the loss has no KL of its own."
+    """The upper half: r and beta KL make token rewards, GAE makes advantages, the
+    loss has no KL of its own."""
     models, config = (
         boxes(tokenizer, "ppo", kind),
         short_config(
@@ -1977,7 +2031,8 @@ def test_ppo_step(tokenizer, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_grpo_step(tokenizer, kind):
-    "The lower half: G completions of each query, compared within their group; the KL is in the loss and not in the reward."
+    """The lower half: G completions of each query, compared within their group; the
+    KL is in the loss and not in the reward."""
     models, config = (
         boxes(tokenizer, "grpo", kind),
         short_config(num_generations=4, beta=0.1),

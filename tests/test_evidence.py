@@ -1,4 +1,5 @@
-"Evidence: the statistics against enumeration, the probe against counting, and results that are kept and not made twice."
+"""Evidence: the statistics against enumeration, the probe against counting, and
+results that are kept and not made twice."""
 
 import json
 from itertools import combinations, product
@@ -40,7 +41,8 @@ def test_the_interquartile_mean_is_the_mean_of_the_middle(x):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
 def test_an_interval_is_that_of_all_resamples(x):
-    "Four numbers have 256 resamples with replacement: the quantiles of all of them, no draw at random."
+    """Four numbers have 256 resamples with replacement: the quantiles of all of
+    them, no draw at random."""
     every = np.sort([iqm(resample) for resample in product(x, repeat=4)])
     low, high = interval(x)
     assert (
@@ -51,7 +53,8 @@ def test_an_interval_is_that_of_all_resamples(x):
 
 
 def test_an_interval_redraws_each_sample_on_its_own():
-    "The gap of two constants is certain; the mean of both together would not be, if they were drawn as one."
+    """The gap of two constants is certain; the mean of both together would not be,
+    if they were drawn as one."""
     assert difference([3.0] * 5, [1.0] * 4) == (2.0, 2.0, 2.0)
     both = lambda a, b, axis=-1: (a.mean(axis) + b.mean(axis)) / 2
     assert interval([0.0] * 3, [1.0] * 3, statistic=both) == (0.5, 0.5)
@@ -149,7 +152,8 @@ def test_the_probe_counts(monkeypatch):
 
 
 def test_the_metrics_of_a_sweep(tmp_path):
-    "Step 0 from the accuracy before training, each second step and the last; a failed run is left out."
+    """Step 0 from the accuracy before training, each second step and the last; a
+    failed run is left out."""
     lines = [
         {
             "step": s,
@@ -229,7 +233,8 @@ def test_a_table_is_made_once_and_read_as_it_was_kept(checkout):
 
 
 def test_a_table_of_many_runs_goes_on_where_it_was(checkout):
-    "A run whose rows are kept is not made again, in a later table either; what fails leaves nothing behind."
+    """A run whose rows are kept is not made again, in a later table either; what
+    fails leaves nothing behind."""
     claim, made = Claim("00_x", "x", rerun=True), []
 
     def rows(seed):

@@ -1,4 +1,5 @@
-"What goes wrong while training: killed processes, damaged checkpoints, full disks, failing rewards, gradients that are no numbers, signals, memory."
+"""What goes wrong while training: killed processes, damaged checkpoints, full disks,
+failing rewards, gradients that are no numbers, signals, memory."""
 
 import errno
 import math
@@ -42,7 +43,8 @@ def run(directory, functions=None, **options):
 
 
 def judged(at=None, do=None):
-    "The accuracy of `add`; the call number `at` (from 1) does something else first, or returns what `do` returns."
+    """The accuracy of `add`; the call number `at` (from 1) does something else
+    first, or returns what `do` returns."""
     judge, calls = accuracy_reward(load_task("add")), []
 
     def accuracy(prompts, completions, **columns):
@@ -74,7 +76,7 @@ def stopped(tmp_path):
     return tmp_path / "run"
 
 
-# Killed ------------------------------------------------------------------------------------------------------------------
+# Killed -------------------------------------------------------------------------------
 
 
 def train_or_resume(directory, damage=None):
@@ -116,7 +118,8 @@ def stamp(path):
 
 
 def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
-    "Killed again and again, each time some moment after it had begun to write; what is left in the end is the run that nothing happened to."
+    """Killed again and again, each time some moment after it had begun to write;
+    what is left in the end is the run that nothing happened to."""
     rng, kills, runs = random.Random(int(os.environ.get("GRPO_NB_SEED", 0))), 0, 0
     while kills < KILLS and runs <= KILLS:
         directory, runs = tmp_path / f"run-{runs}", runs + 1
@@ -146,7 +149,8 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(tmp_path, straight):
 
 @pytest.mark.parametrize("damage", [half_a_checkpoint, no_rename])
 def test_killed_in_the_middle_of_a_checkpoint(tmp_path, straight, damage):
-    "Half of a checkpoint's tensors are on the disk, or all of it and not its name: the one before is used."
+    """Half of a checkpoint's tensors are on the disk, or all of it and not its name:
+    the one before is used."""
     process = start_process(train_or_resume, tmp_path / "run", damage)
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
@@ -157,7 +161,7 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, straight, damage):
     same_run(tmp_path / "run", straight)
 
 
-# Damaged -----------------------------------------------------------------------------------------------------------------
+# Damaged ------------------------------------------------------------------------------
 
 
 def flip(path):
@@ -201,7 +205,8 @@ def test_without_a_whole_checkpoint_the_run_starts_over(stopped, straight):
 
 
 def test_only_what_is_its_own_is_removed(tmp_path, straight):
-    "What a killed process left half written goes; a file of the user's with such a name stays, in a fresh run and in a resumed one."
+    """What a killed process left half written goes; a file of the user's with such a
+    name stays, in a fresh run and in a resumed one."""
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / ".notes.tmp").write_text("mine")
@@ -232,7 +237,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch
         monkeypatch.context() as patched,
         pytest.raises(
             OSError,
-            match="checkpoint-3 could not be written.*No space left.*that are whole: checkpoint-1, checkpoint-2",
+            match="checkpoint-3 could not be written.*No space left.*that are whole: "
+            "checkpoint-1, checkpoint-2",
         ),
     ):
         patched.setattr(checkpoint, "save_file", full)
@@ -244,7 +250,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch
     same_run(tmp_path / "run", straight)
 
 
-# An error that comes after another -------------------------------------------------------------------------------------------
+# An error that comes after another ----------------------------------------------------
 
 
 def breaks(*_, **__):
@@ -253,7 +259,8 @@ def breaks(*_, **__):
 
 @pytest.mark.parametrize("name", ["save_checkpoint", "_write_rows", "finish"])
 def test_an_error_does_not_hide_the_one_before(tmp_path, monkeypatch, name):
-    "A reward fails, and then the checkpoint, the completions or a tracker: the reward's error, with the other as its note."
+    """A reward fails, and then the checkpoint, the completions or a tracker: the
+    reward's error, with the other as its note."""
 
     ending = breaks if name == "finish" else lambda self: None
 
@@ -300,7 +307,8 @@ def test_the_command_line_shows_the_note(tmp_path, monkeypatch):
 
 
 def test_an_end_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
-    "Too many bad gradients, or a signal, and then a full disk: still the first is said, and that nothing was saved."
+    """Too many bad gradients, or a signal, and then a full disk: still the first is
+    said, and that nothing was saved."""
     monkeypatch.setattr(training, "gather", lambda compute: [compute()])
     monkeypatch.setattr(training, "save", breaks)
     config = short_config(max_steps=9, max_skipped_steps=2)
@@ -329,7 +337,7 @@ def test_a_tracker_that_cannot_finish_loses_no_model(tmp_path, monkeypatch):
             pass
 
 
-# Rewards -----------------------------------------------------------------------------------------------------------------
+# Rewards ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -341,7 +349,8 @@ def test_a_tracker_that_cannot_finish_loses_no_model(tmp_path, monkeypatch):
     ids=["raises", "NaN"],
 )
 def test_a_failing_reward_stops_with_a_checkpoint(tmp_path, straight, fault, says):
-    "The default: stopped in step 4 with the state of step 3, although no checkpoint was due."
+    """The default: stopped in step 4 with the state of step 3, although no
+    checkpoint was due."""
     with pytest.raises((RuntimeError, ValueError), match=says):
         run(tmp_path / "run", [judged(4, fault)], save_steps=0)
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [3] and len(
@@ -352,7 +361,8 @@ def test_a_failing_reward_stops_with_a_checkpoint(tmp_path, straight, fault, say
 
 
 def test_a_failing_reward_may_drop_its_group(tmp_path):
-    "One group of the second step: not scored, without an advantage, counted; the other groups are those of a run without the fault."
+    """One group of the second step: not scored, without an advantage, counted; the
+    other groups are those of a run without the fault."""
 
     def nan(prompts, _):
         return [math.nan] * len(prompts)
@@ -396,7 +406,7 @@ def test_dropping_is_by_group_and_for_every_function(tmp_path):
     assert found.metrics["rewards/always/mean"].iloc[0] == 0.5
 
 
-# Numbers -----------------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------
 
 
 def broken(monkeypatch, calls):
@@ -412,7 +422,8 @@ def broken(monkeypatch, calls):
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
-    "The first of the two updates of step 2 is skipped and counted, and the run goes on with finite weights."
+    """The first of the two updates of step 2 is skipped and counted, and the run
+    goes on with finite weights."""
     broken(monkeypatch, {3})
     found = run(tmp_path / "run", max_steps=3)
     assert found.metrics["skipped_updates"].tolist() == [0, 1, 0]
@@ -447,7 +458,7 @@ def test_one_bad_gradient_after_the_other_stops_with_a_checkpoint(
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [4]
 
 
-# Signals and memory --------------------------------------------------------------------------------------------------------
+# Signals and memory -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -486,7 +497,8 @@ def test_a_signal_ends_the_run_after_the_step(
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate "
+            "memory"
         ),
     ],
     ids=["GPU", "CPU"],
@@ -504,7 +516,8 @@ def test_a_lack_of_memory_says_what_to_change(tmp_path, straight, monkeypatch, e
         monkeypatch.context() as patched,
         pytest.raises(
             MemoryError,
-            match=r"out of memory in step 3 with max_tokens_per_micro_batch = 8192: try 4096.*can be resumed",
+            match=r"out of memory in step 3 with max_tokens_per_micro_batch = 8192: "
+            r"try 4096.*can be resumed",
         ),
     ):
         patched.setitem(STEPS, "grpo", full)

@@ -1,12 +1,17 @@
-"""Every public function against arguments that nobody should give it, drawn by machine.
+"""Every public function against arguments that nobody should give it, drawn by
+machine.
 
-A call ends in one of two ways: with the right result (that of an independent, slow computation where there is one; always
-of the right shape and dtype, and finite where what counts is finite), or with a `ValueError` or `TypeError`. It is never
-a wrong number, a crash from torch's depths, or a hang. A `ValueError` names an argument; where a text or None stands for
-a number, Python's own `TypeError` is as good. What takes a tensor, a rollout, a model, a task or a function always gets
-one here, of whatever shape, dtype and content: a list in the place of a tensor is Python's `AttributeError`.
+A call ends in one of two ways: with the right result (that of an independent, slow
+computation where there is one; always of the right shape and dtype, and finite where
+what counts is finite), or with a `ValueError` or `TypeError`. It is never a wrong
+number, a crash from torch's depths, or a hang. A `ValueError` names an argument;
+where a text or None stands for a number, Python's own `TypeError` is as good. What
+takes a tensor, a rollout, a model, a task or a function always gets one here, of
+whatever shape, dtype and content: a list in the place of a tensor is Python's
+`AttributeError`.
 
-The same cases every time; `GRPO_NB_FUZZ=1000` draws a thousand new ones for each test."""
+The same cases every time; `GRPO_NB_FUZZ=1000` draws a thousand new ones for each
+test."""
 
 import ast
 import contextlib
@@ -161,7 +166,8 @@ COVERED = set()
 
 
 def fuzz(*functions, times=5):
-    "A test of these functions over what `given` draws; `times`: the quicker a test is, the more often."
+    """A test of these functions over what `given` draws; `times`: the quicker a test
+    is, the more often."""
 
     def decorate(test):
         COVERED.update(f"{f.__module__}.{f.__qualname__}" for f in functions)
@@ -181,7 +187,7 @@ def need(condition):
         raise Outside
 
 
-# The mathematics: tensors ------------------------------------------------------------------------------------------------
+# The mathematics: tensors -------------------------------------------------------------
 
 ODD = [
     -1,
@@ -225,7 +231,8 @@ def numbers(*shape):
 
 @st.composite
 def batches(draw, *names, vectors=()):
-    "[N, T] tensors and [N] vectors of one size, with a mask of rows up to a length, which may be 0; N and T may be 0, too. On padding stands anything."
+    """[N, T] tensors and [N] vectors of one size, with a mask of rows up to a
+    length, which may be 0; N and T may be 0, too. On padding stands anything."""
     N, T = draw(st.integers(0, 4)), draw(st.integers(0, 4))
     mask = (
         torch.arange(T)
@@ -271,7 +278,8 @@ def spoilt(draw, arguments):
 
 
 def outcome(f, arguments, *names):
-    "What the call returns; None if it is refused. Any other exception than a refusal that names an argument goes on."
+    """What the call returns; None if it is refused. Any other exception than a
+    refusal that names an argument goes on."""
     try:
         return f(**arguments)
     except TypeError as error:
@@ -289,7 +297,8 @@ def outcome(f, arguments, *names):
 
 
 def refused(call, *names):
-    "The same for a call: what it returns, or None if it is refused by one of these names."
+    """The same for a call: what it returns, or None if it is refused by one of these
+    names."""
     return outcome(lambda: call(), {}, *names)
 
 
@@ -306,7 +315,8 @@ def counted_nan(arguments):
 
 
 def agrees(f, arguments, oracle):
-    "The function refuses what the oracle refuses, and else returns the oracle's numbers (NaN where the oracle has one)."
+    """The function refuses what the oracle refuses, and else returns the oracle's
+    numbers (NaN where the oracle has one)."""
     try:
         expected = oracle(**arguments)
     except (Outside, TypeError):
@@ -735,7 +745,7 @@ def test_checks(data, table, choice):
         assert choice in table
 
 
-# The mathematics: groups -------------------------------------------------------------------------------------------------
+# The mathematics: groups --------------------------------------------------------------
 
 
 LARGEST = torch.finfo(torch.float32).max
@@ -858,7 +868,7 @@ def test_process_advantages(data):
     agrees(process_advantages, arguments, slow_process_advantages)
 
 
-# Numbers -----------------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------
 
 
 def slow_adapt_beta(beta, observed_kl, kl_target, num_completions, horizon=10_000):
@@ -945,12 +955,13 @@ def test_bradley_terry_loss(data):
     )
 
 
-# Rollouts ----------------------------------------------------------------------------------------------------------------
+# Rollouts -----------------------------------------------------------------------------
 
 
 @st.composite
 def rollout_fields(draw, T_min=0):
-    "Every field of a rollout, filled: queries and completions of all lengths, completions without a token among them."
+    """Every field of a rollout, filled: queries and completions of all lengths,
+    completions without a token among them."""
     B, G, P, T = (
         draw(st.integers(1, 3)),
         draw(st.integers(1, 3)),
@@ -1099,7 +1110,8 @@ INDICES = st.lists(st.integers(-2, 4), max_size=4)
     st.booleans(),
 )
 def test_selecting(rollout, groups, filtering):
-    "Row for row what was asked for, in every field, in this order; and whole again when the groups are joined."
+    """Row for row what was asked for, in every field, in this order; and whole again
+    when the groups are joined."""
     found = outcome(rollout.select, {"groups": groups})
     G = rollout.num_generations
     assert (found is not None) == (
@@ -1152,7 +1164,8 @@ torch.nn.init.normal_(VALUE.head.weight)
 
 
 def one_by_one(rollout, temperature):
-    "Log-probs of each completion alone, without padding; the value before each token, too."
+    """Log-probs of each completion alone, without padding; the value before each
+    token, too."""
     logprobs, values = [], []
     with torch.no_grad():
         for i, ids in enumerate(real(rollout.completion_ids, rollout.completion_mask)):
@@ -1200,7 +1213,8 @@ def one_by_one(rollout, temperature):
     st.sampled_from([None, 1, 7, 10**6, 0, -3, math.nan, "9"]),
 )
 def test_models_on_rollouts(rollout, temperature, max_tokens):
-    "Whatever the masks: what the models say of each token is what they say of the completion alone."
+    """Whatever the masks: what the models say of each token is what they say of the
+    completion alone."""
     right = isinstance(temperature, (int, float)) and temperature > 0
     how = {"model": LLAMA, "rollout": rollout, "temperature": temperature}
     found = outcome(token_logprobs, how)
@@ -1253,7 +1267,8 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
 )
 @given(rollout_fields(), st.data())
 def test_stages(f, data):
-    "Each stage on any rollout: the rows that carry no loss have no advantage, padding has none, and what is there is finite."
+    """Each stage on any rollout: the rows that carry no loss have no advantage,
+    padding has none, and what is there is finite."""
     f["rewards"] = f["rewards"].masked_fill(~f["scored"], math.nan)
     T = f["completion_mask"].shape[1]
     if steps := T > 0 and data.draw(st.booleans()):
@@ -1371,11 +1386,12 @@ def test_update(f, beta, data):
         assert all(p.equal(q) for p, q in zip(model.parameters(), LLAMA.parameters()))
 
 
-# Text --------------------------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------
 
 
 def walked(text):
-    "The value of an expression by Python's own parser: its tree is walked, and may hold sums, differences, products and numbers only."
+    """The value of an expression by Python's own parser: its tree is walked, and may
+    hold sums, differences, products and numbers only."""
     if not text or len(text) > 64 or set(text) - set("0123456789+-*()"):
         return None
     try:
@@ -1406,7 +1422,8 @@ def walked(text):
 
 @st.composite
 def expressions(draw):
-    "An expression as the grammar makes it, and its value; with zeros in front of numbers, and parentheses where none are needed."
+    """An expression as the grammar makes it, and its value; with zeros in front of
+    numbers, and parentheses where none are needed."""
 
     @st.composite
     def number(draw):
@@ -1443,7 +1460,8 @@ def expressions(draw):
 @fuzz(evaluate_expression)
 @given(expressions(), st.data())
 def test_expressions(expression, data):
-    "Its value, or None if it is too long; and with a character put in, taken out or changed, what Python's parser says."
+    """Its value, or None if it is too long; and with a character put in, taken out
+    or changed, what Python's parser says."""
     text, x = expression
     assert evaluate_expression(text) == (x if len(text) <= 64 else None) == walked(text)
     at, character = (
@@ -1469,7 +1487,7 @@ def test_any_text(text):
     assert evaluate_expression(text) == walked(text)
 
 
-# Tasks, rewards, samples -------------------------------------------------------------------------------------------------
+# Tasks, rewards, samples --------------------------------------------------------------
 
 ANYTHING = st.recursive(
     st.none()
@@ -1604,7 +1622,8 @@ def test_rules(texts, limit, cache, chat, name):
 @fuzz(judge, score, plain_score, times=1)
 @given(rollouts, st.data())
 def test_scores(rollout, data):
-    "Whatever a reward function returns: refused by name, or one finite number, or NaN where it did not judge."
+    """Whatever a reward function returns: refused by name, or one finite number, or
+    NaN where it did not judge."""
     N = len(rollout)
     sensible = st.lists(
         st.none() | st.integers(-2, 2) | st.floats(-9, 9), min_size=N, max_size=N
@@ -1695,7 +1714,8 @@ def test_scores(rollout, data):
     st.data(),
 )
 def test_sampling(queries, data):
-    "Samples within the limits, of which the model itself says what was recorded; or a refusal."
+    """Samples within the limits, of which the model itself says what was recorded;
+    or a refusal."""
     arguments = {
         "num_generations": 2,
         "max_completion_length": 3,
@@ -1746,7 +1766,7 @@ def test_sampling(queries, data):
     ) == len(queries)
 
 
-# Settings ----------------------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------
 
 FIELDS = sorted(
     {field.name for config in CONFIGS.values() for field in fields(config)} - {"device"}
@@ -1780,7 +1800,8 @@ VALUES = ANYTHING | st.sampled_from(
 
 
 def checked(make):
-    "The config, every field of which is of its type, and which comes back from JSON as it was; None if it is refused by name."
+    """The config, every field of which is of its type, and which comes back from
+    JSON as it was; None if it is refused by name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of top-p and top-k
         try:
@@ -1804,7 +1825,8 @@ def checked(make):
     st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), VALUES, max_size=3)
 )
 def test_configs(parameters):
-    "Parameter sets of any kind, as papermill hands them over: a config, or an error that names a field."
+    """Parameter sets of any kind, as papermill hands them over: a config, or an
+    error that names a field."""
     config = checked(lambda: make_config(**parameters))
     if config and "recipe" not in parameters:
         for name, x in parameters.items():
@@ -1835,7 +1857,8 @@ TRAIN = [
     )
 )
 def test_parameters_of_the_notebook(parameters):
-    "The first cells of the train notebook, with another parameters cell behind its own, are `make_config` of these parameters."
+    """The first cells of the train notebook, with another parameters cell behind its
+    own, are `make_config` of these parameters."""
 
     def notebook():
         names = {}
@@ -1875,7 +1898,8 @@ WORDS = (
 @fuzz(parse_arguments, main, resume_arguments, times=1)
 @given(st.lists(WORDS, max_size=5))
 def test_command_lines(words):
-    "A config; an error with a name in it; or the usage, with the exit code that a shell expects."
+    """A config; an error with a name in it; or the usage, with the exit code that a
+    shell expects."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()) as said,
@@ -1916,7 +1940,7 @@ def test_names(x):
         assert outcome(load_policy, {"name": x, "device": "cpu"}, "model") is None
 
 
-# Files -------------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------
 
 JUNK = [
     b"",
@@ -1934,7 +1958,8 @@ JUNK = [
 
 @st.composite
 def damages(draw):
-    "A function of a file's content: something else, cut off, a bit turned, a piece out of the middle, or gone."
+    """A function of a file's content: something else, cut off, a bit turned, a piece
+    out of the middle, or gone."""
     how, x = (
         draw(st.sampled_from(["junk", "cut", "bit", "piece", "gone"])),
         draw(st.floats(0, 1, exclude_max=True)),
@@ -2037,7 +2062,8 @@ def test_a_damaged_run(finished, tmp_path_factory, damage, name):
     ),
 )
 def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
-    "Whatever happened to it: it is noticed, and the one before is used, with the state of its step bit for bit."
+    """Whatever happened to it: it is noticed, and the one before is used, with the
+    state of its step bit for bit."""
     (run, config), (step, name) = finished, which
     directory = tmp_path_factory.getbasetemp() / "damaged"
     other = copied(run.directory, directory, damage, f"checkpoint-{step}/{name}")
@@ -2047,8 +2073,8 @@ def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
     models = build_models(config, task := load_task("add"))
     schedulers = build_schedulers(config, models)
     state = RunState(config, task, models, schedulers, directory, Trainer())
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         lines = resume(state)
     steps = read_completions(directory)["step"]
     assert (
@@ -2068,7 +2094,8 @@ def test_a_damaged_checkpoint(finished, tmp_path_factory, damage, which):
     damages(), st.sampled_from(["config.json", "metrics.jsonl", "completions.parquet"])
 )
 def test_resuming_beside_damaged_files(finished, tmp_path_factory, damage, name):
-    "Gone on with, or refused with the name of the file; nothing is written by a refusal."
+    """Gone on with, or refused with the name of the file; nothing is written by a
+    refusal."""
     run, config = finished
     directory = tmp_path_factory.getbasetemp() / "damaged"
     copied(run.directory, directory, damage, name)
@@ -2090,7 +2117,7 @@ def test_resuming_beside_damaged_files(finished, tmp_path_factory, damage, name)
         ) == {1, 2, 3}
 
 
-# Costs, grids, evidence, the figure --------------------------------------------------------------------------------------
+# Costs, grids, evidence, the figure ---------------------------------------------------
 
 COUNTS = st.sampled_from([0, 1, 7, 2.5, *ODD])
 SIZE = parameters(LLAMA.config)
@@ -2198,7 +2225,8 @@ PLAIN = (
     ANYTHING,
 )
 def test_grids(axes, jobs, value):
-    "A folder for each cell: inside of the directory, with a name that the system allows, and another for another cell. Nothing is run that cannot be."
+    """A folder for each cell: inside of the directory, with a name that the system
+    allows, and another for another cell. Nothing is run that cannot be."""
     cells = refused(lambda: grid(**axes), *axes)
     assert (cells is None) == any(x == [] for x in axes.values())
     names = [cell_name(cell) for cell in cells or []]
@@ -2245,7 +2273,8 @@ def test_grids(axes, jobs, value):
 @fuzz(verdicts, Claim, read_json)
 @given(damages(), st.text(max_size=9) | st.sampled_from(["01_kl", "../x", "a/b", ".."]))
 def test_claims(tmp_path_factory, damage, name):
-    "A claim's file that is damaged is named; a claim is called by a name that is no path."
+    """A claim's file that is damaged is named; a claim is called by a name that is
+    no path."""
     path = tmp_path_factory.getbasetemp() / "claims" / "01_kl.json"
     path.parent.mkdir(exist_ok=True)
     content = damage((ROOT / "benchmarks/claims/01_kl.json").read_bytes())
@@ -2290,26 +2319,29 @@ def test_figures(algorithm, highlight, text):
     )
 
 
-# All of them -------------------------------------------------------------------------------------------------------------
+# All of them --------------------------------------------------------------------------
 
 EXCEPTIONS = (
     {
         "figure.Box": "made by `boxes`",
         "figure.Figure": "made by `draw_figure`",
         "engine.precision.precision": "takes a checked config and such a device",
-        "engine.precision.autocast_as_it_is": "takes a device that `resolve_device` made",
+        "engine.precision.autocast_as_it_is": "takes a device that `resolve_device` "
+        "made",
         "loading.cache_directory": "takes nothing",
         "sampling.draw": "the inner loop of `sample`, which checks its arguments once",
         "engine.decoding.draw_by_blocks": "the same",
         "run.build.checkpoint_layers": "takes a model; test_training.py",
-        "engine.adapters.add_adapters": "takes a model and a checked config; test_models.py",
+        "engine.adapters.add_adapters": "takes a model and a checked config; "
+        "test_models.py",
         "run.build.load_value_model": "wrong models in test_models.py",
         "run.build.token_classifier": "takes a value model; test_models.py",
         "reward.RewardModel": "takes models; test_reward_models.py",
         "engine.judging.RewardModel": "takes models; wrong ones in test_bad_input.py",
-        "engine.data.near": "names that are nowhere in test_bad_input.py",
-        "engine.data.check_name": "names that are nowhere in test_bad_input.py",
-        "engine.data.hub_options": "names that are nowhere in test_bad_input.py",
+        "names.within_reach": "asks the hub; test_bad_input.py",
+        "names.near": "names that are nowhere in test_bad_input.py",
+        "names.check_name": "names that are nowhere in test_bad_input.py",
+        "names.hub_options": "names that are nowhere in test_bad_input.py",
         "engine.data.read_rows": "test_data.py damages files",
         "engine.data.task_from_rows": "test_data.py",
         "engine.data.as_task": "rows in memory in test_data.py",
@@ -2359,7 +2391,8 @@ EXCEPTIONS = (
         "run.build.renewed_models": "takes models",
         "run.build.sampling_generator": "takes a checked config",
         "engine.adapters.require_peft": "takes no value of a user's",
-        "run.iterative.train_reward_model": "`RewardModel.scores` and `bradley_terry_loss`",
+        "run.iterative.train_reward_model": "`RewardModel.scores` and "
+        "`bradley_terry_loss`",
         "run.iterative.outer_iteration": "part of `train`",
         "run.training.step_queries": "`Task.queries`",
         "run.command_line.chat": "any line of text is a question: `Task.parse`",

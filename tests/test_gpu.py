@@ -25,7 +25,8 @@ def test_auto_finds_the_gpu():
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3}], ids=str)
 def test_sampler_and_trainer_agree(options):
-    "Bug 16 on the GPU: rho = 1 to 1e-4 in float32, with TF32 off as it is by default; prompts of different lengths."
+    """Bug 16 on the GPU: rho = 1 to 1e-4 in float32, with TF32 off as it is by
+    default; prompts of different lengths."""
     policy, tokenizer = load_policy("tiny", DEVICE)
     queries = load_task("add").queries("train", 8) + load_task("add", digits=3).queries(
         "train", 8
@@ -73,7 +74,8 @@ def test_the_gpu_agrees_with_the_cpu():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_steps(tmp_path, algorithm, dtype):
-    "Three steps of each half: finite, rho = 1 on fresh samples, and the policy that samples is the one that is trained."
+    """Three steps of each half: finite, rho = 1 on fresh samples, and the policy
+    that samples is the one that is trained."""
     config = short_config(
         algorithm=algorithm,
         dtype=dtype,
@@ -98,7 +100,8 @@ def test_steps(tmp_path, algorithm, dtype):
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shared_rows(monkeypatch, k, pieces, dtype):
-    "Rows of one completion, of a few and of a whole group, logits whole and in pieces: log-probs and gradients of the plain way."
+    """Rows of one completion, of a few and of a whole group, logits whole and in
+    pieces: log-probs and gradients of the plain way."""
     policy, tokenizer = load_policy("tiny", DEVICE)
     queries = load_task("add").queries("train", 4) + load_task("add", digits=3).queries(
         "train", 4

@@ -1,4 +1,5 @@
-"The ledger: every row holds, and a row that compares nothing, or whose oracle is missing, does not pretend to."
+"""The ledger: every row holds, and a row that compares nothing, or whose oracle is
+missing, does not pretend to."""
 
 import ast
 import math
@@ -32,7 +33,8 @@ def test_row(check):
 
 
 def test_tolerances_are_tight():
-    "1e-10, but where float32, a finite difference or TRL's float32 factor stands in the way; those say so here."
+    """1e-10, but where float32, a finite difference or TRL's float32 factor stands
+    in the way; those say so here."""
     loose = {check.name: check.tolerance for check in CHECKS if check.tolerance > 1e-10}
     assert loose == {
         "slope of the loss": 1e-6,
@@ -44,7 +46,8 @@ def test_tolerances_are_tight():
 
 
 def test_rows_are_complete():
-    "Each row has a name of its own and says what, from where and how; its formula fits into a cell of a table."
+    """Each row has a name of its own and says what, from where and how; its formula
+    fits into a cell of a table."""
     assert len({check.name for check in CHECKS}) == len(CHECKS) >= 40
     for check in CHECKS:
         assert check.formula and check.source and check.code and check.how
@@ -103,7 +106,8 @@ def test_what_does_not_hold(errors):
 
 
 def test_disagreement():
-    "Values and gradients apart from each other; one wrong entry is seen, and numbers that do not match are refused."
+    """Values and gradients apart from each other; one wrong entry is seen, and
+    numbers that do not match are refused."""
     x = torch.randn(
         4,
         generator=torch.Generator().manual_seed(0),
@@ -131,7 +135,8 @@ def test_disagreement():
 
 
 def test_without_trl(monkeypatch):
-    "Rows that need TRL say how to get it; the others do not need it; nothing of TRL is imported until then."
+    """Rows that need TRL say how to get it; the others do not need it; nothing of
+    TRL is imported until then."""
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(OracleMissing, match="TRL is not installed: pip install trl"):
         import_trl()
@@ -216,7 +221,8 @@ def test_rows_notice(monkeypatch, name, wrong, rows):
 
 
 def test_markdown():
-    "One line a row; an error that is not allowed is bold; a dash where nothing is compared."
+    """One line a row; an error that is not allowed is bold; a dash where nothing is
+    compared."""
     text = as_markdown(run_checks([TOY, replace(TOY, run=lambda: (None, 0.5))]))
     row = "| toy<br>*school* | $x^2$ | `pow`<br>by hand | {}<br>{} |"
     assert text.splitlines()[2:] == [row.format("0", "–"), row.format("–", "**5e-01**")]

@@ -1,6 +1,8 @@
-"""Models that people have: families of transformers against the plain way, LoRA, value models from a checkpoint.
+"""Models that people have: families of transformers against the plain way, LoRA,
+value models from a checkpoint.
 
-The plain way is written here: one forward pass a completion, no padding, nothing shared, and the losses from their definitions."""
+The plain way is written here: one forward pass a completion, no padding, nothing
+shared, and the losses from their definitions."""
 
 import json
 import shutil
@@ -97,12 +99,15 @@ FAMILIES = (
 )
 EAGER = {
     "gemma2"
-}  # its attention caps its scores; in float64 transformers' own mask for it leaves NaN behind padding, so it is checked in float32
+    # its attention caps its scores; in float64 transformers' own mask for it leaves NaN
+    # behind padding, so it is checked in float32
+}
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    "A family -> a directory with a model of random weights and a tokenizer, as its user would have it."
+    """A family -> a directory with a model of random weights and a tokenizer, as its
+    user would have it."""
     made = {}
 
     def get(family, **changes):
@@ -133,7 +138,8 @@ def load(path, dtype=torch.float32):
 
 
 def plain_logprobs(model, prompt, completion, temperature=1.0):
-    "log pi of each completion token: one forward pass over prompt and completion, nothing else in it."
+    """log pi of each completion token: one forward pass over prompt and completion,
+    nothing else in it."""
     logits = model(torch.tensor([prompt + completion])).logits[0] / temperature
     return (
         logits.log_softmax(-1)[len(prompt) - 1 : -1]
@@ -188,13 +194,14 @@ def small(path, output, **options):
     )
 
 
-# Families ----------------------------------------------------------------------------------------------------------------
+# Families -----------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*does not compute a group in one row")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_those_of_the_plain_way(directory, family):
-    "Values in float64 to 1e-10 (in float32 to 1e-5), gradients to 1e-6 (1e-5) of the largest entry: transformers computes its norms in float32."
+    """Values in float64 to 1e-10 (in float32 to 1e-5), gradients to 1e-6 (1e-5) of
+    the largest entry: transformers computes its norms in float32."""
     dtype, values, slopes = (
         (torch.float32, 1e-5, 1e-5) if family in EAGER else (torch.float64, 1e-10, 1e-6)
     )
@@ -220,7 +227,8 @@ def test_logprobs_are_those_of_the_plain_way(directory, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_logprobs_are_those_of_the_plain_way(directory, family):
-    "Prompts of different lengths, a cache, rows that end early: each token has the log-prob that a plain pass gives it."
+    """Prompts of different lengths, a cache, rows that end early: each token has the
+    log-prob that a plain pass gives it."""
     model, tokenizer = load(directory(family))
     rollout = sample(
         model,
@@ -237,7 +245,8 @@ def test_sampled_logprobs_are_those_of_the_plain_way(directory, family):
 
 
 def recorded(steps):
-    "A reward function that notes what it is asked, and gives each completion a number of its own."
+    """A reward function that notes what it is asked, and gives each completion a
+    number of its own."""
 
     def reward(prompts, completion_ids, **_):
         steps.append((prompts, completion_ids))
@@ -258,7 +267,8 @@ def by_hand(
     epsilon=0.2,
     lam=0.95,
 ):
-    "The recorded steps once more: PPO or GRPO as a loop over completions, with one AdamW for each model, in float64."
+    """The recorded steps once more: PPO or GRPO as a loop over completions, with one
+    AdamW for each model, in float64."""
     (policy, tokenizer), (reference, _), (trunk, _) = (
         load(path, torch.float64) for _ in range(3)
     )
@@ -374,7 +384,8 @@ def by_hand(
 def test_two_steps_of_training_are_those_of_the_plain_loop(
     directory, tmp_path, monkeypatch, family, algorithm
 ):
-    "Two steps, each of two updates at 1e-3, on what was sampled: in float64 (norms and rewards in float32) every weight agrees to 1e-5."
+    """Two steps, each of two updates at 1e-3, on what was sampled: in float64 (norms
+    and rewards in float32) every weight agrees to 1e-5."""
     path, steps, mu, beta, lr = directory(family), [], 2, 0.1, 1e-3
     monkeypatch.setattr(
         build, "load_policy", lambda name, device: load(name, torch.float64)
@@ -407,7 +418,8 @@ def test_two_steps_of_training_are_those_of_the_plain_loop(
 @pytest.mark.filterwarnings("ignore:.*does not compute a group in one row")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_trained_opens_elsewhere(directory, tmp_path, family):
-    "As a user runs it, in float32 with the fused kernels: the saved model has the same logits in transformers, and TRL's trainer takes it."
+    """As a user runs it, in float32 with the fused kernels: the saved model has the
+    same logits in transformers, and TRL's trainer takes it."""
     run = train(
         small(directory(family), tmp_path / "run"),
         reward_funcs=[recorded([])],
@@ -438,7 +450,7 @@ def test_what_was_trained_opens_elsewhere(directory, tmp_path, family):
         assert trainer.model.eval()(ids).logits.equal(run.policy(ids).logits)
 
 
-# Mixtures of experts -----------------------------------------------------------------------------------------------------
+# Mixtures of experts ------------------------------------------------------------------
 
 
 def routes(model, call):
@@ -481,9 +493,11 @@ def test_sharing_the_prompt_leaves_the_routes(directory, family):
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_router_loss_in_the_config_stays_out(directory, family):
-    """A model whose config asks for the router's auxiliary loss is sampled, scored and trained like any other.
+    """A model whose config asks for the router's auxiliary loss is sampled, scored
+    and trained like any other.
 
-    transformers would compute that loss in every forward pass, and not find the mask that it expects."""
+    transformers would compute that loss in every forward pass, and not find the mask
+    that it expects."""
     with_loss, plain_one = (
         load(directory(family, **changes))
         for changes in (
@@ -509,7 +523,7 @@ def test_a_router_loss_in_the_config_stays_out(directory, family):
     assert gradients[0].equal(gradients[1])
 
 
-# LoRA --------------------------------------------------------------------------------------------------------------------
+# LoRA ---------------------------------------------------------------------------------
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 12, "learning_rate": 1e-2}
 
@@ -535,7 +549,8 @@ class Low(torch.nn.Module):
 def test_two_steps_with_adapters_are_those_of_the_definition(
     directory, tmp_path, monkeypatch, family, algorithm
 ):
-    "A plain loop that trains A and B of W + (alpha / r) B A, with a second model as the reference: the same A and B, to 1e-5, after steps of 1e-2."
+    """A plain loop that trains A and B of W + (alpha / r) B A, with a second model
+    as the reference: the same A and B, to 1e-5, after steps of 1e-2."""
     path, steps, mu, beta = directory(family), [], 2, 0.1
     monkeypatch.setattr(
         build, "load_policy", lambda name, device: load(name, torch.float64)
@@ -588,8 +603,9 @@ def test_two_steps_with_adapters_are_those_of_the_definition(
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_every_family(directory, tmp_path, family):
-    """All linear layers but the head, experts and their router too: nothing changes at the start; then only the adapters move;
-    what is saved is the adapter alone, and PEFT, transformers and load_policy open it with the same logits."""
+    """All linear layers but the head, experts and their router too: nothing changes
+    at the start; then only the adapters move; what is saved is the adapter alone,
+    and PEFT, transformers and load_policy open it with the same logits."""
     peft, ids = pytest.importorskip("peft"), torch.tensor([[3, 4, 5, 6]])
     config = small(directory(family), tmp_path / "run", **LORA)
     base, adapted = load(directory(family))[0], build_models(config, load_task("add"))
@@ -624,7 +640,8 @@ def test_adapters_on_every_family(directory, tmp_path, family):
 def test_the_reference_is_the_policy_without_its_adapters(
     directory, tmp_path, monkeypatch
 ):
-    "Bit for bit those of the base, with no second model in memory; the adapters are on again afterwards, also if the scoring raises."
+    """Bit for bit those of the base, with no second model in memory; the adapters
+    are on again afterwards, also if the scoring raises."""
     (base, tokenizer), models = (
         load(directory("llama")),
         build_models(small(directory("llama"), tmp_path, **LORA), load_task("add")),
@@ -667,7 +684,8 @@ def test_the_reference_is_the_policy_without_its_adapters(
     ids=["grpo", "ppo", "head"],
 )
 def test_adapters_resume(tmp_path, options):
-    "Four steps at once, or stopped after two and resumed: the same adapters, metrics and checkpoints, bit for bit; checkpoints hold what is trained."
+    """Four steps at once, or stopped after two and resumed: the same adapters,
+    metrics and checkpoints, bit for bit; checkpoints hold what is trained."""
     options = options | LORA | {"max_steps": 4, "save_steps": 1, "num_iterations": 2}
     calls, judge = [], recorded([])
 
@@ -723,7 +741,8 @@ def talk(directory):
 
 @pytest.mark.parametrize("path", ["tiny", "mine"])
 def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
-    "The embedded model, or one that was named by a relative path: the run opens, and talks, in another process and another directory."
+    """The embedded model, or one that was named by a relative path: the run opens,
+    and talks, in another process and another directory."""
     (tmp_path / "there").mkdir()
     (tmp_path / "elsewhere").mkdir()
     if path == "mine":
@@ -738,7 +757,8 @@ def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
             "--model",
             path,
         ]
-        + "--max_steps 1 --num_prompts 2 --num_generations 2 --eval_size 2 --device cpu --output_dir run".split()
+        + "--max_steps 1 --num_prompts 2 --num_generations 2 --eval_size 2 "
+        "--device cpu --output_dir run".split()
     )
     monkeypatch.chdir(tmp_path / "there")
     train(parse_arguments(flags), progress=False)
@@ -753,7 +773,8 @@ def test_an_adapter_finds_its_base_from_everywhere(tmp_path, monkeypatch, path):
 
 
 def test_a_value_model_beside_adapters(directory, tmp_path):
-    "A separate one is the base, trained whole; a head sees the adapted trunk, and its loss pulls on the adapters."
+    """A separate one is the base, trained whole; a head sees the adapted trunk, and
+    its loss pulls on the adapters."""
     separate, head = (
         build_models(
             small(
@@ -782,7 +803,8 @@ def test_a_value_model_beside_adapters(directory, tmp_path):
 
 
 def test_the_comparison_counts_what_is_trained(directory, tmp_path):
-    "The adapters, beside them a value model as large as the base: also of a run that is opened again."
+    """The adapters, beside them a value model as large as the base: also of a run
+    that is opened again."""
 
     def count(model):
         return sum(p.numel() for p in model.parameters())
@@ -815,7 +837,8 @@ def test_the_comparison_counts_what_is_trained(directory, tmp_path):
     "options", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}], ids=str
 )
 def test_adapters_with_less_memory(tmp_path, options):
-    "Checkpointed layers give the same adapters; in bfloat16 they are still float32, and move."
+    """Checkpointed layers give the same adapters; in bfloat16 they are still
+    float32, and move."""
     options = LORA | {"max_steps": 2} | options
     plain_run, lean = (
         train(
@@ -879,7 +902,7 @@ def test_what_adapters_cannot_do_is_refused(directory, tmp_path, monkeypatch):
     ).accuracy
 
 
-# A value model from a checkpoint -----------------------------------------------------------------------------------------
+# A value model from a checkpoint ------------------------------------------------------
 
 
 def classifier(
@@ -923,7 +946,8 @@ def test_a_reward_model_as_value_model(directory, tmp_path, family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_the_value_model_of_a_run_starts_another(directory, tmp_path, family):
-    "It is saved with its trained head, transformers opens it as a token classifier, and a second run begins where the first one ended."
+    """It is saved with its trained head, transformers opens it as a token
+    classifier, and a second run begins where the first one ended."""
     first = train(
         small(directory(family), tmp_path / "first", algorithm="ppo", max_steps=2),
         reward_funcs=[recorded([])],
@@ -958,7 +982,8 @@ def test_the_value_model_of_a_run_starts_another(directory, tmp_path, family):
 
 
 def test_a_trunk_without_a_head_of_its_own(directory, tmp_path):
-    "Of a language model, or of a classifier with two labels, only the trunk is taken: the head is new, and the value 0."
+    """Of a language model, or of a classifier with two labels, only the trunk is
+    taken: the head is new, and the value 0."""
     classifier(directory, "llama", tmp_path / "two", labels=2)
     policy, tokenizer = load(directory("llama"))
     rollout = random_rollout(policy, tokenizer)
@@ -970,7 +995,8 @@ def test_a_trunk_without_a_head_of_its_own(directory, tmp_path):
 
 
 def test_wrong_value_models_are_refused(directory, tmp_path):
-    "By name, before anything is written: nothing there, another vocabulary, too short a context, no trained head, an adapter."
+    """By name, before anything is written: nothing there, another vocabulary, too
+    short a context, no trained head, an adapter."""
     half = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(directory("llama"))
     )

@@ -1,4 +1,5 @@
-"The list of known bugs still fits the library and the tests; `make mutants` puts them in and sees the tests fail."
+"""The list of known bugs still fits the library and the tests; `make mutants` puts
+them in and sees the tests fail."""
 
 import ast
 import os
@@ -17,7 +18,8 @@ import random_mutants
 
 
 def test_every_mutant_fits():
-    "`find` occurs exactly once, the test exists; each name comes once, and each of the 28 known bugs is there."
+    """`find` occurs exactly once, the test exists; each name comes once, and each of
+    the 28 known bugs is there."""
     chosen = mutants.mutants()
     assert mutants.problems(chosen) == []
     assert len({mutant["name"] for mutant in chosen}) == len(chosen)
@@ -44,7 +46,8 @@ def test_every_known_bug_has_its_source():
     for bug in bugs:
         assert (
             re.fullmatch(
-                rf"https://github\.com/{re.escape(bug['project'])}/(issues|pull)/\d+|https://github\.com/{re.escape(bug['project'])}/blob/[0-9a-f]{{40}}/.+",
+                rf"https://github\.com/{re.escape(bug['project'])}"
+                r"/((issues|pull)/\d+|blob/[0-9a-f]{40}/.+)",
                 bug["url"],
             )
             and bug["what"]
@@ -63,7 +66,8 @@ def test_every_known_bug_has_its_source():
     ids=str,
 )
 def test_drift_is_noticed(change, problem):
-    "A formula that was rewritten, or a test that was renamed, is named; nothing is skipped in silence."
+    """A formula that was rewritten, or a test that was renamed, is named; nothing is
+    skipped in silence."""
     (mutant,) = (
         mutant
         for mutant in mutants.mutants()
@@ -73,7 +77,7 @@ def test_drift_is_noticed(change, problem):
     assert re.search(f"{mutant['name']}: {problem}", found)
 
 
-# Mutants that nobody chose -------------------------------------------------------------
+# Mutants that nobody chose ------------------------------------------------------------
 
 MODULE = """"A module. 1 + 1."
 
@@ -128,13 +132,15 @@ def test_each_operator(operator, line):
 
 
 def test_only_what_can_matter_is_mutated():
-    "Not a docstring, an annotation, a message, an import; arguments of max stay in order."
+    """Not a docstring, an annotation, a message, an import; arguments of max stay in
+    order."""
     changed = {line for _, line in written()}
     for never in ("A module", "Clip", "import", "raise", "warn", "max(x, low)"):
         assert not any(never in line for line in changed), never
     for head in (line for line in changed if line.startswith("def")):
         assert re.fullmatch(
-            r'def clipped\(x: "1 \+ 1", mask: bool = \w+, low: float = \S+\) -> "2 - 1":',
+            r'def clipped\(x: "1 \+ 1", mask: bool = \w+, low: float = \S+\) -> "2 - '
+            r'1":',
             head,
         )
 
@@ -162,7 +168,8 @@ def test_a_seed_draws_the_same():
 
 
 def test_the_tests_of_a_statement():
-    "Those that run it, quickest first, as long as the seconds last; never none of them."
+    """Those that run it, quickest first, as long as the seconds last; never none of
+    them."""
     (mutant,) = random_mutants.draw(ROOT, ("gae",), 1, seed=0)
     lines = {mutant.file: [mutant.lines[0]]}
     trace = {
@@ -193,7 +200,8 @@ def test_no_end():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked children")
 def test_random_mutants_are_killed_or_told(tmp_path):
-    "A library of one function: a wrong clip is killed, a bound that no test meets is told."
+    """A library of one function: a wrong clip is killed, a bound that no test meets
+    is told."""
     for part in ("grpo_nb", "tests", "tools"):
         (tmp_path / part).mkdir()
     for tool in ("mutants.py", "random_mutants.py"):

@@ -1,4 +1,5 @@
-"The notebooks: saved with their outputs, none of them an error; and the ones that are run with parameters run."
+"""The notebooks: saved with their outputs, none of them an error; and the ones that
+are run with parameters run."""
 
 import ast
 import json
@@ -97,7 +98,8 @@ def test_the_first_cell_is_title_and_sentence(path):
 
 
 def test_api_reference_is_up_to_date():
-    "The saved page has a row for every public function and class of the library, with its docstring's first line."
+    """The saved page has a row for every public function and class of the library,
+    with its docstring's first line."""
     outputs = [
         o
         for c in nbformat.read(ROOT / "nbs" / "api.ipynb", 4).cells
@@ -161,7 +163,8 @@ def test_train_notebook(tmp_path, monkeypatch):
 
 
 def test_recipes_notebook(tmp_path, monkeypatch):
-    "Recipes by name, each with the same number of completions; one that is not there is refused before anything is trained."
+    """Recipes by name, each with the same number of completions; one that is not
+    there is refused before anything is trained."""
     run(
         RECIPES,
         tmp_path,
@@ -233,7 +236,7 @@ def test_compare_notebook(tmp_path, monkeypatch):
     )
 
 
-# The claims ------------------------------------------------------------------------------------------------------------------
+# The claims ---------------------------------------------------------------------------
 
 CLAIMS = sorted(EXPERIMENTS.glob("claims/[0-9]*.ipynb"))
 
@@ -276,7 +279,8 @@ def test_ten_claims():
 
 
 def test_a_claim_in_miniature(tmp_path, monkeypatch):
-    "In a checkout of its own: it runs, keeps nothing, and says what it says. All ten: make claims SMOKE=1."
+    """In a checkout of its own: it runs, keeps nothing, and says what it says. All
+    ten: make claims SMOKE=1."""
     name = "03_parameters"
     (tmp_path / "settings.ini").touch()
     shutil.copytree(EXPERIMENTS, tmp_path / "nbs/experiments")

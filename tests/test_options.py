@@ -1,4 +1,5 @@
-"""Options stand beside their box, are put together in one place, and each choice is spelled once: in its table."""
+"""Options stand beside their box, are put together in one place, and each choice is
+spelled once: in its table."""
 
 import dataclasses
 import functools
@@ -49,7 +50,8 @@ def choices_of(field):
 
 @pytest.mark.parametrize("box", PARTS, ids=lambda box: box.__name__)
 def test_options_of_a_box(box):
-    "A plain dataclass with keywords only; each field has a help and is an option of those configs that have the box."
+    """A plain dataclass with keywords only; each field has a help and is an option
+    of those configs that have the box."""
     assert not hasattr(box, "__pydantic_fields__")
     with pytest.raises(TypeError):
         box(1)
@@ -63,7 +65,8 @@ def test_options_of_a_box(box):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_config_is_its_parts(config):
-    "Each option belongs to one part; what a config adds itself, its algorithm has alone."
+    """Each option belongs to one part; what a config adds itself, its algorithm has
+    alone."""
     found = [f.name for part in PARTS for f in dataclasses.fields(part)]
     assert len(found) == len(set(found))
     own = {f.name for f in dataclasses.fields(config)} - set(found)
@@ -73,7 +76,8 @@ def test_a_config_is_its_parts(config):
 
 
 def test_bounds_are_of_options_and_numbers_have_them():
-    "No bound is left over from an option that is gone; no number of a box goes without."
+    """No bound is left over from an option that is gone; no number of a box goes
+    without."""
     fields = [f for box in BOXES for f in dataclasses.fields(box)]
     assert set(BOUNDS) <= {f.name for f in fields}
     for field in fields:
@@ -83,7 +87,8 @@ def test_bounds_are_of_options_and_numbers_have_them():
 
 @pytest.mark.parametrize("name, table", TABLES.items(), ids=TABLES)
 def test_an_entry_of_ones_own(monkeypatch, capsys, name, table):
-    "Refused before it is in its table, by a message that names what is; then allowed, and shown."
+    """Refused before it is in its table, by a message that names what is; then
+    allowed, and shown."""
     message = f"{name} = 'mine': must be one of {', '.join(table)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         make_config(**{name: "mine"})
@@ -123,7 +128,8 @@ class Called:
 
 
 def test_functions_of_ones_own(monkeypatch):
-    "What was passed is named, and entries that are not the library's; the digest tells two sources apart."
+    """What was passed is named, and entries that are not the library's; the digest
+    tells two sources apart."""
     config = make_config()
     assert own_functions(config, advantages=None) == {}
     assert own_functions(config, policy_loss=objective.policy_loss) == {

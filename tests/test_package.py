@@ -1,4 +1,5 @@
-"The library as a package: what it imports, what it never does, and that its wheel works on its own."
+"""The library as a package: what it imports, what it never does, and that its wheel
+works on its own."""
 
 import ast
 import importlib
@@ -76,7 +77,8 @@ def own_imports(name):
 
 
 def test_needs_no_development_tool(tmp_path):
-    "Every module imports without nbdev, fastcore, papermill, IPython and what else only authors and readers need."
+    """Every module imports without nbdev, fastcore, papermill, IPython and what else
+    only authors and readers need."""
     done = python("-c", BLOCKED, cwd=tmp_path, path=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -148,7 +150,8 @@ def test_source(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_stray_backslash(name):
-    """LaTeX in a docstring: `\\pi` is a SyntaxWarning that users of Python 3.12 see at the first import, `\\theta` silently a tab and `heta`."""
+    """LaTeX in a docstring: `\\pi` is a SyntaxWarning that users of Python 3.12 see
+    at the first import, `\\theta` silently a tab and `heta`."""
     for node in ast.walk(parse(SOURCES[name])):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             assert not re.search(
@@ -160,7 +163,8 @@ def test_no_stray_backslash(name):
 
 
 def test_exports_are_documented():
-    "Every public function and class says in its first line what it is; every name in __all__ exists."
+    """Every public function and class says in its first line what it is; every name
+    in __all__ exists."""
     for name in set(MODULES) - {"_modidx"}:
         module = importlib.import_module(f"grpo_nb.{name}")
         for public in module.__all__:
@@ -174,7 +178,8 @@ def test_exports_are_documented():
 
 
 def test_the_model_card_tells_the_truth(tiny):
-    "Greedy accuracy on held-out queries is what the card of the embedded model says; by sampling it is right on more than 10 % of each task at its default size."
+    """Greedy accuracy on held-out queries is what the card of the embedded model
+    says; by sampling it is right on more than 10 % of each task at its default size."""
     rows = re.findall(
         r"\| (\w+)(?:, (\d) digits?)? \| (\d+) \| ([\d.]+)% \| ([\d.]+)% \|",
         (PACKAGE / "models/tiny/README.md").read_text(),
@@ -236,7 +241,8 @@ def test_the_wheel_holds_the_package_and_the_model(wheel):
 
 
 def test_the_wheel_trains(wheel, tmp_path):
-    "Installed elsewhere, without the repository: the embedded model is found, and takes a step."
+    """Installed elsewhere, without the repository: the embedded model is found, and
+    takes a step."""
     installed = python(
         "-m",
         "pip",

@@ -1,4 +1,5 @@
-"The interactive pictures of the chapters: what their specifications compute is what the library computes, at several slider positions."
+"""The interactive pictures of the chapters: what their specifications compute is
+what the library computes, at several slider positions."""
 
 import copy
 import json
@@ -22,7 +23,8 @@ VERSIONS = ["5.8", "6.4"]  # near those of JupyterLab 4 (5.6) and of the site (6
 
 
 def specification(chapter):
-    "The one interactive picture of a chapter, as saved; a static one for where nothing can move is beside it."
+    """The one interactive picture of a chapter, as saved; a static one for where
+    nothing can move is beside it."""
     cells = json.loads((ROOT / f"nbs/1_figure/{chapter}.ipynb").read_text())["cells"]
     (data,) = [
         output["data"]
@@ -38,7 +40,8 @@ def specification(chapter):
 
 
 def marks(chapter, version, **sliders):
-    "Draw it with the sliders at these positions; the data of each mark, as a screen reader is told them."
+    """Draw it with the sliders at these positions; the data of each mark, as a
+    screen reader is told them."""
     spec = copy.deepcopy(specification(chapter))
     params = {param["name"]: param for param in spec["params"]}
     for name, value in sliders.items():
@@ -54,7 +57,8 @@ def marks(chapter, version, **sliders):
 
 
 def column(rows, key):
-    "The numbers of a key. Each is there twice, for the bar and for what is written on it."
+    """The numbers of a key. Each is there twice, for the bar and for what is written
+    on it."""
     values = [float(row[key].replace("−", "-")) for row in rows if key in row]
     bars, written = values[: len(values) // 2], values[len(values) // 2 :]
     assert bars == written and bars

@@ -1,4 +1,5 @@
-"Several processes: the gradient of one, runs that are whole, stop together and go on; two at a time, over gloo, on the CPU."
+"""Several processes: the gradient of one, runs that are whole, stop together and go
+on; two at a time, over gloo, on the CPU."""
 
 import json
 import os
@@ -90,7 +91,8 @@ def launch(*program, launcher=TORCHRUN, cwd=None, **environment):
 
 
 def start_pair(log, function, *arguments, **environment):
-    "Two processes with what a launcher tells them; nobody ends one when the other fails."
+    """Two processes with what a launcher tells them; nobody ends one when the other
+    fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -158,9 +160,11 @@ def test_alone_nothing_changes():
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
 def test_two_processes_have_the_gradient_of_one(tmp_path, engine):
-    """GRPO with each way of aggregating, PPO with whitening, and a whole step of GRPO, each against the same alone (tests/worker.py says how).
+    """GRPO with each way of aggregating, PPO with whitening, and a whole step of
+    GRPO, each against the same alone (tests/worker.py says how).
 
-    Completions are of different lengths, the groups of one process carry no loss at all, and of five groups one process gets two."""
+    Completions are of different lengths, the groups of one process carry no loss at
+    all, and of five groups one process gets two."""
     status, said = run_pair(tmp_path / "log", worker.updates, **engine)
     assert status == [0, 0] and "14 updates" in said, said
     assert said.count(f"cut {bool(engine)}") == 2, said
@@ -168,7 +172,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, engine):
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
 def test_a_run_is_that_of_one_process(tmp_path, engine, monkeypatch):
-    "Greedy PPO with whitening and an adaptive beta: every metric, completion and weight of four steps; sharded by Accelerate's launcher."
+    """Greedy PPO with whitening and an adaptive beta: every metric, completion and
+    weight of four steps; sharded by Accelerate's launcher."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = train(
         short_config(output_dir=str(tmp_path / "one"), **GREEDY), progress=False
@@ -219,7 +224,8 @@ def straight(tmp_path_factory):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight):
-    "Both processes killed in the middle; resumed by as many they end where the straight run ended, and by another number they are refused."
+    """Both processes killed in the middle; resumed by as many they end where the
+    straight run ended, and by another number they are refused."""
     directory = tmp_path / "run"
     pair = start_pair(tmp_path / "log", command_line.main, line(directory, OPTIONS))
     deadline = time.monotonic() + 90
@@ -269,7 +275,8 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch):
 
 
 def test_it_learns_as_one_process_does(straight, tmp_path):
-    "Loosely, for the random numbers are others: the mean reward of six steps, and the same number of completions."
+    """Loosely, for the random numbers are others: the mean reward of six steps, and
+    the same number of completions."""
     alone = train(
         short_config(**OPTIONS | {"output_dir": str(tmp_path / "one")}), progress=False
     )
@@ -293,7 +300,8 @@ def test_it_learns_as_one_process_does(straight, tmp_path):
     ],
 )
 def test_what_happens_to_one_stops_all(tmp_path, fault, last, said):
-    "In the second process a reward function raises, or a signal arrives: no process waits for ever, and what can be saved is."
+    """In the second process a reward function raises, or a signal arrives: no
+    process waits for ever, and what can be saved is."""
     began, run = time.monotonic(), tmp_path / "run"
     status, output = run_pair(tmp_path / "log", worker.run, str(run), FAULT=fault)
     assert all(x > 0 for x in status) and said in output
@@ -325,7 +333,8 @@ def test_a_process_that_is_gone_stops_all(tmp_path):
 def test_an_engine_that_cannot_work_is_refused(
     tmp_path, monkeypatch, environment, said
 ):
-    "Before the processes meet, before a model is loaded, and before anything is written."
+    """Before the processes meet, before a model is loaded, and before anything is
+    written."""
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "2",

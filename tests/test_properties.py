@@ -1,4 +1,5 @@
-"""What must hold for every input: gradients against finite differences, and properties over random shapes and masks.
+"""What must hold for every input: gradients against finite differences, and
+properties over random shapes and masks.
 
 Everything in float64. Hypothesis draws the same examples each time (see conftest)."""
 
@@ -58,7 +59,8 @@ def same(a, b, tolerance=1e-12):
 
 @st.composite
 def batches(draw, groups=3, G=2):
-    "Random [N, T] tensors with a mask that is true up to each row's length: logprobs, old and reference logprobs, advantages, values."
+    """Random [N, T] tensors with a mask that is true up to each row's length:
+    logprobs, old and reference logprobs, advantages, values."""
     N, T = groups * G, draw(st.integers(1, 5))
     lengths = torch.tensor(draw(st.lists(st.integers(0, T), min_size=N, max_size=N)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -79,7 +81,7 @@ def batches(draw, groups=3, G=2):
     }
 
 
-# Finite differences ------------------------------------------------------------------------------------------------------
+# Finite differences -------------------------------------------------------------------
 
 
 def far_from(x, *kinks, margin=1e-3):
@@ -126,7 +128,8 @@ def test_slope_of_the_policy_loss(options, per_token, how):
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 def test_slope_of_cispo(level):
-    "CISPO's weight is cut off from the gradient: its slope is that of sum_t w_t log pi_t with the weights held fixed."
+    """CISPO's weight is cut off from the gradient: its slope is that of sum_t w_t
+    log pi_t with the weights held fixed."""
     old, x = (
         torch.zeros(2, 3).double(),
         torch.tensor([[0.3, -0.4, 0.1], [0.9, 0.0, 0.7]]).double(),
@@ -177,7 +180,8 @@ def test_slope_of_the_value_loss():
 
 
 def test_slope_of_the_log_probs(tokenizer):
-    "Backpropagation through a whole model against a central difference along a random direction."
+    """Backpropagation through a whole model against a central difference along a
+    random direction."""
     model = random_model("gpt2")
     rollout = random_rollout(model, tokenizer)
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +205,7 @@ def test_slope_of_the_log_probs(tokenizer):
     assert abs(slope - numeric) < 1e-5 * abs(slope)
 
 
-# Properties --------------------------------------------------------------------------------------------------------------
+# Properties ---------------------------------------------------------------------------
 
 
 def wider(x):
@@ -256,7 +260,8 @@ def test_padding_changes_nothing_for_ppo(b, gamma, lam):
 
 @given(batches())
 def test_kl_in_the_reward_adds_up(b):
-    "Bug 18: the rewards of a completion sum to its score less beta times its k1; one without tokens gets nothing."
+    """Bug 18: the rewards of a completion sum to its score less beta times its k1;
+    one without tokens gets nothing."""
     rewards = kl_in_reward(b["advantages"], b["logprobs"], b["ref"], b["mask"], 0.3)
     price = torch.where(b["mask"], b["logprobs"] - b["ref"], 0.0).sum(1)
     same(
@@ -314,7 +319,8 @@ def test_gae_is_its_double_sum(b, gamma, lam):
 
 @given(batches(), st.sampled_from(LOSS_TYPES), st.sampled_from(OBJECTIVES), st.data())
 def test_any_cut_into_micro_batches_adds_up(b, how, options, data):
-    "Bug 6: the loss is a sum over rows once the totals of the step are known; also for the value loss."
+    """Bug 6: the loss is a sum over rows once the totals of the step are known; also
+    for the value loss."""
     assignment = torch.tensor(
         data.draw(st.lists(st.integers(0, 2), min_size=6, max_size=6))
     )
@@ -364,7 +370,8 @@ def test_no_advantage_no_policy_gradient(b, options, how):
 
 @given(batches(), st.sampled_from(OBJECTIVES[:5]))
 def test_the_clipped_objective_is_a_lower_bound(b, options):
-    "Without a cap on rho it never promises more than the unclipped objective, and equals it at rho = 1."
+    """Without a cap on rho it never promises more than the unclipped objective, and
+    equals it at rho = 1."""
     loss, statistics = policy_loss(
         b["logprobs"], b["old"], b["advantages"], b["mask"], **options
     )
@@ -435,7 +442,8 @@ def test_order_does_not_matter(rewards, options, rng):
 
 @given(rewards_of_groups, st.sampled_from(["group", "batch", "none"]))
 def test_advantages_of_a_group(rewards, scale):
-    "They sum to 0 over each group; scaled by the group, with unit std; unscored rows get 0; leave-one-out is n/(n-1) times the mean baseline."
+    """They sum to 0 over each group; scaled by the group, with unit std; unscored
+    rows get 0; leave-one-out is n/(n-1) times the mean baseline."""
     advantages = group_advantages(rewards, 4, scale, eps=0.0)
     others = group_advantages(rewards, 4, scale, baseline="leave_one_out", eps=0.0)
     assert (advantages[rewards.isnan()] == 0).all()
@@ -456,7 +464,8 @@ def test_advantages_of_a_group(rewards, scale):
     st.lists(st.integers(1, 5), min_size=6, max_size=6),
 )
 def test_one_step_at_the_end_is_outcome_supervision(rewards, lengths):
-    "Process supervision with one step, at the last token, gives every token the advantage of the completion."
+    """Process supervision with one step, at the last token, gives every token the
+    advantage of the completion."""
     outcome = group_advantages(torch.tensor(rewards, dtype=torch.float64), 3)
     steps = [[(n - 1, r)] for n, r in zip(lengths, rewards)]
     process = process_advantages(dense_steps(steps, max(lengths)), 3)
@@ -475,7 +484,8 @@ def test_one_step_at_the_end_is_outcome_supervision(rewards, lengths):
     ids=["as it is", "groups", "members", "both"],
 )
 def test_order_changes_no_gradient(llama, rollout, order):
-    "Groups in another order, members of a group in another order: the same gradient, loss and metrics."
+    """Groups in another order, members of a group in another order: the same
+    gradient, loss and metrics."""
 
     def step(r):
         llama.zero_grad()
@@ -513,7 +523,8 @@ def test_order_changes_no_gradient(llama, rollout, order):
     st.sampled_from([None, 1, 4, 10**6]),
 )
 def test_micro_batches_fit(lengths, budget, hidden):
-    "Every group is in one piece, and a piece of several groups is within the budget, its padding counted, in either layout."
+    """Every group is in one piece, and a piece of several groups is within the
+    budget, its padding counted, in either layout."""
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     prompts = torch.arange(4) >= torch.tensor([[0], [2], [3]])
     whole = Rollout(
@@ -552,7 +563,8 @@ def test_micro_batches_of_two_processes_fit(budget, lengths):
 
 
 def test_select_cuts_whole_groups(rollout):
-    "Every field of the chosen groups, in that order; nothing of the others; padding trimmed to what is left."
+    """Every field of the chosen groups, in that order; nothing of the others;
+    padding trimmed to what is left."""
     part = rollout.select([2, 0])
     assert [query.prompt for query in part.queries] == ["678+9=", "1+2="] and len(
         part

@@ -1,4 +1,5 @@
-"The recipes: what each changes, against the papers and against the table of chapter 13."
+"""The recipes: what each changes, against the papers and against the table of
+chapter 13."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"Reward models: what they read is what their own tokenizer writes, and their score is the model's own for that row alone."
+"""Reward models: what they read is what their own tokenizer writes, and their score
+is the model's own for that row alone."""
 
 import copy
 import json
@@ -92,7 +93,8 @@ def close(scores, truth):
 @pytest.mark.parametrize("pad", [PAD, EOS, None, 19, -1])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_conversation_is_read_as_its_template_writes_it(tmp_path, template, pad):
-    "Whatever the pad token of the file: another one, EOS, none, or one that the embedding lacks."
+    """Whatever the pad token of the file: another one, EOS, none, or one that the
+    embedding lacks."""
     tokenizer = character_tokenizer()
     tokenizer.chat_template = TEMPLATES[template]
     model = classifier(LlamaConfig(**SMALL | {"pad_token_id": None}))
@@ -120,7 +122,8 @@ def test_a_conversation_is_read_as_its_template_writes_it(tmp_path, template, pa
 @pytest.mark.parametrize("pad", [PAD, EOS, None])
 @pytest.mark.parametrize("make", [LlamaConfig, GPT2Config])
 def test_a_plain_prompt_and_its_completion(tmp_path, make, pad, eos):
-    "Prompt, completion and EOS in one row; in a batch each has the score that it has alone."
+    """Prompt, completion and EOS in one row; in a batch each has the score that it
+    has alone."""
     tokenizer = character_tokenizer(eos=eos)
     model = classifier(make(**SMALL | {"pad_token_id": pad}))
     path = saved(model, tokenizer, tmp_path)
@@ -160,7 +163,8 @@ ENCODERS = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", 
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_encoders(tmp_path, kind):
-    "Pooled at the first column, positions from the left or from the ids: padded on the right."
+    """Pooled at the first column, positions from the left or from the ids: padded on
+    the right."""
     small = SMALL | {"embedding_size": 16, "position_biased_input": True}
     small |= {"pad_token_id": 2 if kind in ("roberta", "mpnet") else PAD}
     small |= {"relative_attention": True} if kind == "deberta-v2" else {}
@@ -224,7 +228,8 @@ def test_a_reward_model_of_a_policy_in_bfloat16(tiny):
 
 
 def test_the_learned_one_reads_in_the_same_way(tiny):
-    "A conversation once more: what training fits is what the saved model says of that row alone."
+    """A conversation once more: what training fits is what the saved model says of
+    that row alone."""
     tokenizer = copy.deepcopy(tiny[1])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     torch.manual_seed(0)
@@ -308,7 +313,8 @@ def test_tokens_that_the_embedding_lacks():
 
 
 def test_the_run_asks_before_it_begins(tmp_path):
-    "Functions passed to `train` are bound to a state; a reward model among them is found all the same."
+    """Functions passed to `train` are bound to a state; a reward model among them is
+    found all the same."""
     judge = RewardModel(
         classifier(LlamaConfig(**SMALL | {"max_position_embeddings": 9})),
         character_tokenizer(),

@@ -1,4 +1,5 @@
-"No reward, and a policy that is its reference: there is nothing to learn, so nothing may move."
+"""No reward, and a policy that is its reference: there is nothing to learn, so
+nothing may move."""
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def steps_without_reward(n=2, **parameters):
     ids=str,
 )
 def test_ppo_does_not_train_on_rounding_noise(parameters):
-    "pi_old is scored as pi_ref is: equal policies differ by 0, and whitening has no noise to blow up."
+    """pi_old is scored as pi_ref is: equal policies differ by 0, and whitening has
+    no noise to blow up."""
     for rollout, metrics in steps_without_reward(algorithm="ppo", **parameters):
         assert metrics["grad_norm"] < 1e-6
         assert metrics["value_grad_norm"] < 1e-6
@@ -85,7 +87,8 @@ def test_grpo_does_not_train_on_rounding_noise(parameters):
 
 
 def test_what_whitening_does_to_the_noise_of_a_converged_critic():
-    "Reported in chapter 8, not cured: the whitened noise is of unit size however small it was."
+    """Reported in chapter 8, not cured: the whitened noise is of unit size however
+    small it was."""
     mask = torch.ones(64, 8, dtype=torch.bool)
     noise = 1e-5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     whitened = gae.whiten(noise, mask)

@@ -1,4 +1,5 @@
-"A group in one row with its prompt once: the same numbers as a row for each completion, for every kind of model, and fewer tokens."
+"""A group in one row with its prompt once: the same numbers as a row for each
+completion, for every kind of model, and fewer tokens."""
 
 import copy
 import warnings
@@ -96,7 +97,8 @@ MODELS = {
 
 
 def make(name, dtype=torch.float64):
-    "A model of that kind with random weights, its norms in the dtype as well as they can be."
+    """A model of that kind with random weights, its norms in the dtype as well as
+    they can be."""
     torch.manual_seed(0)
     model = MODELS[name]() if isinstance(name, str) else name()
     with torch.no_grad():
@@ -124,7 +126,8 @@ def plain(model, rollout):
     "name", [name for name in MODELS if name != "mixtral"]
 )  # its experts have no float64 kernel
 def test_one_row_is_a_row_each(monkeypatch, name, G, pieces):
-    "Log-probs, entropies and gradients, with prompts and completions of unequal length, the logits whole and in pieces of two tokens."
+    """Log-probs, entropies and gradients, with prompts and completions of unequal
+    length, the logits whole and in pieces of two tokens."""
     model = make(name)
     rollout = random_rollout(model, character_tokenizer(), num_generations=G)
     if pieces:
@@ -156,7 +159,8 @@ PADDINGS = {
 @pytest.mark.parametrize("prompts", PADDINGS.values(), ids=PADDINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_simple_version_and_the_fast_one_agree(name, prompts):
-    "Log-probs, entropies and gradients of the figure's `token_logprobs` and the engine's, at another temperature, with equal and empty completions."
+    """Log-probs, entropies and gradients of the figure's `token_logprobs` and the
+    engine's, at another temperature, with equal and empty completions."""
     model = make(name, torch.float32 if name == "mixtral" else torch.float64)
     tokenizer = character_tokenizer()
     rollout = random_rollout(model, tokenizer, num_generations=4, prompts=prompts)
@@ -263,7 +267,8 @@ def test_float32(name):
     st.sampled_from([1, 10**6]),
 )
 def test_where_every_token_is(lengths, prompts, hidden):
-    "Each token stands in its row behind its prompt, at its own position, and is predicted by the token before it; it sees those before it and no sibling."
+    """Each token stands in its row behind its prompt, at its own position, and is
+    predicted by the token before it; it sees those before it and no sibling."""
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     prompt_mask = torch.arange(4) >= 4 - torch.tensor(prompts)[:, None]
     ids = torch.arange(100, 130).view(
@@ -300,7 +305,8 @@ def test_where_every_token_is(lengths, prompts, hidden):
 
 
 def test_the_prompt_is_computed_once(tiny):
-    "Tokens that enter the model, counted at its embedding: at most P + sum of T_i a group, in scoring, for the reference, and in the update."
+    """Tokens that enter the model, counted at its embedding: at most P + sum of T_i
+    a group, in scoring, for the reference, and in the update."""
     model, count = copy.deepcopy(tiny[0]), []
     shares_prompt(model, 16)  # asked once a model
     model.get_input_embeddings().register_forward_hook(
@@ -342,7 +348,8 @@ def test_the_prompt_is_computed_once(tiny):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_equal_completions_are_computed_once(name):
-    "Within a group, not across groups; log-probs, entropies and gradients are those of all of them, and the empty completion is one, too."
+    """Within a group, not across groups; log-probs, entropies and gradients are
+    those of all of them, and the empty completion is one, too."""
     model = make(name)
     rollout = random_rollout(model, character_tokenizer(), num_generations=6)
     ids, mask = rollout.completion_ids.clone(), rollout.completion_mask.clone()
@@ -392,7 +399,8 @@ def test_equal_completions_are_computed_once(name):
     ],
 )
 def test_completions_per_row(P, T, hidden):
-    "Against the FLOPs of every cut, counted with 12 hidden^2 weights a layer and the whole square of a row."
+    """Against the FLOPs of every cut, counted with 12 hidden^2 weights a layer and
+    the whole square of a row."""
 
     def flops(k):
         return (
@@ -448,7 +456,8 @@ def test_completions_per_row(P, T, hidden):
     ids=["sliding window", "state space", "soft cap", "eager attention"],
 )
 def test_a_model_that_cannot_share(kind, warns):
-    "It falls back to a row for each completion, with one warning, and its numbers are right."
+    """It falls back to a row for each completion, with one warning, and its numbers
+    are right."""
     model = make(kind, torch.float32)
     rollout = random_rollout(
         make("llama", torch.float32), character_tokenizer(), num_generations=3
@@ -480,7 +489,8 @@ def test_within_its_window_a_model_shares():
 
 
 def test_logits_never_exist_whole(monkeypatch):
-    "With a budget of four rows of logits, no larger piece is ever projected, forward or backward."
+    """With a budget of four rows of logits, no larger piece is ever projected,
+    forward or backward."""
     model, seen = make("llama"), []
     rollout = random_rollout(model, character_tokenizer(), num_generations=3)
     monkeypatch.setattr(packing, "LOGITS", 4 * len(VOCABULARY))
@@ -496,7 +506,8 @@ def test_logits_never_exist_whole(monkeypatch):
 
 
 def test_a_larger_group_in_smaller_rows():
-    "Long completions: several rows a group, some of them shared; the same numbers and gradients."
+    """Long completions: several rows a group, some of them shared; the same numbers
+    and gradients."""
     model = make("gpt2")
     rollout = random_rollout(
         model, character_tokenizer(), num_generations=6, T=40, prompts=("1+2=", "3=")
@@ -535,7 +546,8 @@ def test_another_attention_is_asked_again():
 
 
 def test_in_bfloat16(monkeypatch):
-    "Under autocast, gradients through pieces are those of the whole; and a model whose weights are bfloat16 shares its prompt, too."
+    """Under autocast, gradients through pieces are those of the whole; and a model
+    whose weights are bfloat16 shares its prompt, too."""
     model = make("llama", torch.float32)
     rollout = random_rollout(model, character_tokenizer(), num_generations=3)
     slopes = []
@@ -552,7 +564,8 @@ def test_in_bfloat16(monkeypatch):
 
 
 def test_no_pass_sees_the_weights_before_an_update():
-    "Within the precision of a run, a pass reads the weights as they are, not a copy that an earlier pass has rounded."
+    """Within the precision of a run, a pass reads the weights as they are, not a
+    copy that an earlier pass has rounded."""
     model = make("llama", torch.float32)
     rollout = random_rollout(model, character_tokenizer(), num_generations=3)
     config = short_config(dtype="bfloat16")

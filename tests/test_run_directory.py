@@ -1,4 +1,5 @@
-"""The directory of a run: one run at a time, the next free number, completions in parts, and where `make run` puts it."""
+"""The directory of a run: one run at a time, the next free number, completions in
+parts, and where `make run` puts it."""
 
 import json
 import os
@@ -36,7 +37,8 @@ def train_at_once(barrier, options):
 
 
 def two_at_once(tmp_path, **options):
-    "Two processes that call `train` at the same moment: what each has printed, and its id."
+    """Two processes that call `train` at the same moment: what each has printed, and
+    its id."""
     options |= {"num_prompts": 4, "num_generations": 4, "eval_size": 5, "device": "cpu"}
     barrier, logs = PROCESSES.Barrier(2, timeout=60), [tmp_path / "a", tmp_path / "b"]
     both = [
@@ -48,11 +50,12 @@ def two_at_once(tmp_path, **options):
     return [(log.read_text(), one.pid) for log, one in zip(logs, both)]
 
 
-# One at a time -----------------------------------------------------------------------------------------------------------
+# One at a time ------------------------------------------------------------------------
 
 
 def test_two_runs_in_one_directory(tmp_path):
-    "Exactly one trains; the other is told which process has it. Nothing of the lock is left."
+    """Exactly one trains; the other is told which process has it. Nothing of the
+    lock is left."""
     directory = tmp_path / "run"
     said = sorted(two_at_once(tmp_path, output_dir=str(directory), max_steps=40))
     (done, winner), (refused, _) = said
@@ -90,7 +93,8 @@ def hold(directory, locked):
 
 
 def test_a_lock_is_gone_with_its_process(tmp_path):
-    "Killed, it leaves the file and not the lock; a lock that is held names its process."
+    """Killed, it leaves the file and not the lock; a lock that is held names its
+    process."""
     locked = PROCESSES.Event()
     holder = start_process(hold, tmp_path, locked)
     assert locked.wait(timeout=60)
@@ -141,11 +145,12 @@ def test_a_file_in_the_way(tmp_path, name):
         prepare_directory(make_config(output_dir=str(tmp_path / name)))
 
 
-# Paths -------------------------------------------------------------------------------------------------------------------
+# Paths --------------------------------------------------------------------------------
 
 
 def test_paths_and_the_home_directory(tmp_path, monkeypatch):
-    "A Path is a path; `~` is written out wherever a path stands, on the command line too."
+    """A Path is a path; `~` is written out wherever a path stands, on the command
+    line too."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data.csv").write_text("prompt,answer\n1+1=,2\n")
     config = make_config(
@@ -167,7 +172,7 @@ def test_paths_and_the_home_directory(tmp_path, monkeypatch):
         training.open_run("~/r")
 
 
-# Completions -------------------------------------------------------------------------------------------------------------
+# Completions --------------------------------------------------------------------------
 
 
 def rows_of(step, n=256):
@@ -198,7 +203,8 @@ def write_run(directory, steps, saves, start=1):
 
 
 def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
-    "Saved often, seldom, never, or cut and gone on with: the same bytes; and the rows are what pandas made of them."
+    """Saved often, seldom, never, or cut and gone on with: the same bytes; and the
+    rows are what pandas made of them."""
     monkeypatch.setattr(run_directory, "_ROW_GROUP", 1000)
     files = []
     for name, saves in {"often": 1, "seldom": 7, "never": 10**9}.items():
@@ -227,7 +233,8 @@ def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):
-    "completions.parquet alone, in one piece, written by pandas; with rows after the checkpoint."
+    """completions.parquet alone, in one piece, written by pandas; with rows after
+    the checkpoint."""
     directory = tmp_path / "run"
     directory.mkdir()
     rows = [row for step in range(1, 6) for row in rows_of(step)]
@@ -281,7 +288,8 @@ def train_until_killed(directory):
 
 
 def test_an_interrupted_run_opens(tmp_path):
-    "Killed after a checkpoint: its completions are there, all together; another run is refused."
+    """Killed after a checkpoint: its completions are there, all together; another
+    run is refused."""
     process = start_process(train_until_killed, tmp_path / "run")
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
@@ -295,12 +303,13 @@ def test_an_interrupted_run_opens(tmp_path):
     assert not list((tmp_path / "run").glob("completions-*"))
 
 
-# make run ----------------------------------------------------------------------------------------------------------------
+# make run -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def papermill(tmp_path, monkeypatch):
-    "A papermill that reads the parameters and trains nothing: what it was asked to write."
+    """A papermill that reads the parameters and trains nothing: what it was asked to
+    write."""
     monkeypatch.chdir(tmp_path)
     asked, real = [], make_run.papermill
 
@@ -339,7 +348,8 @@ def papermill(tmp_path, monkeypatch):
 def test_make_run_goes_where_the_parameters_say(
     tmp_path, monkeypatch, papermill, capsys, arguments, run, shown
 ):
-    "By any of papermill's ways: the notebook and the summary are there, and no empty numbered directory is left."
+    """By any of papermill's ways: the notebook and the summary are there, and no
+    empty numbered directory is left."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "runs/0001").mkdir(parents=True)
     (tmp_path / "p.yaml").write_text("output_dir: from_file\n")
@@ -351,7 +361,8 @@ def test_make_run_goes_where_the_parameters_say(
 
 
 def test_make_run_keeps_the_notebook_of_a_run(tmp_path, papermill, capsys):
-    "A directory that holds a run is refused before papermill writes there, but for resuming."
+    """A directory that holds a run is refused before papermill writes there, but for
+    resuming."""
     (tmp_path / "X").mkdir()
     (tmp_path / "X/config.json").write_text("{}")
     with pytest.raises(SystemExit, match="'X' already holds a run.*resume True"):

@@ -1,4 +1,5 @@
-"""Another sampler in the place of ours, and truncated importance sampling, without vLLM: by enumeration, by hand, and by TRL.
+"""Another sampler in the place of ours, and truncated importance sampling, without
+vLLM: by enumeration, by hand, and by TRL.
 
 test_vllm.py has the same with the engine itself."""
 
@@ -45,7 +46,8 @@ def elsewhere(
     max_num_seqs=None,
     off=1.3,
 ):
-    "A sampler that is wrong on purpose: it draws at another temperature. Its log-probs are those that it drew with."
+    """A sampler that is wrong on purpose: it draws at another temperature. Its
+    log-probs are those that it drew with."""
     drawn = sample(
         model,
         tokenizer,
@@ -78,11 +80,12 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(vllm_sampler, "import_vllm", lambda: None)
 
 
-# The correction ----------------------------------------------------------------------------------------------------------
+# The correction -----------------------------------------------------------------------
 
 
 def every_token(model, tokenizer, off=1.3):
-    "The rollout of all completions of one token, each once, and the log-probs of a sampler that draws at another temperature."
+    """The rollout of all completions of one token, each once, and the log-probs of a
+    sampler that draws at another temperature."""
     V = len(VOCABULARY)
     rollout = random_rollout(
         model, tokenizer, num_generations=V, T=1, prompts=("1+2=",), off_policy=0.0
@@ -116,9 +119,11 @@ def loss_gradient(model, rollout, limit=None):
 
 
 def test_the_expected_gradient_is_that_on_policy(llama, tokenizer):
-    """For completions of one token, without a bound: exact, by listing all of them, against the gradient of the expected reward.
+    """For completions of one token, without a bound: exact, by listing all of them,
+    against the gradient of the expected reward.
 
-    Each stands once in the group, with an advantage times its probability under the sampler: a mean over rows is an expectation."""
+    Each stands once in the group, with an advantage times its probability under the
+    sampler: a mean over rows is an expectation."""
     rollout, pi, mu = every_token(llama, tokenizer)
     V, reward = (
         len(VOCABULARY),
@@ -147,7 +152,8 @@ def test_the_expected_gradient_is_that_on_policy(llama, tokenizer):
 
 @pytest.mark.parametrize("cap", [0.5, 1.05, 1.4])
 def test_weights_are_bounded(llama, tokenizer, cap):
-    "The bound against weights made by hand: none is above it, those below it are as they were."
+    """The bound against weights made by hand: none is above it, those below it are
+    as they were."""
     rollout, pi, mu = every_token(llama, tokenizer, off=2.0)
     weights = torch.tensor(
         [min(p / m, cap) for p, m in zip(pi.tolist(), mu.tolist())], dtype=torch.float64
@@ -162,7 +168,8 @@ def test_weights_are_bounded(llama, tokenizer, cap):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
 def test_against_trl(llama, rollout, monkeypatch, beta, loss_type):
-    "Value and gradient of the corrected loss are those of TRL: the weight is at the policy loss, not at the KL."
+    """Value and gradient of the corrected loss are those of TRL: the weight is at
+    the policy loss, not at the KL."""
     pytest.importorskip("trl")
     from grpo_nb.evidence.trl_oracles import import_trl, trl_loss
 
@@ -238,12 +245,13 @@ def test_only_another_engine_is_corrected():
         make_config(device="cpu", vllm_importance_sampling_correction=True)
 
 
-# Another sampler in a step ------------------------------------------------------------------------------------------------
+# Another sampler in a step ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_a_step_with_another_sampler(algorithm):
-    "The trainer's log-probs are computed, not taken from the sampler; both are kept, and their distance is reported."
+    """The trainer's log-probs are computed, not taken from the sampler; both are
+    kept, and their distance is reported."""
     config = short_config(algorithm=algorithm, max_completion_length=6)
     models = build_models(config, task := load_task("add"))
     before = load_policy("tiny", "cpu")[0]
@@ -298,12 +306,13 @@ def test_the_verb_asks_the_sampler_for_what_the_config_says(tiny):
     assert asked == [(*tiny, queries, 3, 5, 0.5, 1.0, 0, generator, 2)]
 
 
-# In a run ------------------------------------------------------------------------------------------------------------------
+# In a run -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_the_options_change_a_run(tmp_path, stand_in, algorithm):
-    "use_vllm samples from elsewhere and logs the mismatch, the correction and its bound change what is learned; the same settings repeat a run."
+    """use_vllm samples from elsewhere and logs the mismatch, the correction and its
+    bound change what is learned; the same settings repeat a run."""
 
     def weights(name, **options):
         run = train(

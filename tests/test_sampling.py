@@ -1,4 +1,5 @@
-"The sampler's cache: the same numbers as without one, no prompt read twice, nothing copied that need not be, for every kind of model."
+"""The sampler's cache: the same numbers as without one, no prompt read twice,
+nothing copied that need not be, for every kind of model."""
 
 import copy
 import math
@@ -49,7 +50,8 @@ def counted(model):
 )
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "mixtral"])
 def test_recorded_is_scored(name, prompts):
-    "Log-probs collected with the cache are those of a pass without one, while rows end at different times and others move into their places."
+    """Log-probs collected with the cache are those of a pass without one, while rows
+    end at different times and others move into their places."""
     model = make(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a model that cannot be batched
@@ -69,7 +71,8 @@ def test_recorded_is_scored(name, prompts):
 
 
 def test_rows_that_ended_are_not_computed():
-    "Each prompt passes once for its group, then each row once a token for as long as it lives; its last token never."
+    """Each prompt passes once for its group, then each row once a token for as long
+    as it lives; its last token never."""
     model = make("llama", torch.float32)
     sample(
         model, character_tokenizer(), PROMPTS, 2, 2
@@ -126,7 +129,8 @@ def test_prompts_of_similar_length_are_read_together():
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=30), st.integers(0, 300))
 def test_by_length(lengths, padding):
-    "Each prompt once, no piece with more padding than allowed, and a piece is closed only when the next would be too much."
+    """Each prompt once, no piece with more padding than allowed, and a piece is
+    closed only when the next would be too much."""
     pieces = _by_length(lengths, padding)
     assert sorted(i for piece in pieces for i in piece) == list(range(len(lengths)))
 
@@ -140,7 +144,8 @@ def test_by_length(lengths, padding):
 
 
 def test_room():
-    "A token is written into its place and nothing else is touched; where a row leaves, one row moves."
+    """A token is written into its place and nothing else is touched; where a row
+    leaves, one row moves."""
     layer = DynamicCache().layer_class_to_replicate()
     keys, values = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     layer.update(keys, values)
@@ -195,7 +200,8 @@ def test_room():
     ids=["state space", "sliding window"],
 )
 def test_a_model_with_another_cache(kind, warns):
-    "A state-space model reads the whole sequence for each token, with a warning; a sliding window keeps the cache of its own."
+    """A state-space model reads the whole sequence for each token, with a warning; a
+    sliding window keeps the cache of its own."""
     model = make(kind, torch.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -216,7 +222,8 @@ def test_a_model_with_another_cache(kind, warns):
 
 @pytest.mark.parametrize("V", [1, 2, 10, 1000])
 def test_draw_by_blocks(V):
-    "First a block, then a token of it: the frequencies are those of the distribution, whatever the size of the vocabulary (chi-squared, 5 sigma)."
+    """First a block, then a token of it: the frequencies are those of the
+    distribution, whatever the size of the vocabulary (chi-squared, 5 sigma)."""
     p = torch.rand(V, generator=torch.Generator().manual_seed(V)).square().softmax(0)
     n = 400 * V
     seen = torch.bincount(
@@ -242,7 +249,8 @@ def test_no_draw_of_what_was_cut():
 
 
 def test_a_step_in_bfloat16_reaches_every_weight():
-    "While sampling, rounded weights are kept; the update must not find them: they have no gradient."
+    """While sampling, rounded weights are kept; the update must not find them: they
+    have no gradient."""
     config = short_config(
         dtype="bfloat16", num_prompts=4, num_generations=8, device="cpu"
     )
@@ -265,7 +273,8 @@ def test_a_step_in_bfloat16_reaches_every_weight():
 
 
 def test_rounded_weights_are_kept_for_one_sampling(tiny):
-    "In bfloat16 each weight is rounded once a sampling, not for each token; and the next sampling sees what the weights have become."
+    """In bfloat16 each weight is rounded once a sampling, not for each token; and
+    the next sampling sees what the weights have become."""
     model, tokenizer = copy.deepcopy(tiny[0]).requires_grad_(True), tiny[1]
     queries, states = load_task("add").queries("train", 2), []
     hook = model.get_input_embeddings().register_forward_hook(
@@ -321,7 +330,8 @@ def test_an_interrupted_sampling_leaves_no_rounded_weights(tiny):
 
 
 def test_inside_an_autocast_of_ones_own(tiny):
-    "With its cache on, as it is by default: scoring without a gradient leaves nothing that the update would trip over."
+    """With its cache on, as it is by default: scoring without a gradient leaves
+    nothing that the update would trip over."""
     config, task = (
         short_config(algorithm="ppo", num_prompts=8, dtype="bfloat16", device="cpu"),
         load_task("add"),
@@ -381,7 +391,8 @@ def test_full_and_sliding_layers(pattern):
 
 
 def test_the_reference_is_scored_in_pieces(tiny):
-    "It keeps to max_tokens_per_micro_batch, tracks nothing, and gives the same numbers."
+    """It keeps to max_tokens_per_micro_batch, tracks nothing, and gives the same
+    numbers."""
     model, tokenizer = tiny
     rollout = sample(
         model,
@@ -405,7 +416,8 @@ def test_the_reference_is_scored_in_pieces(tiny):
 
 
 def test_gradient_checkpointing(tiny):
-    "The same step, with each layer computed twice; dropout stays off, and sampling is as before."
+    """The same step, with each layer computed twice; dropout stays off, and sampling
+    is as before."""
     config, task, seen = (
         short_config(num_prompts=4, num_generations=8, device="cpu"),
         load_task("add"),

@@ -1,4 +1,5 @@
-"Nothing that comes from a model or a file is executed, and nothing is written outside of the run's directory."
+"""Nothing that comes from a model or a file is executed, and nothing is written
+outside of the run's directory."""
 
 import re
 import ast
@@ -198,7 +199,8 @@ def trap(tmp_path):
     }
     (path / "config.json").write_text(json.dumps(config))
     (path / "trap.py").write_text(
-        f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as TrapConfig, LlamaForCausalLM as Trap\n"
+        f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as "
+        "TrapConfig, LlamaForCausalLM as Trap\n"
     )
     return path, mark
 
@@ -250,7 +252,8 @@ def test_an_expression_is_arithmetic_or_nothing(text):
 
 
 def test_a_run_writes_into_its_directory_only(tmp_path, monkeypatch):
-    "Everything that a run leaves is below output_dir, also where the working directory is another."
+    """Everything that a run leaves is below output_dir, also where the working
+    directory is another."""
     monkeypatch.chdir(tmp_path)
     train(short_config(output_dir="a/b/run", save_steps=1), progress=False)
     assert {
@@ -261,7 +264,7 @@ def test_a_run_writes_into_its_directory_only(tmp_path, monkeypatch):
     } == {("a", "b", "run")}
 
 
-# Links: what they point to is neither written nor removed ------------------------------------------------------------------
+# Links: what they point to is neither written nor removed -----------------------------
 
 
 @pytest.fixture
@@ -318,7 +321,8 @@ def test_a_run_does_not_follow_links(tmp_path, treasure, name):
 
 
 def test_resuming_does_not_follow_links(tmp_path, treasure):
-    "The leavings of a killed run, an old checkpoint and a damaged one are links: the links go, the run goes on."
+    """The leavings of a killed run, an old checkpoint and a damaged one are links:
+    the links go, the run goes on."""
     options = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "num_prompts": 2}
     train(short_config(max_steps=2, **options), progress=False)
     shutil.rmtree(tmp_path / "run/model")
@@ -338,7 +342,8 @@ def test_resuming_does_not_follow_links(tmp_path, treasure):
 
 
 def test_names_from_data_and_models_are_no_paths(tmp_path, monkeypatch):
-    "A task, a reward function, a prompt and a completion that are called like paths: everything is still below output_dir."
+    """A task, a reward function, a prompt and a completion that are called like
+    paths: everything is still below output_dir."""
     monkeypatch.chdir(tmp_path)
     name = "../../escaped"
 

@@ -1,4 +1,5 @@
-"The variants of the stages: process rewards, length and form, dynamic sampling, a value head on the trunk, the outer loop."
+"""The variants of the stages: process rewards, length and form, dynamic sampling, a
+value head on the trunk, the outer loop."""
 
 import copy
 import itertools
@@ -81,11 +82,12 @@ def close(a, b, tolerance=1e-12):
     )
 
 
-# Rollouts as one ---------------------------------------------------------------------------------------------------------
+# Rollouts as one ----------------------------------------------------------------------
 
 
 def test_joining_undoes_selecting(rollout):
-    "Every field, whatever the lengths and the order of the parts; a field that one part lacks is dropped."
+    """Every field, whatever the lengths and the order of the parts; a field that one
+    part lacks is dropped."""
     rollout = replace(rollout, step_rewards=last_step(rollout))
     for order in itertools.permutations(range(3)):
         again = Rollout.join([rollout.select([g]) for g in order]).select(
@@ -103,7 +105,7 @@ def test_joining_undoes_selecting(rollout):
         Rollout.join([rollout, as_rollout(character_tokenizer(), [Query("1=")], ["1"])])
 
 
-# Rewards -----------------------------------------------------------------------------------------------------------------
+# Rewards ------------------------------------------------------------------------------
 
 
 def test_soft_overlong_penalty():
@@ -130,7 +132,8 @@ def test_soft_overlong_penalty():
     [("add", "46", "4 6"), ("target", "8*3", "8x3"), ("add_chat", "8", "eight")],
 )
 def test_form(task, right, wrong):
-    "The form of a task says nothing about right and wrong, only about what an answer looks like."
+    """The form of a task says nothing about right and wrong, only about what an
+    answer looks like."""
     f = format_reward(load_task(task).form)
     assert f(prompts=["q"] * 3, completions=[right, wrong, right + "\n"]) == [1, 0, 0]
 
@@ -157,7 +160,8 @@ def test_steps_of_a_sum(completion, steps):
 
 
 def merging_tokenizer():
-    "Tokens of one to three digits, so that steps in characters and steps in tokens are not the same."
+    """Tokens of one to three digits, so that steps in characters and steps in tokens
+    are not the same."""
     vocabulary = {
         token: i
         for i, token in enumerate(["<pad>", "<eos>", *"0123456789", "12", "123"])
@@ -218,7 +222,8 @@ def test_the_simple_score_is_the_checked_one(tokenizer, seed):
 
 
 def test_steps_and_scores_together(tokenizer):
-    "A score beside steps is one more step at the last token; weights and abstentions hold for steps, too."
+    """A score beside steps is one more step at the last token; weights and
+    abstentions hold for steps, too."""
 
     def steps(completions, **_):
         return [[(0, 1.0), (1, 0.5)], None, []]
@@ -294,7 +299,8 @@ def test_wrong_steps_are_refused(tokenizer, returned, error, words):
 
 
 def test_process_rewards_of_ppo(rollout):
-    "Each step's reward lands on its last token, on top of the price of the KL; their sum is that of outcome supervision."
+    """Each step's reward lands on its last token, on top of the price of the KL;
+    their sum is that of outcome supervision."""
     n = rollout.completion_mask.sum(1).tolist()
     steps = replace(
         rollout,
@@ -330,7 +336,8 @@ def test_process_rewards_of_ppo(rollout):
     st.sampled_from(["mean", "leave_one_out"]),
 )
 def test_process_advantages_by_definition(steps, scale, baseline):
-    "Section 4.1.3 in plain Python: pool the steps of a group, standardise, and give a token the sum of the steps that end at or after it."
+    """Section 4.1.3 in plain Python: pool the steps of a group, standardise, and
+    give a token the sum of the steps that end at or after it."""
     result = process_advantages(dense_steps(steps, 5), 3, scale, baseline, eps=0.0)
     expected = process_advantages_by_definition(
         steps, 3, 5, scale=scale, baseline=baseline, eps=0.0
@@ -370,7 +377,8 @@ def random_steps(draw, T):
     )
 )
 def test_a_group_is_informative_if_an_advantage_is_not_zero(steps):
-    "For steps and for outcomes alike: what dynamic sampling keeps is what has a gradient. A group of equal sums of different steps has one."
+    """For steps and for outcomes alike: what dynamic sampling keeps is what has a
+    gradient. A group of equal sums of different steps has one."""
     rollout = SimpleNamespace(
         num_generations=3,
         rewards=torch.tensor([float(sum(s)) for s in steps]),
@@ -386,7 +394,8 @@ def test_a_group_is_informative_if_an_advantage_is_not_zero(steps):
 
 
 def test_steps_that_nobody_gave(tokenizer):
-    "Empty lists of steps for all: judged, worth 0, and no advantage; no crash on integers."
+    """Empty lists of steps for all: judged, worth 0, and no advantage; no crash on
+    integers."""
     rollout = as_rollout(tokenizer, [Query("1+2=")], ["3", "4"])
     assert score(rollout, [lambda **_: [[], []]]) == {"rewards/<lambda>/mean": 0.0}
     assert (
@@ -410,7 +419,7 @@ def test_process_supervision_is_chosen_by_the_reward(tokenizer):
     assert A[0, 0] > A[3, 0] and A[2, 0] < 0 < A[0, 1]
 
 
-# Dynamic sampling --------------------------------------------------------------------------------------------------------
+# Dynamic sampling ---------------------------------------------------------------------
 
 
 def sampler(tokenizer, seen):
@@ -444,7 +453,8 @@ def sampler(tokenizer, seen):
     ],
 )
 def test_dynamic_sampling(tokenizer, rounds, kept, drawn, seen):
-    "Only what is missing is sampled again, only groups with variance stay, and every sample is counted; metrics are of the first round."
+    """Only what is missing is sampled again, only groups with variance stay, and
+    every sample is counted; metrics are of the first round."""
     calls = []
     queries = [Query(f"{i}=") for i in range(4 if rounds == 0 else 20)]
     rollout, metrics = dynamic_sampling(
@@ -464,7 +474,8 @@ def test_dynamic_sampling(tokenizer, rounds, kept, drawn, seen):
 
 
 def test_dynamic_sampling_without_anything_to_learn(tokenizer):
-    "All groups equal, or no spare query: no error, and the first round is what is left."
+    """All groups equal, or no spare query: no error, and the first round is what is
+    left."""
     sample, judge = sampler(tokenizer, [])
     config = SimpleNamespace(num_prompts=2, dynamic_sampling=3)
     rollout, metrics = dynamic_sampling(
@@ -482,7 +493,8 @@ def test_dynamic_sampling_without_anything_to_learn(tokenizer):
 
 
 def test_dynamic_sampling_in_a_run(tmp_path):
-    "`num_completions` counts what was thrown away, `completions.parquet` holds what was learned from."
+    """`num_completions` counts what was thrown away, `completions.parquet` holds
+    what was learned from."""
     run = train(
         short_config(dynamic_sampling=3, max_steps=3, output_dir=str(tmp_path / "run")),
         progress=False,
@@ -497,7 +509,7 @@ def test_dynamic_sampling_in_a_run(tmp_path):
     )
 
 
-# PPO ---------------------------------------------------------------------------------------------------------------------
+# PPO ----------------------------------------------------------------------------------
 
 
 def test_whitened_rewards_keep_their_mean(rollout):
@@ -516,7 +528,8 @@ def test_whitened_rewards_keep_their_mean(rollout):
 
 
 def test_a_head_on_the_trunk_adds_its_gradient_to_the_policy(tokenizer):
-    "The gradient in the policy is that of the policy loss plus vf_coef times that of the value loss, by autograd on the sum."
+    """The gradient in the policy is that of the policy loss plus vf_coef times that
+    of the value loss, by autograd on the sum."""
     policy = random_model("gpt2")
     rollout, value = random_rollout(policy, tokenizer), ValueModel(policy, shared=True)
     torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
@@ -557,7 +570,8 @@ def test_a_head_on_the_trunk_adds_its_gradient_to_the_policy(tokenizer):
 
 
 def test_a_separate_value_model_leaves_the_policy_alone(rollout):
-    "Its own weights: the value loss gives the policy no gradient, and training it does not move the policy."
+    """Its own weights: the value loss gives the policy no gradient, and training it
+    does not move the policy."""
     policy = random_model("llama")
     value = ValueModel(policy)
     torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
@@ -568,7 +582,8 @@ def test_a_separate_value_model_leaves_the_policy_alone(rollout):
 
 
 def test_a_head_trains_and_is_judged_like_a_model(tmp_path):
-    "A run of PPO with a head: the critic's own parameters are its head's, and the value loss falls."
+    """A run of PPO with a head: the critic's own parameters are its head's, and the
+    value loss falls."""
     run = train(
         short_config(
             algorithm="ppo",
@@ -588,11 +603,12 @@ def test_a_head_trains_and_is_judged_like_a_model(tmp_path):
     )
 
 
-# The outer loop ----------------------------------------------------------------------------------------------------------
+# The outer loop -----------------------------------------------------------------------
 
 
 def test_pairs_of_a_group(tokenizer):
-    "Each distinct wrong answer once, beside a right one of its own group; groups without a choice give nothing."
+    """Each distinct wrong answer once, beside a right one of its own group; groups
+    without a choice give nothing."""
     task, (a, b, c) = (
         load_task("add"),
         [
@@ -609,7 +625,8 @@ def test_pairs_of_a_group(tokenizer):
 
 
 def test_outer_iteration():
-    "Due at the first step and after every `ref_model_sync_steps`; the reference becomes the policy, a tenth of what the reward model learns from is replayed."
+    """Due at the first step and after every `ref_model_sync_steps`; the reference
+    becomes the policy, a tenth of what the reward model learns from is replayed."""
     config = short_config(
         ref_model_sync_steps=3,
         reward_funcs=["learned"],
@@ -684,7 +701,8 @@ def test_nothing_to_prefer_is_an_error_at_the_start(tmp_path):
 
 
 def test_a_reward_in_place_of_the_learned_one(tmp_path):
-    "Functions given as objects replace those of the config: nothing is learned, and a name among them is a name."
+    """Functions given as objects replace those of the config: nothing is learned,
+    and a name among them is a name."""
     config = short_config(
         recipe="iterative",
         num_generations=4,
@@ -712,7 +730,8 @@ def test_a_reward_in_place_of_the_learned_one(tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
-    "`num_completions` is what was sampled with temperature, for every recipe: refills and preferences included, evaluation (greedy) not."
+    """`num_completions` is what was sampled with temperature, for every recipe:
+    refills and preferences included, evaluation (greedy) not."""
     drawn = []
 
     def spied(draw):
@@ -750,7 +769,8 @@ def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
 
 
 def test_more_steps_later_is_more_steps_at_once(tmp_path):
-    "The outer loop does not depend on `max_steps`: two steps and two more, with a reward model that is trained on in between."
+    """The outer loop does not depend on `max_steps`: two steps and two more, with a
+    reward model that is trained on in between."""
     options = dict(
         recipe="iterative",
         num_generations=4,

@@ -1,4 +1,5 @@
-"What is said about the code, in tables and texts, against the code: what has grown old is named."
+"""What is said about the code, in tables and texts, against the code: what has grown
+old is named."""
 
 import ast
 import importlib
@@ -181,7 +182,8 @@ def test_claim_5_counts_what_is_there():
 
 
 def test_claim_4_has_the_numbers_of_the_cost_model():
-    "What its verdict says of a model of 8B is not measured but computed: so again here."
+    """What its verdict says of a model of 8B is not measured but computed: so again
+    here."""
     sizes = dict(hidden_size=4096, intermediate_size=14336, vocab_size=128256)
     layers = dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
     big = parameters(LlamaConfig(**sizes, **layers, tie_word_embeddings=False))

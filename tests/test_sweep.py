@@ -1,4 +1,5 @@
-"A sweep: every cell once, what is done stays, what fails is said, what is wrong is refused before anything runs."
+"""A sweep: every cell once, what is done stays, what fails is said, what is wrong is
+refused before anything runs."""
 
 import json
 from pathlib import Path

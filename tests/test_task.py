@@ -1,4 +1,5 @@
-"The tasks: a parser against Python's own, a split that never leaks, and answers that their own task finds right."
+"""The tasks: a parser against Python's own, a split that never leaks, and answers
+that their own task finds right."""
 
 import os
 import random
@@ -26,7 +27,8 @@ expressions = st.recursive(
 
 
 def python_value(text):
-    "What Python makes of it; None where it is not an expression of the numbers, signs and parentheses that the task allows."
+    """What Python makes of it; None where it is not an expression of the numbers,
+    signs and parentheses that the task allows."""
     if not re.fullmatch(r"[0-9+*()-]{1,64}", text) or "**" in text:
         return None
     text = re.sub(
@@ -78,7 +80,8 @@ def test_what_is_not_an_expression(text):
 
 @pytest.mark.parametrize("name, digits", SETTINGS)
 def test_the_split_does_not_leak(name, digits):
-    "Training queries and held-out queries share no key; the same seed gives the same queries; all are of the right side."
+    """Training queries and held-out queries share no key; the same seed gives the
+    same queries; all are of the right side."""
     task = load_task(name, digits=digits)
     train, heldout = task.queries("train", 300, seed=1), task.queries("heldout", 60)
     assert not {query.key for query in train} & {query.key for query in heldout}
@@ -91,8 +94,13 @@ def test_the_split_does_not_leak(name, digits):
 
 @pytest.mark.parametrize("salt", [1, 2])
 def test_the_split_is_the_same_in_every_process(salt):
-    "A key is held out if its CRC-32 is a multiple of 5, whatever Python's salt of `hash`: a resumed run must not train on what it is tested with."
-    source = "import zlib; from grpo_nb.task import load_task; print([(q.key, zlib.crc32(q.key.encode()) % 5 == 0) for s in ('train', 'heldout') for q in load_task('add').queries(s, 20)])"
+    """A key is held out if its CRC-32 is a multiple of 5, whatever Python's salt of
+    `hash`: a resumed run must not train on what it is tested with."""
+    source = (
+        "import zlib; from grpo_nb.task import load_task; print([(q.key, "
+        "zlib.crc32(q.key.encode()) % 5 == 0) for s in ('train', 'heldout') for q in "
+        "load_task('add').queries(s, 20)])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", source],
         env={**os.environ, "PYTHONHASHSEED": str(salt)},

@@ -87,7 +87,8 @@ def test_installed_versions_are_told():
     "body, problem",
     [
         (
-            '<h2 id="x">X</h2><a href="#x">x</a><a href="other.html#y">y</a><a href="https://example.org">out</a>',
+            '<h2 id="x">X</h2><a href="#x">x</a><a href="other.html#y">y</a><a '
+            'href="https://example.org">out</a>',
             None,
         ),
         ('<a href="none.html">x</a>', "none.html does not exist"),
@@ -109,7 +110,8 @@ def test_installed_versions_are_told():
         (f'<img src="data:image/png;base64,{"A" * 1000}">', None),
         (f'<img src="data:image/png;base64,{"A" * 5000}">', "is embedded"),
         (
-            r"<p>\(\frac{a}{b}\) &lt; \[\sum_i x_i \tag{1}\]</p><pre>\(\nonsense\)</pre><p>$5 and $6</p>",
+            r"<p>\(\frac{a}{b}\) &lt; \[\sum_i x_i "
+            r"\tag{1}\]</p><pre>\(\nonsense\)</pre><p>$5 and $6</p>",
             None,
         ),
         (
@@ -187,15 +189,18 @@ def test_pictures_become_files(tmp_path):
     )
     source = f'src="data:image/png;base64,{base64.b64encode(png).decode()}"'
     html = build_docs.mend_pictures(
-        f'<h2>On <em>x</em></h2><img {source} class="a"><img alt="A curve" {source} width="9">',
+        f'<h2>On <em>x</em></h2><img {source} class="a"><img alt="A curve" {source} '
+        'width="9">',
         tmp_path,
         "../",
     )
     [file] = (tmp_path / "images").iterdir()
     assert file.read_bytes() == png
     assert html == (
-        f'<h2>On <em>x</em></h2><img src="../images/{file.name}" class="a" alt="Plot in the section “On x”, made by the code above it"'
-        f' width="300" height="200"><img src="../images/{file.name}" alt="A curve" width="9">'
+        f'<h2>On <em>x</em></h2><img src="../images/{file.name}" class="a" alt="Plot '
+        'in the section “On x”, made by the code above it"'
+        f' width="300" height="200"><img src="../images/{file.name}" alt="A curve" '
+        'width="9">'
     )
 
 
@@ -208,12 +213,16 @@ def test_folded_text_is_markdown():
 
 def test_links_to_notebooks_lead_to_pages():
     assert build_docs.relink(
-        "[a](03_policy.ipynb#x) [[`b`](https://x.org/b.html)](01_task.ipynb) [c](c.html)"
+        "[a](03_policy.ipynb#x) [[`b`](https://x.org/b.html)](01_task.ipynb) "
+        "[c](c.html)"
     ) == ("[a](policy.ipynb#x) [`b`](task.ipynb) [c](c.html)")
 
 
 def test_signatures_are_plain():
-    source = "[`a`](a.html)\n```python\ndef f(x:jaxtyping.Float[Tensor, 'N'])->__main__.Run: # see [`g`](x.html#g)\n```"
+    source = (
+        "[`a`](a.html)\n```python\ndef f(x:jaxtyping.Float[Tensor, "
+        "'N'])->__main__.Run: # see [`g`](x.html#g)\n```"
+    )
     assert re.sub(r"```.*?```", build_docs.signature, source, flags=re.S) == (
         "[`a`](a.html)\n```python\ndef f(x:Float[Tensor, 'N'])->Run: # see `g`\n```"
     )
@@ -221,11 +230,15 @@ def test_signatures_are_plain():
 
 def test_readme_prose():
     source = (
-        '::: {.callout-note title="Ways"}\nSee [setup](01_task.ipynb#add).\n:::\n\n$$x^{.5}$$ {#eq-x}\n\n## Why {#sec-why}\n\n'
+        '::: {.callout-note title="Ways"}\nSee '
+        "[setup](01_task.ipynb#add).\n:::\n\n$$x^{.5}$$ {#eq-x}\n\n## Why "
+        "{#sec-why}\n\n"
         '[p](https://host/blob/main/LICENSE){target="_blank"} and `a[0](b){#c}`'
     )
     assert readme.prose(source, "https://host/blob/main/") == (
-        "> [!NOTE]\n> **Ways**\n>\n> See [setup](nbs/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n[p](LICENSE) and `a[0](b){#c}`"
+        "> [!NOTE]\n> **Ways**\n>\n> See "
+        "[setup](nbs/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n[p](LICENSE) and "
+        "`a[0](b){#c}`"
     )
     with pytest.raises(SystemExit, match="nowhere"):
         readme.prose("[x](none.ipynb)", "")
@@ -324,8 +337,8 @@ def test_references_are_numbered():
     text, equations, figure = (cell["source"] for cell in notebook["cells"])
     assert text == "See [Equation 2](#eq-b) and [Figure 1](#fig-a)."
     assert (
-        equations
-        == "::: {#eq-a}\n$$\na \\tag{1}\n$$\n:::\n\n::: {#eq-b}\n$$\nb \\tag{2}\n$$\n:::"
+        equations == "::: {#eq-a}\n$$\na \\tag{1}\n$$\n:::\n\n::: {#eq-b}\n$$\nb "
+        "\\tag{2}\n$$\n:::"
     )
     assert '#| fig-cap: "Figure 1: Seen."' in figure
     with pytest.raises(SystemExit, match="@eq-c"):

@@ -1,6 +1,8 @@
-"""Runs: that both algorithms learn, what a run leaves behind, that it can be repeated, resumed, and started from a shell.
+"""Runs: that both algorithms learn, what a run leaves behind, that it can be
+repeated, resumed, and started from a shell.
 
-Bug 26 (resume) and bug 28 (every documented option runs) are here; the others are in test_equations.py."""
+Bug 26 (resume) and bug 28 (every documented option runs) are here; the others are in
+test_equations.py."""
 
 import json
 import math
@@ -57,12 +59,13 @@ def finished(request, tmp_path_factory):
     )
 
 
-# Learning ----------------------------------------------------------------------------------------------------------------
+# Learning -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm, num_prompts", [("grpo", 16), ("ppo", 128)])
 def test_learns(tmp_path, algorithm, num_prompts):
-    """Within 40 steps, held-out accuracy on 1,000 queries rises by more than chance can do.
+    """Within 40 steps, held-out accuracy on 1,000 queries rises by more than chance
+    can do.
 
     The bound is four standard errors of the difference between two shares."""
     config = make_config(
@@ -82,7 +85,7 @@ def test_learns(tmp_path, algorithm, num_prompts):
     )
 
 
-# Files -------------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_its_files(finished):
@@ -213,12 +216,13 @@ def test_evaluation_is_held_out(tiny):
     assert all(query.is_heldout for query in asked)
 
 
-# Same seed ---------------------------------------------------------------------------------------------------------------
+# Same seed ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_seed_decides(tmp_path, algorithm):
-    "Same seed, same everything but wall clock and memory; another seed, something else."
+    """Same seed, same everything but wall clock and memory; another seed, something
+    else."""
     options = {"algorithm": algorithm, "max_steps": 2, "num_prompts": 8}
     for name, seed in {"a": 7, "b": 7, "c": 8}.items():
         run(tmp_path / name, seed=seed, **options)
@@ -253,7 +257,8 @@ def test_max_tokens_per_micro_batch_is_no_hyper_parameter(tmp_path):
 
 
 def test_a_run_on_a_task_object_remembers_its_name(tmp_path):
-    "One that load_task knows keeps its name when the run is opened, or resumed where it was finished; another name no config could have."
+    """One that load_task knows keeps its name when the run is opened, or resumed
+    where it was finished; another name no config could have."""
     for task, name in (
         (load_task("target"), "target"),
         (replace(load_task("add"), name="mine"), "add"),
@@ -294,7 +299,8 @@ def own(completions, **columns):
 
 
 def test_weights_are_counted_against_what_is_passed(tmp_path):
-    "Two functions with two weights, whatever the config names; one function alone is a list of one."
+    """Two functions with two weights, whatever the config names; one function alone
+    is a list of one."""
     config = short_config(reward_weights=[0.5, 2.0], output_dir=str(tmp_path / "two"))
     found = train(config, reward_funcs=[own, "brevity"], progress=False)
     line = read_metrics(found.directory)[0]
@@ -310,7 +316,8 @@ def test_weights_are_counted_against_what_is_passed(tmp_path):
 
 
 def test_what_was_passed_is_asked_for_again(tmp_path, monkeypatch, capsys):
-    "Own functions and an own task: opening, chatting and resuming say what to pass, and import nothing."
+    """Own functions and an own task: opening, chatting and resuming say what to
+    pass, and import nothing."""
     task = replace(load_task("add"), name="my sums")
     config = short_config(max_steps=2, output_dir=str(tmp_path / "run"))
     train(config, task, own, progress=False)
@@ -339,7 +346,7 @@ def test_what_was_passed_is_asked_for_again(tmp_path, monkeypatch, capsys):
         open_run(directory)
 
 
-# Bug 26: resume ----------------------------------------------------------------------------------------------------------
+# Bug 26: resume -----------------------------------------------------------------------
 
 RESUMED = {
     "grpo": {"algorithm": "grpo"},
@@ -396,7 +403,9 @@ def straight(tmp_path_factory):
 
 
 def test_learning_rate_follows_the_schedule(straight):
-    "Two steps of warm-up, then a cosine: 0, 1/2, 1, (1 + cos 60)/2, (1 + cos 120)/2 of 1e-4; it is what the optimiser uses, so step 1 (with mu = 2) moves nothing."
+    """Two steps of warm-up, then a cosine: 0, 1/2, 1, (1 + cos 60)/2, (1 + cos
+    120)/2 of 1e-4; it is what the optimiser uses, so step 1 (with mu = 2) moves
+    nothing."""
     lines = read_metrics(straight("grpo"))
     for line, share in zip(lines, (0, 0.5, 1, 0.75, 0.25)):
         assert abs(line["learning_rate"] - share * 1e-4) < 1e-12
@@ -404,7 +413,8 @@ def test_learning_rate_follows_the_schedule(straight):
 
 
 def test_the_value_model_follows_the_schedule_too(straight):
-    "After four steps both optimisers are at (1 + cos 120)/2 = 1/4 of their own rate; a schedule that is built and not stepped would leave one at 0."
+    """After four steps both optimisers are at (1 + cos 120)/2 = 1/4 of their own
+    rate; a schedule that is built and not stepped would leave one at 0."""
     policy, value = json.loads(
         (straight("ppo") / "checkpoint-4/trainer.json").read_text()
     )["schedulers"]
@@ -426,8 +436,10 @@ def test_the_value_model_follows_the_schedule_too(straight):
     ],
 )
 def test_resume(tmp_path, straight, monkeypatch, name, after):
-    """Bug 26: k steps, stop, resume, N - k steps = N steps, with cosine schedule, warm-up, mu = 2 and adaptive beta; with a value head,
-    refilled steps, and an outer loop (renewed at steps 3 and 5) whose reward model has just been trained when the run stops."""
+    """Bug 26: k steps, stop, resume, N - k steps = N steps, with cosine schedule,
+    warm-up, mu = 2 and adaptive beta; with a value head, refilled steps, and an
+    outer loop (renewed at steps 3 and 5) whose reward model has just been trained
+    when the run stops."""
     directory, options, calls = tmp_path / "run", LONG | RESUMED[name], []
 
     def stops(*arguments):
@@ -460,7 +472,8 @@ def test_resume(tmp_path, straight, monkeypatch, name, after):
 
 
 def test_resume_after_a_kill(tmp_path, straight):
-    "Bug 26: the process is killed in the middle of whatever it does, and another one goes on."
+    """Bug 26: the process is killed in the middle of whatever it does, and another
+    one goes on."""
     directory = tmp_path / "run"
     flags = [
         f"--{name}={value}"
@@ -511,7 +524,8 @@ def test_resume_from_the_shell_needs_the_directory_alone(
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path, straight):
-    "Bug 26: steps after the last checkpoint are taken again, not twice; a half-written line is dropped; old checkpoints go."
+    """Bug 26: steps after the last checkpoint are taken again, not twice; a
+    half-written line is dropped; old checkpoints go."""
     directory, options = tmp_path / "run", LONG | RESUMED["grpo"] | {"save_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         run(directory, functions=[interrupted(3)], **options)
@@ -528,7 +542,8 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path, straight):
     ids=str,
 )
 def test_resume_with_other_settings_is_refused(tmp_path, other):
-    "Half a run with one learning rate and half with another would be neither, and its config.json a lie; how often it is saved is no setting of the training."
+    """Half a run with one learning rate and half with another would be neither, and
+    its config.json a lie; how often it is saved is no setting of the training."""
     options = LONG | {"max_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, functions=[interrupted(1)], **options)
@@ -572,7 +587,7 @@ def test_a_finished_run_is_not_resumed(finished, capsys):
     } == before
 
 
-# Bug 28: every documented option runs ------------------------------------------------------------------------------------
+# Bug 28: every documented option runs -------------------------------------------------
 
 BASE = {
     "num_prompts": 8,
@@ -590,7 +605,8 @@ LEARNED = {
     "reward_model_steps": 1,
 }
 LORA = {"use_peft": True}
-SHARED = {  # field: values that are not the default, or (value, other options that it needs)
+# field: values that are not the default, or (value, other options that it needs)
+SHARED = {
     "model": ["tiny"],
     "task": ["add", "sums", "target"],
     "digits": [1, 2, 3],
@@ -748,7 +764,8 @@ def baseline(tmp_path_factory):
     ids=[f"{a}-{n}={v[0] if isinstance(v, tuple) else v}" for a, n, v in CASES],
 )
 def test_option(tmp_path, baseline, algorithm, name, value):
-    "Bug 28: it runs, its metrics are finite, and (unless it is the default or harmless) it changes what is learned."
+    """Bug 28: it runs, its metrics are finite, and (unless it is the default or
+    harmless) it changes what is learned."""
     value, others = value if isinstance(value, tuple) else (value, {})
     plain = BASE | {"algorithm": algorithm} | others
     option = run(tmp_path / "run", **plain | {name: value})
@@ -768,7 +785,8 @@ def test_option(tmp_path, baseline, algorithm, name, value):
 
 
 def test_models_from_directories(tmp_path, finished, tokenizer):
-    "Bug 28: the policy may be the result of another run, and the reward a trained reward model."
+    """Bug 28: the policy may be the result of another run, and the reward a trained
+    reward model."""
     torch.manual_seed(0)
     judge = RewardModel(
         LlamaForSequenceClassification(
@@ -827,7 +845,8 @@ def test_recipe(tmp_path, recipe):
 
 
 def test_recipes_are_what_the_papers_say():
-    "Bug 28: against the papers (in RECIPES), not against the table itself; the bounds of GSPO are 3e-4 and 4e-4, Dr. GRPO has no std, RLOO no group mean."
+    """Bug 28: against the papers (in RECIPES), not against the table itself; the
+    bounds of GSPO are 3e-4 and 4e-4, Dr. GRPO has no std, RLOO no group mean."""
     papers = {
         "deepseekmath": ("group", "mean", "grpo", "token", "clip", 0.04, 0.2, None),
         "dr_grpo": ("none", "mean", "dr_grpo", "token", "clip", 0.0, 0.2, None),
@@ -868,7 +887,8 @@ def test_recipes_are_what_the_papers_say():
 
 
 def test_bfloat16_samples_from_the_weights_that_it_trains(tmp_path):
-    "A forward pass must see the weights after the last step, not a cached cast of the first ones: the KL grows as in float32."
+    """A forward pass must see the weights after the last step, not a cached cast of
+    the first ones: the KL grows as in float32."""
     options = {
         "max_steps": 3,
         "num_prompts": 8,
@@ -887,7 +907,8 @@ def test_bfloat16_samples_from_the_weights_that_it_trains(tmp_path):
 
 
 def test_no_score_at_all_is_still_json(tmp_path):
-    "Bug 22 in a run: every reward function abstains; nothing is learned, and the line of metrics stays valid JSON."
+    """Bug 22 in a run: every reward function abstains; nothing is learned, and the
+    line of metrics stays valid JSON."""
     finished = run(
         tmp_path / "run",
         max_steps=2,
@@ -897,12 +918,15 @@ def test_no_score_at_all_is_still_json(tmp_path):
     assert finished.metrics["loss"].tolist() == [0, 0]
 
 
-# Command line ------------------------------------------------------------------------------------------------------------
+# Command line -------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     "Train here, and talk in another process, as a user starts it."
-    flags = "--algorithm ppo --task add --digits 1 --max_steps 2 --num_prompts 4 --eval_size 5 --device cpu --output_dir out".split()
+    flags = (
+        "--algorithm ppo --task add --digits 1 --max_steps 2 --num_prompts 4 "
+        "--eval_size 5 --device cpu --output_dir out"
+    ).split()
     monkeypatch.chdir(tmp_path)
     main(["train", *flags])
     assert "held-out accuracy after" in capsys.readouterr().out
@@ -991,7 +1015,8 @@ def test_command_line_errors(tmp_path, monkeypatch, capsys, flags, message):
 def test_arguments_and_recipes():
     "A flag wins over the recipe, the recipe over the default; booleans take values."
     config = parse_arguments(
-        "--recipe dr_grpo --beta 0.5 --resume true --output_dir x --reward_funcs accuracy brevity --epsilon_high 0.28".split()
+        "--recipe dr_grpo --beta 0.5 --resume true --output_dir x --reward_funcs "
+        "accuracy brevity --epsilon_high 0.28".split()
     )
     assert (config.scale_rewards, config.loss_type, config.beta, config.resume) == (
         "none",

@@ -1,7 +1,8 @@
-"""TRL as an oracle: values and gradients of the loss on random batches, advantages, and steps of its trainer repeated.
+"""TRL as an oracle: values and gradients of the loss on random batches, advantages,
+and steps of its trainer repeated.
 
-What the two define differently is set alike: see the table in chapter 43. Rows without a token that carries loss are left out,
-because TRL keeps them in N."""
+What the two define differently is set alike: see the table in chapter 43. Rows
+without a token that carries loss are left out, because TRL keeps them in N."""
 
 import math
 import tempfile
@@ -77,7 +78,8 @@ def our_loss(
     num_tokens=None,
     **bounds,
 ):
-    "policy_loss + beta kl (times rho), aggregated, as `update` composes them; with the arguments of TRL, but for the cap of CISPO."
+    """policy_loss + beta kl (times rho), aggregated, as `update` composes them; with
+    the arguments of TRL, but for the cap of CISPO."""
     cispo = loss_type == "cispo"
     loss, statistics = policy_loss(
         b["logprobs"],
@@ -103,9 +105,10 @@ def our_loss(
 
 
 def their_loss(b, loss_type, level, epsilon, epsilon_high, **settings):
-    """TRL's loss. It has no "sequence_token", which equals "sequence" where a completion
-    has one advantage; and with a sequence ratio its corrected KL is another: the KL is
-    then that of its loss with token ratios and without advantages."""
+    """TRL's loss. It has no "sequence_token", which equals "sequence" where a
+    completion has one advantage; and with a sequence ratio its corrected KL is
+    another: the KL is then that of its loss with token ratios and without
+    advantages."""
     if level != "token" and settings["beta"] and settings["use_bias_correction_kl"]:
         bounds = (epsilon, epsilon_high)
         without_kl = settings | {"beta": 0.0}
@@ -143,8 +146,8 @@ def same(ours, theirs, *leaves, tolerance=1e-10):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @given(batches(), settings_of_both)
 def test_loss(loss_type, level, b, settings):
-    """Value and gradient, for every way to aggregate, all ratios, both KL gradients, all
-    bounds, advantages per completion or (token ratio) per token."""
+    """Value and gradient, for every way to aggregate, all ratios, both KL gradients,
+    all bounds, advantages per completion or (token ratio) per token."""
     if level != "token" and b["advantages"].dim() == 2:
         b["advantages"] = b["advantages"][:, 0]
     same(
@@ -208,7 +211,8 @@ def rows(b, index):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
 @given(batches(), settings_of_both)
 def test_micro_batches(loss_type, b, settings):
-    "Pieces of equal size add up to the step on both sides (TRL's bnpo is the mean of the pieces' token means: another quantity)."
+    """Pieces of equal size add up to the step on both sides (TRL's bnpo is the mean
+    of the pieces' token means: another quantity)."""
     N, n = len(b["mask"]), int(b["mask"].sum())
     theirs = sum(
         their_loss(
@@ -238,7 +242,8 @@ def test_micro_batches(loss_type, b, settings):
 
 
 def test_bnpo_in_pieces_is_another_quantity():
-    "Chapter 43, exercise 1: tokens (0, 0, 0) and (1) in two pieces are 1/2 in TRL, 1/4 here."
+    """Chapter 43, exercise 1: tokens (0, 0, 0) and (1) in two pieces are 1/2 in TRL,
+    1/4 here."""
     x, mask = (
         torch.tensor([[0.0, 0, 0], [1, 0, 0]]).double(),
         torch.tensor([[True] * 3, [True, False, False]]),
@@ -262,7 +267,8 @@ rewards_of_groups = st.lists(
 )
 @given(rewards_of_groups)
 def test_advantages(scale, tolerance, rewards):
-    "With ties and rows without a score. TRL computes n / (n - 1) of the variance in float32; the rest of it is float64 here."
+    """With ties and rows without a score. TRL computes n / (n - 1) of the variance
+    in float32; the rest of it is float64 here."""
     rewards = torch.tensor(rewards, dtype=torch.float64)
     scored = [int((~rewards[i : i + 4].isnan()).sum()) for i in (0, 4)]
     ours, theirs = (
@@ -306,7 +312,8 @@ def test_the_weights_after_a_step(steps, beta):
     ids=str,
 )
 def test_the_weights_after_steps_with_other_settings(options):
-    "Two steps on one sampling. They moved, and by nine times what they differ or more: AdamW magnifies float32's rounding where a gradient is near 0."
+    """Two steps on one sampling. They moved, and by nine times what they differ or
+    more: AdamW magnifies float32's rounding where a gradient is near 0."""
     config = make_config(
         **{
             "num_generations": 8,
@@ -324,7 +331,8 @@ def test_the_weights_after_steps_with_other_settings(options):
 
 
 def test_trl_sees_the_tokens_that_it_was_rewarded_for():
-    "The rewards behind TRL's advantages are those of the decoded tokens, with one advantage a completion."
+    """The rewards behind TRL's advantages are those of the decoded tokens, with one
+    advantage a completion."""
     config = make_config(
         num_generations=4, temperature=1.5, max_completion_length=8, device="cpu"
     )

@@ -1,6 +1,8 @@
-"""Models, tokenizers and prompts that are not as one expects: read rightly, or refused by name before anything is written.
+"""Models, tokenizers and prompts that are not as one expects: read rightly, or
+refused by name before anything is written.
 
-The truth for log-probs is one forward pass over a prompt and its completion, unpadded, with nothing else in it."""
+The truth for log-probs is one forward pass over a prompt and its completion,
+unpadded, with nothing else in it."""
 
 import copy
 import json
@@ -127,7 +129,8 @@ def drawn(model, queries=QUERIES, G=4, T=6, **how):
 @pytest.mark.parametrize("scale", [0.4, None], ids=["large", "as made"])
 @pytest.mark.parametrize("family", [*SPOILED, *WITHOUT_CACHE, *ORDINARY])
 def test_the_ratio_is_one_before_any_update(family, scale):
-    "Sampler, trainer and reference give a token the log-prob that it has in a row alone."
+    """Sampler, trainer and reference give a token the log-prob that it has in a row
+    alone."""
     model = make(family, scale)
     rollout = drawn(model)
     truth = alone(model, rollout)
@@ -190,7 +193,8 @@ def test_a_gradient_through_rows_of_their_own():
 
 
 def test_a_small_difference_is_one():
-    "A model as it is made, with weights of 0.02: a shared row is off by 3e-4, and refused."
+    """A model as it is made, with weights of 0.02: a shared row is off by 3e-4, and
+    refused."""
     settings = SMALL | {
         "mamba_n_heads": 4,
         "mamba_d_head": 8,
@@ -212,7 +216,8 @@ def test_nothing_is_written_on_the_model():
 
 
 def test_rwkv_is_saved_as_it_was_loaded(tmp_path):
-    "Its code halves weights in place when it is only run, every sixth layer: what is saved would be halved twice."
+    """Its code halves weights in place when it is only run, every sixth layer: what
+    is saved would be halved twice."""
     save(make("rwkv", num_hidden_layers=8), tmp_path / "one")
     ids = torch.tensor([[3, 4, 5, 6]])
     model, _ = load_policy(str(tmp_path / "one"), "cpu")
@@ -474,7 +479,8 @@ STRICT = (
     ],
 )
 def test_a_chat_that_its_template_refuses(tmp_path, template, chat, reason):
-    "The query, its roles and beginning, and the template's own words, before anything is written."
+    """The query, its roles and beginning, and the template's own words, before
+    anything is written."""
     tokenizer = chatty(template)
     queries = [Query([ASK]), Query(chat)] if reason[0] in "Sr" else [Query(chat)]
     i = len(queries) - 1
@@ -563,7 +569,8 @@ def widest(monkeypatch):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 8, 9, 11])
 def test_no_more_are_decoded_at_once(widest, limit):
-    "Groups stay whole as long as one fits; each token has the log-prob of its row alone."
+    """Groups stay whole as long as one fits; each token has the log-prob of its row
+    alone."""
     model = make("llama")
     rollout = drawn(model, max_num_seqs=limit, temperature=1.5)
     assert max(widest) <= limit and sum(widest) == len(rollout) == 12

@@ -23,7 +23,8 @@ from grpo_nb.run.training import train
 from grpo_nb.engine.vllm_sampler import VLLMSampler
 from helpers import character_tokenizer, read_metrics, reproducible
 
-TOLERANCE = 2e-4  # nats, of a float32 log-prob at temperatures from 0.5: the largest seen is 2e-5
+# nats, of a float32 log-prob at temperatures from 0.5: the largest seen is 2e-5
+TOLERANCE = 2e-4
 
 
 def seeded(seed=0):
@@ -94,7 +95,8 @@ def test_log_probs_are_those_of_the_tempered_distribution(tiny, engine, temperat
 
 
 def test_frequencies_are_those_of_the_policy(tiny, engine):
-    "1,024 first tokens of one query against their probabilities: no frequency is further off than five standard errors."
+    """1,024 first tokens of one query against their probabilities: no frequency is
+    further off than five standard errors."""
     rollout, N = engine(*tiny, QUERIES[:1], 1024, 1, generator=seeded()), 1024
     with torch.no_grad():
         p = tiny[0](rollout.prompt_ids).logits[0, -1].softmax(-1)
@@ -105,7 +107,8 @@ def test_frequencies_are_those_of_the_policy(tiny, engine):
 
 
 def test_truncation_and_eos(tiny, engine):
-    "A completion that the limit cuts off has no EOS; one that ends in time has one, as its last token."
+    """A completion that the limit cuts off has no EOS; one that ends in time has
+    one, as its last token."""
     rollout = engine(*tiny, QUERIES, 4, 2, temperature=2.0, generator=seeded())
     eos, last = eos_token_ids(*tiny), rollout.completion_mask.sum(1) - 1
     ended = torch.isin(
@@ -147,7 +150,8 @@ def test_any_end_of_the_policy_is_an_end_and_no_other(tiny, engine):
 
 
 def test_the_generator_repeats_the_completions(tiny, engine):
-    "The same seed, the same completions, also among other queries' requests; another seed, others. Rows of a group differ."
+    """The same seed, the same completions, also among other queries' requests;
+    another seed, others. Rows of a group differ."""
     first, again, other = (
         engine(*tiny, QUERIES, 8, 16, temperature=2.0, generator=seeded(s))
         for s in (0, 0, 1)
@@ -164,9 +168,11 @@ def test_the_generator_repeats_the_completions(tiny, engine):
     "dtype, tolerance", [("float32", TOLERANCE), ("bfloat16", 0.5)]
 )
 def test_new_weights_are_drawn_from(tied, dtype, tolerance):
-    """After an update the engine samples from the new weights, and with the keys and values that they make.
+    """After an update the engine samples from the new weights, and with the keys and
+    values that they make.
 
-    Prompts fill blocks of its prefix cache, so that a prompt is not computed again; without the reset, old keys would be used."""
+    Prompts fill blocks of its prefix cache, so that a prompt is not computed again;
+    without the reset, old keys would be used."""
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -240,7 +246,7 @@ def test_adapters_are_refused(tiny):
         VLLMSampler(policy, tiny[1], config())
 
 
-# Training ------------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,9 +254,11 @@ def test_adapters_are_refused(tiny):
     [("grpo", "float32", False), ("grpo", "bfloat16", True), ("ppo", "float32", True)],
 )
 def test_it_learns(tmp_path, algorithm, dtype, corrected):
-    """As test_training.test_learns: held-out accuracy on 1,000 queries rises by more than four standard errors within 40 steps.
+    """As test_training.test_learns: held-out accuracy on 1,000 queries rises by more
+    than four standard errors within 40 steps.
 
-    In float32 the mismatch stays at rounding, in bfloat16 it is seen; the mean ratio is 1."""
+    In float32 the mismatch stays at rounding, in bfloat16 it is seen; the mean ratio
+    is 1."""
     run = train(
         config(
             algorithm=algorithm,
@@ -279,7 +287,8 @@ def test_it_learns(tmp_path, algorithm, dtype, corrected):
 
 
 def test_a_run_can_be_repeated_and_resumed(tmp_path):
-    "Seeds come from the run's generator: twice the same numbers, and the same again in two parts."
+    """Seeds come from the run's generator: twice the same numbers, and the same
+    again in two parts."""
     options = dict(
         num_prompts=4,
         num_generations=4,
@@ -320,7 +329,8 @@ def test_a_run_can_be_repeated_and_resumed(tmp_path):
 
 
 def test_a_saved_run_opens_in_vllm(tmp_path):
-    "`model/` is served as it is, with its tokenizer and its ends: greedy answers to texts are ours."
+    """`model/` is served as it is, with its tokenizer and its ends: greedy answers
+    to texts are ours."""
     run = train(
         make_config(
             max_steps=2,

@@ -33,7 +33,8 @@ from helpers import ROOT, python, read_metrics, short_config
 
 
 def events(directory):
-    "What TensorBoard shows of a run: {(step, name): value}; nothing may be there twice."
+    """What TensorBoard shows of a run: {(step, name): value}; nothing may be there
+    twice."""
     reader = EventAccumulator(
         str(directory / "tensorboard/grpo_nb"), size_guidance={"scalars": 0}
     )
@@ -90,7 +91,8 @@ def test_tensorboard_shows_what_is_written(tmp_path):
 
 @pytest.mark.parametrize("save_steps", [2, 0])
 def test_a_resumed_run_shows_no_step_twice(tmp_path, save_steps):
-    "Stopped after the third step was shown: from the checkpoint of the second, or from the start, it is done again, and shown once."
+    """Stopped after the third step was shown: from the checkpoint of the second, or
+    from the start, it is done again, and shown once."""
 
     def stop(line):
         if line["step"] == 3:
@@ -108,7 +110,9 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path, save_steps):
     assert {step for step, _ in before} == {1, 2, 3}
     time.sleep(
         1.1
-    )  # TensorBoard reads files in the order of their names, and those begin with the second
+        # TensorBoard reads files in the order of their names, and those begin with the
+        # second
+    )
     heard = []
     train(short_config(**options, resume=True), progress=False, on_step=heard.append)
     after = events(tmp_path / "run")
@@ -182,7 +186,8 @@ def memory(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_a_tracker_of_ones_own(tmp_path, memory):
-    "The config first, then every line without its None, and an end, also where the run breaks."
+    """The config first, then every line without its None, and an end, also where the
+    run breaks."""
 
     def stop(line):
         if line["step"] == 2:
@@ -280,7 +285,8 @@ def test_the_live_plot_is_one_picture_drawn_now_and_then(notebook):
 
 
 def test_the_live_plot_draws_what_it_was_told(notebook):
-    "Curves of the lines so far; accuracy begins before training; a metric that nobody measured has no panel; a broken run is drawn to its end."
+    """Curves of the lines so far; accuracy begins before training; a metric that
+    nobody measured has no panel; a broken run is drawn to its end."""
     shown, _ = notebook
     with (
         pytest.raises(KeyboardInterrupt),
@@ -337,7 +343,8 @@ REWARDED = [
 
 
 def test_curves_of_a_task_without_a_rule():
-    "Held-out reward in the place of the accuracy, from before training on; the figure is closed, so that a notebook shows it once."
+    """Held-out reward in the place of the accuracy, from before training on; the
+    figure is closed, so that a notebook shows it once."""
     run = synthetic(short_config(), REWARDED)
     fig = plot_run(run)
     panels = {ax.get_title(loc="left"): ax for ax in fig.axes}
@@ -381,7 +388,8 @@ def test_a_table_of_an_algorithm_of_ones_own():
 
 
 def test_an_algorithm_of_ones_own_runs(tmp_path, monkeypatch):
-    "Registered in CONFIGS and STEPS: trained, compared, and with the value model that its config has."
+    """Registered in CONFIGS and STEPS: trained, compared, and with the value model
+    that its config has."""
 
     @validated_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
     class Critic(PPOConfig):
@@ -400,7 +408,8 @@ def test_an_algorithm_of_ones_own_runs(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    "The cells of a notebook that papermill has run: plots, the live plot, and its figure drawn again."
+    """The cells of a notebook that papermill has run: plots, the live plot, and its
+    figure drawn again."""
     folder = tmp_path_factory.mktemp("executed")
     setup = """
 from grpo_nb.evidence.plots import LivePlot, plot_comparison, plot_run
@@ -451,7 +460,11 @@ def test_the_live_plot_under_papermill(executed):
 
 def test_the_live_plot_elsewhere(tmp_path):
     "In a script nothing is drawn, printed or imported."
-    script = f"import sys; from grpo_nb.evidence.plots import LivePlot\nwith LivePlot(seconds=1e-9) as plot:\n    for line in {LINES}: plot(line)\nprint(plot._handle, 'IPython' in sys.modules, len(plot.lines))"
+    script = (
+        "import sys; from grpo_nb.evidence.plots import LivePlot\nwith "
+        f"LivePlot(seconds=1e-9) as plot:\n    for line in {LINES}: "
+        "plot(line)\nprint(plot._handle, 'IPython' in sys.modules, len(plot.lines))"
+    )
     done = python("-c", script, cwd=tmp_path, path=ROOT)
     assert done.returncode == 0 and done.stdout.split() == ["None", "False", "50"], (
         done.stderr

@@ -1,6 +1,8 @@
-"""What test_processes.py starts as two processes: the same step alone and together, and runs in which one process fails.
+"""What test_processes.py starts as two processes: the same step alone and together,
+and runs in which one process fails.
 
-Alone is the truth: before the processes have met, each computes the step for itself, on one process's path."""
+Alone is the truth: before the processes have met, each computes the step for itself,
+on one process's path."""
 
 import copy
 import os
@@ -53,7 +55,8 @@ def gradients(*models):
 
 
 def inputs(prompts):
-    "A policy, and a rollout of groups of very different lengths: every second one carries no loss, one completion is truncated."
+    """A policy, and a rollout of groups of very different lengths: every second one
+    carries no loss, one completion is truncated."""
     tokenizer, policy = character_tokenizer(), random_model(dropout=0.0)
     rollout = random_rollout(policy, tokenizer, prompts=prompts, T=9)
     order = [
@@ -69,7 +72,8 @@ def inputs(prompts):
 
 
 def one_update(policy, rollout, config, ppo=False, fresh=False, cut=False):
-    "Gradients and metrics of one update; the optimiser moves by a little, so that a second iteration is another."
+    """Gradients and metrics of one update; the optimiser moves by a little, so that
+    a second iteration is another."""
     policy, rollout = copy.deepcopy(policy), copy.copy(rollout)
     value = ValueModel(policy) if ppo else None
     if ppo:
@@ -126,7 +130,8 @@ def close(a, b, what):
 
 
 def updates():
-    "GRPO with each way of aggregating, and PPO with whitening: 4 groups, and 5, which leave one process without a group at the end."
+    """GRPO with each way of aggregating, and PPO with whitening: 4 groups, and 5,
+    which leave one process without a group at the end."""
     cut = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     four, five = (
         inputs(("1+2=", "34+5=", "678+9=", "7+7=") + more)[1:]
@@ -168,12 +173,15 @@ def updates():
         )  # rewards and advantages: the same numbers, from the same rows
     worst.append(close(stepped[0], again[0], "grpo_step"))
     print(
-        f"process {process()[0]}: {len(worst)} updates, apart by {max(worst):.0e}, cut {cut}"
+        f"process {process()[0]}: {len(worst)} updates, apart by {max(worst):.0e}, "
+        f"cut {cut}"
     )
 
 
 def given_step():
-    "A step of GRPO on a given rollout, judged in two processes: rewards, advantages over the batch, log-probs of the reference. A function, which computes it."
+    """A step of GRPO on a given rollout, judged in two processes: rewards,
+    advantages over the batch, log-probs of the reference. A function, which computes
+    it."""
     tokenizer, start, given = inputs(("1+2=", "34+5=", "678+9="))
 
     def step():
@@ -208,7 +216,8 @@ def given_step():
 
 
 def run(directory, resume="false"):
-    "A run in which the judge fails in the second process only (at its third call), or a signal reaches the second process only."
+    """A run in which the judge fails in the second process only (at its third call),
+    or a signal reaches the second process only."""
     judge, calls, what = accuracy_reward(load_task("add")), [], os.environ.get("FAULT")
 
     def accuracy(prompts, completions, **columns):

@@ -1,12 +1,14 @@
-"""Build the documentation site from the notebooks, without running their examples again.
+"""Build the documentation site from the notebooks, without running their examples
+again.
 
     python tools/build_docs.py [--output docs] [--engine auto|quarto|smalldocs]
 
-nbdev prepares the notebooks (it runs only imports and exported cells, for signatures); then Quarto renders them if it is
-on PATH, else smalldocs, a small pure-Python reader of the same `_quarto.yml`. smalldocs lacks a few things that our
-notebooks use; the functions called `mend_*` add those. All of it happens in a temporary copy, so nothing but the output
-folder changes, and two builds of one commit give the same bytes.
-"""
+nbdev prepares the notebooks (it runs only imports and exported cells, for
+signatures); then Quarto renders them if it is on PATH, else smalldocs, a small
+pure-Python reader of the same `_quarto.yml`. smalldocs lacks a few things that our
+notebooks use; the functions called `mend_*` add those. All of it happens in a
+temporary copy, so nothing but the output folder changes, and two builds of one
+commit give the same bytes."""
 
 import argparse
 import ast
@@ -41,11 +43,14 @@ PICTURE = re.compile(
 )
 NUMBER = re.compile(
     r"(^|/)\d+[a-zA-Z0-9]*_"
-)  # nbdev drops the `03_` of `03_policy` from page names; here that of folders goes, too
+    # nbdev drops the `03_` of `03_policy` from page names; here that of folders goes,
+    # too
+)
 
 
 def page_name(path: str) -> str:
-    "`1_figure/03_policy.ipynb` -> `figure/policy.ipynb`: the address of a page has no numbers."
+    """`1_figure/03_policy.ipynb` -> `figure/policy.ipynb`: the address of a page has
+    no numbers."""
     return NUMBER.sub(r"\1", path).lower()
 
 
@@ -69,7 +74,8 @@ def prepare(work: Path) -> Path:
 
 
 def ready(path: Path) -> None:
-    "Keep nbdev from dropping what stands below the title in the same cell and from running examples; leave progress bars out."
+    """Keep nbdev from dropping what stands below the title in the same cell and from
+    running examples; leave progress bars out."""
     notebook = json.loads(path.read_text())
     cells = notebook["cells"]
     head = (
@@ -80,7 +86,9 @@ def ready(path: Path) -> None:
     if head and head[2].strip():
         cells[0]["source"] = head[
             1
-        ]  # nbdev reads the whole cell as front matter, so the text gets a cell of its own
+            # nbdev reads the whole cell as front matter, so the text gets a cell of its
+            # own
+        ]
         cells.insert(
             1,
             {
@@ -118,11 +126,13 @@ def check_sidebar(site: Path) -> None:
     found = {p.relative_to(site).as_posix() for p in site.rglob("*.ipynb")}
     if listed != found:
         sys.exit(
-            f"nbs/sidebar.yml: not listed {sorted(found - listed)}; not there {sorted(listed - found)}"
+            f"nbs/sidebar.yml: not listed {sorted(found - listed)}; not there "
+            f"{sorted(listed - found)}"
         )
 
 
-# ---------------------------------------------------------------- mends before smalldocs
+# ---------------------------------------------------------------- mends before
+# smalldocs
 
 
 def mend_pages(site: Path) -> None:
@@ -156,7 +166,8 @@ def mend_pages(site: Path) -> None:
 
 
 def relink(source: str) -> str:
-    "Links to notebooks lead to their pages; a name that is a link already gets no second one from nbdev."
+    """Links to notebooks lead to their pages; a name that is a link already gets no
+    second one from nbdev."""
     source = re.sub(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(", r"[\1](", source)
     return re.sub(
         r"(\]\(|href=\")([\w./-]+\.ipynb)", lambda m: m[1] + page_name(m[2]), source
@@ -164,7 +175,8 @@ def relink(source: str) -> str:
 
 
 def unfold(source: str) -> str:
-    "Blank lines around what is folded, or it would be read as raw HTML, its mathematics and code unread."
+    """Blank lines around what is folded, or it would be read as raw HTML, its
+    mathematics and code unread."""
     source = re.sub(
         r"(<details[^>]*>\s*<summary>.*?</summary>)\s*", r"\1\n\n", source, flags=re.S
     )
@@ -172,7 +184,8 @@ def unfold(source: str) -> str:
 
 
 def signature(code: re.Match) -> str:
-    "nbdev makes links of names in backticks, which cannot be links here, and says of types where they were defined."
+    """nbdev makes links of names in backticks, which cannot be links here, and says
+    of types where they were defined."""
     return re.sub(
         r"\b(?:__main__|jaxtyping)\.",
         "",
@@ -181,12 +194,14 @@ def signature(code: re.Match) -> str:
 
 
 def module_of(page: str) -> str:
-    "`engine/packing.ipynb` -> `engine/packing`; the modules of the figure lie at the top."
+    """`engine/packing.ipynb` -> `engine/packing`; the modules of the figure lie at
+    the top."""
     return page.removesuffix(".ipynb").removeprefix("figure/")
 
 
 def own_source(text: str, module: str) -> str:
-    "nbdev looks a name up by the name alone; where two modules have one, the page of a module means its own."
+    """nbdev looks a name up by the name alone; where two modules have one, the page
+    of a module means its own."""
     link = re.search(r"/grpo_nb/([\w/]+)\.py#L\d+", text)
     name = re.search(r"^#+ +(\w+)$", text, re.M)
     path = ROOT / "grpo_nb" / f"{module}.py"
@@ -206,7 +221,8 @@ def own_source(text: str, module: str) -> str:
 
 
 def mend_interactive(notebook: dict) -> None:
-    "An interactive picture is its static one, with the specification beside it, which `tools/vega/start.js` brings to life."
+    """An interactive picture is its static one, with the specification beside it,
+    which `tools/vega/start.js` brings to life."""
     for output in (
         output
         for cell in notebook["cells"]
@@ -220,14 +236,20 @@ def mend_interactive(notebook: dict) -> None:
         text = json.dumps(spec, ensure_ascii=False, separators=(",", ":")).replace(
             "</", "<\\/"
         )  # a script ends at the first `</`
-        image = f'<img alt="{escape(spec["description"])}" src="data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}">'
+        encoded = base64.b64encode(picture.encode()).decode()
+        image = (
+            f'<img alt="{escape(spec["description"])}" '
+            f'src="data:image/svg+xml;base64,{encoded}">'
+        )
         output["data"] = {
-            "text/html": f'<div class="interactive"><div>{image}</div><script type="application/json">{text}</script></div>'
+            "text/html": f'<div class="interactive"><div>{image}</div><script '
+            f'type="application/json">{text}</script></div>'
         }
 
 
 def mend_references(notebook: dict, name: str) -> None:
-    "Number `$$…$$ {#eq-x}` and cells with `#| label: fig-x`, and make links of `@eq-x` and `@fig-x`."
+    """Number `$$…$$ {#eq-x}` and cells with `#| label: fig-x`, and make links of
+    `@eq-x` and `@fig-x`."""
     numbers, count = {}, dict.fromkeys(KINDS, 0)
 
     def number(label):
@@ -241,7 +263,8 @@ def mend_references(notebook: dict, name: str) -> None:
 
     def caption(m):
         kind = re.search(r"^#\| *label: *(fig|tbl)-", source, re.M)[1]
-        return f"{m[1]}{json.dumps(f'{KINDS[kind]} {count[kind]}: ' + yaml.safe_load(m[2]), ensure_ascii=False)}"
+        text = f"{KINDS[kind]} {count[kind]}: {yaml.safe_load(m[2])}"
+        return f"{m[1]}{json.dumps(text, ensure_ascii=False)}"
 
     def link(m):
         if m[1] not in numbers:
@@ -271,7 +294,8 @@ def mend_references(notebook: dict, name: str) -> None:
 
 
 def mend_site(out: Path, base: str) -> None:
-    "Make the site work from any folder and without a network: own KaTeX, no web fonts, relative links, dates left out."
+    """Make the site work from any folder and without a network: own KaTeX, no web
+    fonts, relative links, dates left out."""
     shutil.copytree(KATEX, out / "site_libs/katex")
     ids = {
         p.relative_to(out).as_posix(): set(re.findall(r' id="([^"]+)"', p.read_text()))
@@ -280,7 +304,9 @@ def mend_site(out: Path, base: str) -> None:
 
     def doclink(
         m,
-    ):  # nbdev links every name, also a method or a private one, which have no heading: then to their class or page
+        # nbdev links every name, also a method or a private one, which have no heading:
+        # then to their class or page
+    ):
         name, anchor = page_name(m[2]), m[3] or ""
         while anchor and anchor not in ids.get(name, ()):
             anchor = anchor.rpartition(".")[0]
@@ -323,7 +349,8 @@ def add_vega(page: str, out: Path, up: str) -> str:
 
 
 def mend_pictures(html: str, out: Path, up: str) -> str:
-    "Pictures become files, named by their content so that equal ones are one; those without a text get a plain one."
+    """Pictures become files, named by their content so that equal ones are one;
+    those without a text get a plain one."""
     headings = [
         (m.start(), re.sub("<[^>]+>", "", m[1]).strip())
         for m in re.finditer(r"<h[1-6].*?>(.*?)</h[1-6]>", html, re.S)
@@ -359,14 +386,17 @@ def mend_pictures(html: str, out: Path, up: str) -> str:
 
 
 def mend_search(out: Path) -> None:
-    "Let search work from a file:// page too, where fetch() does not: load the index as a script, on first use."
+    """Let search work from a file:// page too, where fetch() does not: load the
+    index as a script, on first use."""
     script, index = out / "site_libs/smalldocs.js", out / "search.json"
     old = (
         'const r = await fetch(offset + "search.json");\n      index = await r.json();'
     )
     new = (
-        'await new Promise((done, failed) => { const s = document.createElement("script"); s.src = offset + "search.js";'
-        " s.onload = done; s.onerror = failed; document.head.append(s); });\n      index = window.searchIndex;"
+        "await new Promise((done, failed) => { const s = "
+        'document.createElement("script"); s.src = offset + "search.js";'
+        " s.onload = done; s.onerror = failed; document.head.append(s); });\n      "
+        "index = window.searchIndex;"
     )
     text = script.read_text()
     assert old in text, "smalldocs.js has changed: see mend_search"

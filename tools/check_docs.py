@@ -2,9 +2,9 @@
 
     python tools/check_docs.py [docs]
 
-Every internal link and anchor exists, nothing is fetched from another host, KaTeX can set every formula, every picture
-and table that a notebook has saved is on its page, and the site stays small.
-"""
+Every internal link and anchor exists, nothing is fetched from another host, KaTeX
+can set every formula, every picture and table that a notebook has saved is on its
+page, and the site stays small."""
 
 import base64
 import hashlib
@@ -54,7 +54,8 @@ HIDDEN = re.compile(
 
 
 class Page(HTMLParser):
-    "The ids of a page, what it links to (`links`) and loads (`loads`), its visible text, its formulas."
+    """The ids of a page, what it links to (`links`) and loads (`loads`), its visible
+    text, its formulas."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -166,7 +167,8 @@ def check_links(site: Path, pages: dict[Path, Page]) -> list[str]:
 
 
 def check_formulas(site: Path, pages: dict[Path, Page]) -> list[str]:
-    "Set every formula with the KaTeX that the pages use, in an interpreter of JavaScript."
+    """Set every formula with the KaTeX that the pages use, in an interpreter of
+    JavaScript."""
     context = quickjs.Context()
     context.eval((KATEX / "katex.min.js").read_text(encoding="utf-8"))
     error = context.eval("""(tex, displayMode) => {
@@ -191,7 +193,8 @@ def squeeze(texts: list[str]) -> str:
 
 
 def check_outputs(site: Path, pages: dict[Path, Page], notebooks: Path) -> list[str]:
-    "Every picture and table that a notebook shows is on its page: a picture by its bytes, others by their words."
+    """Every picture and table that a notebook shows is on its page: a picture by its
+    bytes, others by their words."""
     problems = []
     for source in sorted(notebooks.rglob("*.ipynb")):
         name = source.relative_to(notebooks).as_posix()
@@ -239,7 +242,8 @@ def check_outputs(site: Path, pages: dict[Path, Page], notebooks: Path) -> list[
                     and not any(shown(*item) for item in rich.items())
                 ):
                     problems.append(
-                        f"{name}, cell {number}: its {' or '.join(rich)} is not on {path.relative_to(site)}"
+                        f"{name}, cell {number}: its {' or '.join(rich)} is not on "
+                        f"{path.relative_to(site)}"
                     )
     return problems
 
@@ -265,6 +269,7 @@ if __name__ == "__main__":
     problems = check(site, ROOT / "nbs")
     print(
         "\n".join(problems)
-        or f"{site}: links, formulas and pictures are in order, nothing comes from another host"
+        or f"{site}: links, formulas and pictures are in order, nothing comes from "
+        "another host"
     )
     sys.exit(bool(problems))

@@ -1,7 +1,8 @@
-"""Check that what is generated agrees with the notebooks, without changing anything: exit 1 and say what to run if not.
+"""Check that what is generated agrees with the notebooks, without changing anything:
+exit 1 and say what to run if not.
 
-In a temporary copy, the library is exported anew and the notebooks are cleaned; both must give what is there already.
-"""
+In a temporary copy, the library is exported anew and the notebooks are cleaned; both
+must give what is there already."""
 
 import shutil
 import subprocess

@@ -1,15 +1,16 @@
-"""Put each known bug into a copy of the library and see its test fail: `make mutants`.
+"""Put each known bug into a copy of the library and see its test fail: `make
+mutants`.
 
-The bugs are in tests/mutants/mutants.toml. A mutant is killed when its test fails by an
-assertion; one whose test passes has survived; anything else (a crash, an import error,
-no end) is broken, since it says nothing about the test. torch is imported once, and each
-mutant runs in a forked child (Linux, macOS) over its own copy of the library and tests.
+The bugs are in tests/mutants/mutants.toml. A mutant is killed when its test fails by
+an assertion; one whose test passes has survived; anything else (a crash, an import
+error, no end) is broken, since it says nothing about the test. torch is imported
+once, and each mutant runs in a forked child (Linux, macOS) over its own copy of the
+library and tests.
 
-With --random mutants are drawn that nobody chose (tools/random_mutants.py). Such a one is
-killed when any test of those that run its statement fails, by whatever error, or has no
-end; survivors are told with their diff. That is a report, not a gate: the exit status is
-0 unless something is broken.
-"""
+With --random mutants are drawn that nobody chose (tools/random_mutants.py). Such a
+one is killed when any test of those that run its statement fails, by whatever error,
+or has no end; survivors are told with their diff. That is a report, not a gate: the
+exit status is 0 unless something is broken."""
 
 import argparse
 import importlib
@@ -49,7 +50,8 @@ def mutants() -> list[dict]:
 
 
 def problems(chosen: list[dict]) -> list[str]:
-    "Where the list and the repository have drifted apart: `find` must occur exactly once, and the test must exist."
+    """Where the list and the repository have drifted apart: `find` must occur
+    exactly once, and the test must exist."""
     found = []
     for mutant in chosen:
         file, (test, _, function) = (
@@ -277,7 +279,8 @@ def prepare() -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "MPLBACKEND": "agg",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # seconds of each child, and none is used
+        # seconds of each child, and none is used
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
     for name in PRELOADED:
         importlib.import_module(name)

@@ -1,9 +1,10 @@
-"""Serve the documentation site on this machine, and build it again whenever nbs/ changes.
+"""Serve the documentation site on this machine, and build it again whenever nbs/
+changes.
 
     python tools/preview.py [--port 4200]
 
-A build that fails is printed, and the last good site stays. Reload the page to see a new build; Ctrl-C stops.
-"""
+A build that fails is printed, and the last good site stays. Reload the page to see a
+new build; Ctrl-C stops."""
 
 import argparse
 import signal
@@ -34,7 +35,8 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Changes(FileSystemEventHandler):
-    "Sets `changed` when a source changes; what editors leave for a moment does not count."
+    """Sets `changed` when a source changes; what editors leave for a moment does not
+    count."""
 
     def __init__(self):
         self.changed = threading.Event()

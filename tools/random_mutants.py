@@ -1,11 +1,11 @@
-"""Mutants that nobody chose: which there are, how they are drawn, which tests meet them.
+"""Mutants that nobody chose: which there are, how they are drawn, which tests meet
+them.
 
-For `make mutants ARGS="--random 40 --seed 1"`. A mutant is one edit of the text of one
-statement, placed with the help of the syntax tree, so that its diff is a line as a
-person would have written it. An edit that does not parse, or that leaves the tree as
-it was, is none. One seed draws the same mutants with every Python. Which tests run a
-statement is found out once, by tracing them over the unchanged library.
-"""
+For `make mutants ARGS="--random 40 --seed 1"`. A mutant is one edit of the text of
+one statement, placed with the help of the syntax tree, so that its diff is a line as
+a person would have written it. An edit that does not parse, or that leaves the tree
+as it was, is none. One seed draws the same mutants with every Python. Which tests
+run a statement is found out once, by tracing them over the unchanged library."""
 
 import ast
 import difflib
@@ -29,7 +29,7 @@ TESTS = (  # what is quick; none of them trains for long or starts a process
 )
 
 
-# -- The operators: each yields the edits of one node -----------------------------------
+# -- The operators: each yields the edits of one node ----------------------------------
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def either(
         yield Edit(what, *source.span(node), b"(" + source.of(kept) + b")")
 
 
-# -- What may be mutated ----------------------------------------------------------------
+# -- What may be mutated ---------------------------------------------------------------
 
 
 MESSAGES = {"debug", "info", "print", "warn", "warning"}  # calls of these
@@ -441,7 +441,8 @@ def draw(root: Path, modules: tuple[str, ...], n: int, seed: int) -> list[Mutant
 
 
 def draw_one(mutants: list[Mutant], order: random.Random) -> Mutant | None:
-    "Take one out of the mutants of a statement; None if none of them is another program."
+    """Take one out of the mutants of a statement; None if none of them is another
+    program."""
     while mutants:
         operators = sorted({mutant.operator for mutant in mutants})
         operator = operators[int(order.random() * len(operators))]
@@ -453,7 +454,7 @@ def draw_one(mutants: list[Mutant], order: random.Random) -> Mutant | None:
     return None
 
 
-# -- Which tests meet a mutant ----------------------------------------------------------
+# -- Which tests meet a mutant ---------------------------------------------------------
 
 
 class Trace:

@@ -1,10 +1,10 @@
 """Write README.md from nbs/index.ipynb.
 
-    python tools/readme.py            # write
-    python tools/readme.py --check    # exit 1 if README.md is not what the notebook gives
+python tools/readme.py            # write python tools/readme.py --check    # exit 1
+if README.md is not what the notebook gives
 
-Pictures that the notebook's cells show are written to nbs/images/index-N.svg (or .png) and referred to from there.
-"""
+Pictures that the notebook's cells show are written to nbs/images/index-N.svg (or
+.png) and referred to from there."""
 
 import argparse
 import base64
@@ -21,7 +21,10 @@ NOTEBOOK, README, IMAGES = (
     ROOT / "README.md",
     ROOT / "nbs/images",
 )
-HEADER = "<!-- Generated from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->\n\n"
+HEADER = (
+    "<!-- Generated from nbs/index.ipynb by tools/readme.py: edit the notebook, not "
+    "this file. -->\n\n"
+)
 ALERTS = {
     "note": "NOTE",
     "tip": "TIP",
@@ -37,7 +40,8 @@ def text(value) -> str:
 
 
 def link(url: str, repository: str) -> str:
-    "A link of the notebook as one of README.md: relative to the root of the repository."
+    """A link of the notebook as one of README.md: relative to the root of the
+    repository."""
     url = url.removeprefix(repository)
     if url.startswith("#") or re.match(r"[a-z]+:", url):
         return url
@@ -198,7 +202,8 @@ def main() -> None:
         for path in orphans:
             path.unlink()
     print(
-        f"{README.name}: {'in sync' if not stale else 'written'}, {len(images)} pictures"
+        f"{README.name}: {'in sync' if not stale else 'written'}, {len(images)} "
+        "pictures"
     )
 
 

@@ -1,10 +1,12 @@
-"""Train as `make run` does: the main notebook with papermill, saved in the directory of its run.
+"""Train as `make run` does: the main notebook with papermill, saved in the directory
+of its run.
 
-    python tools/run.py                                    into the next free runs/NNNN
-    python tools/run.py -p algorithm ppo -p output_dir X   into X, a path from where this is called
+python tools/run.py                                    into the next free runs/NNNN
+python tools/run.py -p algorithm ppo -p output_dir X   into X, a path from where this
+is called
 
-Any option of papermill may be given. Where the run goes is asked of papermill, which merges all ways to give
-parameters (-b, -f, -y, -p, -r) before it runs anything."""
+Any option of papermill may be given. Where the run goes is asked of papermill, which
+merges all ways to give parameters (-b, -f, -y, -p, -r) before it runs anything."""
 
 import json
 import os
@@ -34,7 +36,8 @@ def parameters(arguments):
 
 
 def next_directory(parent=Path("runs")):
-    "Make the next free runs/NNNN; of several that are started at once, each gets its own."
+    """Make the next free runs/NNNN; of several that are started at once, each gets
+    its own."""
     parent.mkdir(exist_ok=True)
     names = [path.name for path in parent.glob("[0-9]*")]
     number = max([int(name) for name in names if name.isdecimal()], default=0) + 1

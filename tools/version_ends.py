@@ -1,9 +1,9 @@
-"""Either end of the ranges in settings.ini, for `make test-oldest` and `make test-newest`.
+"""Either end of the ranges in settings.ini, for `make test-oldest` and `make
+test-newest`.
 
-`version_ends.py lowest test,peft` prints a constraint of pip for each requirement of the
-library and of these extras: the lowest version that its range allows. `installed` prints
-those versions that the Python which runs it has.
-"""
+`version_ends.py lowest test,peft` prints a constraint of pip for each requirement of
+the library and of these extras: the lowest version that its range allows.
+`installed` prints those versions that the Python which runs it has."""
 
 import re
 import sys

@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #209ecb87
 def process() -> tuple[int, int]:  # (rank, how many)
-    "Which process of a launch this one is, and of how many; (0, 1) alone. The one of rank 0 writes and prints."
+    """Which process of a launch this one is, and of how many; (0, 1) alone. The one
+    of rank 0 writes and prints."""
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (
         (torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -30,7 +31,8 @@ def process() -> tuple[int, int]:  # (rank, how many)
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #e5b37e46
 def join_launch():
-    "Meet the other processes of a launch (`torchrun`, `accelerate launch`); alone, do nothing. `ValueError` for an engine that is not supported."
+    """Meet the other processes of a launch (`torchrun`, `accelerate launch`); alone,
+    do nothing. `ValueError` for an engine that is not supported."""
     if (
         not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
         or int(os.environ["WORLD_SIZE"]) == 1
@@ -40,11 +42,13 @@ def join_launch():
     refused = {
         "ACCELERATE_USE_DEEPSPEED": (
             "true",
-            "DeepSpeed is not supported; FSDP2 shards the same: accelerate launch --use_fsdp --fsdp_version 2",
+            "DeepSpeed is not supported; FSDP2 shards the same: accelerate launch "
+            "--use_fsdp --fsdp_version 2",
         ),
         "ACCELERATE_MIXED_PRECISION": (
             "bf16",
-            "mixed precision is an option of the run here: --mixed_precision no, and --dtype bfloat16 behind the program's name",
+            "mixed precision is an option of the run here: --mixed_precision no, and "
+            "--dtype bfloat16 behind the program's name",
         ),
         "FSDP_OFFLOAD_PARAMS": (
             "true",
@@ -66,12 +70,14 @@ def join_launch():
 
 
 def sharded() -> bool:
-    "Did the launcher ask for FSDP2 (`accelerate launch --use_fsdp`, which sets ACCELERATE_USE_FSDP)?"
+    """Did the launcher ask for FSDP2 (`accelerate launch --use_fsdp`, which sets
+    ACCELERATE_USE_FSDP)?"""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #eabe547c
 def my_share(n: int) -> slice:
-    "Which of n things this process takes: a contiguous share, empty where there are fewer things than processes."
+    """Which of n things this process takes: a contiguous share, empty where there
+    are fewer things than processes."""
     rank, count = process()
     return slice(rank * n // count, (rank + 1) * n // count)
 
@@ -84,7 +90,8 @@ def add_up(x: Tensor) -> Tensor:
 
 
 def add_up_numbers(numbers: dict[str, float]) -> dict[str, float]:
-    "The same for numbers by name, in float64; every process has the same names in the same order."
+    """The same for numbers by name, in float64; every process has the same names in
+    the same order."""
     if process()[1] == 1:
         return numbers
     return dict(
@@ -117,7 +124,8 @@ KINDS = {
 
 
 def gather(compute: Callable[[], Any]) -> list:
-    "What `compute` returns in each process, by rank, as JSON (numbers exactly; tuples become lists); what it raises in one is raised in all. Alone: [compute()]."
+    """What `compute` returns in each process, by rank, as JSON (numbers exactly;
+    tuples become lists); what it raises in one is raised in all. Alone: [compute()]."""
     rank, n = process()
     if n == 1:
         return [compute()]
@@ -146,7 +154,8 @@ def gather(compute: Callable[[], Any]) -> list:
 
 
 def on_main(compute: Callable[[], Any]) -> Any:
-    "What `compute` returns in the process of rank 0, in all of them; no other runs it, and all wait for it."
+    """What `compute` returns in the process of rank 0, in all of them; no other runs
+    it, and all wait for it."""
     return gather(lambda: compute() if process()[0] == 0 else None)[0]
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #d29c0d8b
@@ -156,7 +165,8 @@ def _known_to_all(error: Exception) -> Exception:
 
 
 def known_to_all(error: Exception) -> bool:
-    "Is this raised in every process? Then they can still do something together. (Alone: always.)"
+    """Is this raised in every process? Then they can still do something together.
+    (Alone: always.)"""
     return process()[1] == 1 or getattr(error, "known_to_all", False)
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #0df3ebd0
@@ -164,7 +174,8 @@ BUCKET = 2**23  # numbers that are sent together
 
 
 def add_up_gradients(model: nn.Module):
-    "Add up each gradient over the processes, as DDP does, but once a step and as a sum. (Those of sharded weights FSDP2 has added up already.)"
+    """Add up each gradient over the processes, as DDP does, but once a step and as a
+    sum. (Those of sharded weights FSDP2 has added up already.)"""
     if process()[1] == 1:
         return
     buckets, room = [], 0
@@ -184,7 +195,8 @@ def add_up_gradients(model: nn.Module):
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #d2daf81a
 def shard(model: nn.Module):
-    "Cut the weights of a model over the processes with FSDP2, layer by layer, in its place. Optimisers are to be made afterwards."
+    """Cut the weights of a model over the processes with FSDP2, layer by layer, in
+    its place. Optimisers are to be made afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -223,7 +235,8 @@ def _shards(model: nn.Module) -> list[nn.Module]:
 # %% ../../nbs/3_engine/35_distributed.ipynb #51217029
 @contextmanager
 def whole(model: nn.Module):
-    "While it is open, this process holds all weights, and its passes need no other process; nothing changes for a model that is not sharded."
+    """While it is open, this process holds all weights, and its passes need no other
+    process; nothing changes for a model that is not sharded."""
     parts = _shards(model) if process()[1] > 1 else []
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

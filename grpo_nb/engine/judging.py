@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import hub_options, near
+from ..names import hub_options, near
 from .distributed import gather, my_share, process
 from ..loading import resolve_device
 from ..policy import encode_prompts

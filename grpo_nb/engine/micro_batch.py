@@ -42,10 +42,8 @@ def micro_batches(
 ) -> list[list[int]]:  # groups of each micro-batch
     """Cut a rollout into micro-batches of whole groups, longest groups together.
 
-    Of several processes each gets its share, in as many micro-batches as the others; the
-    last may be empty.
-    Raises: `ValueError`: `max_tokens` below 1.
-    """
+    Of several processes each gets its share, in as many micro-batches as the others;
+    the last may be empty. Raises: `ValueError`: `max_tokens` below 1."""
     if max_tokens is not None and not max_tokens >= 1:
         raise ValueError(
             f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}"

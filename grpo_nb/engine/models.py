@@ -102,7 +102,8 @@ class EngineModels(Models):
         )
 
     def micro_batches(self, rollout: Rollout, config) -> list[Rollout]:
-        "Cut a step into whole groups that fit; of several processes, each has its share."
+        """Cut a step into whole groups that fit; of several processes, each has its
+        share."""
         limit = config.max_tokens_per_micro_batch
         cut = micro_batches(rollout, limit, sharing_width(self.policy, rollout))
         batches = []

@@ -21,7 +21,8 @@ def precision(
 
 # %% ../../nbs/3_engine/33_precision.ipynb #95a87135
 def autocast_as_it_is(device: torch.device, cache_enabled: bool) -> torch.autocast:
-    "Make the autocast that is on, if one is, with or without a cache of rounded weights."
+    """Make the autocast that is on, if one is, with or without a cache of rounded
+    weights."""
     return torch.autocast(
         device.type,
         torch.get_autocast_dtype(device.type),

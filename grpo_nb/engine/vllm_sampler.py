@@ -26,7 +26,8 @@ from ..task import Query
 def import_vllm():
     """Import the package vllm, set up to live in this process.
 
-    Raises: `ImportError`: it is not installed; `ValueError`: there are several processes."""
+    Raises: `ImportError`: it is not installed; `ValueError`: there are several
+    processes."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # the cores are the trainer's, too
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -174,7 +175,8 @@ class VLLMSampler:
     ) -> Rollout:  # `sampling_logprobs` are of the distribution drawn from
         """Draw as `sample` does.
 
-        Raises: `ValueError`: what does not fit; `RuntimeError`: the engine has ended."""
+        Raises: `ValueError`: what does not fit; `RuntimeError`: the engine has
+        ended."""
         if self.llm is None:
             raise RuntimeError(
                 "the engine of this sampler has ended: a new one ends the one before"

@@ -42,7 +42,8 @@ from ..engine.judging import RewardModel
 from ..reward import RewardFunction, accuracy_reward, brevity_reward
 from ..reward import format_reward, overlong_reward, process_reward
 from .options import Config, PPOConfig
-from ..engine.data import as_task, check_name, hub_options, near
+from ..engine.data import as_task
+from ..names import check_name, hub_options, near
 from ..task import TASKS, Task, load_task
 from ..value import ValueModel
 

@@ -314,12 +314,13 @@ def train(
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
-    Rows are a list of dicts, a Dataset or a DataFrame; of several processes, the main
-    one calls `on_step`. Functions of one's own are recorded by name and digest, and a
-    run goes on only with the same. If a step raises, what was measured and sampled in the steps
-    before it is in the directory, and the newest checkpoint can be resumed.
-    Raises: `ValueError` for whatever is wrong with the input, before anything is
-    written, and if another run has the directory, which is locked meanwhile."""
+    Rows are a list of dicts, a Dataset or a DataFrame; of several processes, the
+    main one calls `on_step`. Functions of one's own are recorded by name and digest,
+    and a run goes on only with the same. If a step raises, what was measured and
+    sampled in the steps before it is in the directory, and the newest checkpoint can
+    be resumed. Raises: `ValueError` for whatever is wrong with the input, before
+    anything is written, and if another run has the directory, which is locked
+    meanwhile."""
     join_launch()
     own_task = task is not None
     reward_funcs = _listed(reward_funcs)
@@ -393,7 +394,8 @@ def _check_call(
 def _functions(
     config: Config, advantages: Callable | None, policy_loss: Callable | None
 ) -> dict[str, dict[str, str]]:
-    "Describe a run's own functions; `ValueError` where the algorithm has no such place."
+    """Describe a run's own functions; `ValueError` where the algorithm has no such
+    place."""
     if advantages is not None and config.algorithm == "ppo":
         raise ValueError(
             "advantages is a function of GRPO's group computation; "

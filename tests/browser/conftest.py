@@ -17,7 +17,8 @@ def find_browser() -> str:
         filter(None, map(shutil.which, names)), None
     )
     return found or pytest.skip(
-        f"no browser: none of {', '.join(names)} is on PATH, and GRPO_NB_BROWSER is not set"
+        f"no browser: none of {', '.join(names)} is on PATH, and GRPO_NB_BROWSER is "
+        "not set"
     )
 
 
@@ -58,7 +59,8 @@ def site(browser, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def open_page(browser, site):
-    "Opens pages, as many as one likes, in one window; what it complains about is in `complaints`, and must be nothing at the end."
+    """Opens pages, as many as one likes, in one window; what it complains about is
+    in `complaints`, and must be nothing at the end."""
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     complaints = []
 

@@ -1,9 +1,9 @@
 """The built site in a real browser, opened from its files with the network cut off.
 
-make browser                              # sets up what is needed
-GRPO_NB_SITE=docs pytest tests/browser    # a site that is already built
-GRPO_NB_SCREENSHOTS=screenshots pytest tests/browser    # also writes a picture of every page, width and theme
-"""
+make browser                              # sets up what is needed GRPO_NB_SITE=docs
+pytest tests/browser    # a site that is already built
+GRPO_NB_SCREENSHOTS=screenshots pytest tests/browser    # also writes a picture of
+every page, width and theme"""
 
 import os
 import re
@@ -51,7 +51,8 @@ def test_every_notebook_has_its_page_and_no_page_is_left_over(site):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page(open_page, name):
-    "Mathematics is set, pictures load and have a text; in every width and theme nothing sticks out and all can be read."
+    """Mathematics is set, pictures load and have a text; in every width and theme
+    nothing sticks out and all can be read."""
     window = open_page(name)
     assert window.evaluate(f"{CHECKS}.rawMath()") == []
     assert window.evaluate(f"{CHECKS}.mutePictures()") == []
@@ -62,7 +63,8 @@ def test_page(open_page, name):
         for width in WIDTHS:
             window.set_viewport_size({"width": width, "height": 900})
             window.evaluate(
-                "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+                "() => new Promise((done) => requestAnimationFrame(() => "
+                "requestAnimationFrame(done)))"
             )
             assert window.evaluate(f"{CHECKS}.sticksOut()") == [], (
                 f"{width} px, {theme}"
@@ -92,7 +94,8 @@ def test_search_finds_a_function_and_leads_to_it(open_page, width):
 def test_boxes_of_the_figure_lead_to_their_chapters(open_page, site):
     window = open_page("index.html")
     links = window.evaluate(
-        "[...document.querySelectorAll('main svg[role=img] a')].map((a) => a.href.baseVal)"
+        "[...document.querySelectorAll('main svg[role=img] a')].map((a) => "
+        "a.href.baseVal)"
     )
     assert len(set(links)) >= 8
     for link in sorted(set(links)):

@@ -1,6 +1,8 @@
-"""The interactive pictures in a real browser: a slider is moved, and the numbers on the page become those of the library.
+"""The interactive pictures in a real browser: a slider is moved, and the numbers on
+the page become those of the library.
 
-What the specifications compute is tested without a browser in tests/test_pictures.py; here are the scripts of the site."""
+What the specifications compute is tested without a browser in
+tests/test_pictures.py; here are the scripts of the site."""
 
 import pytest
 import torch

@@ -1,0 +1,163 @@
+"""The code that readers meet: how dense, how wide and how long it may be.
+
+A statement holds one idea. What is counted is what no formatter changes: nodes of the
+syntax tree (expressions and statements) per statement, and statements per function.
+"""
+
+import ast
+import io
+import json
+import subprocess
+import sys
+import tokenize
+
+import pytest
+from helpers import ROOT
+
+PACKAGE = ROOT / "grpo_nb"
+MODULES = {
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
+    for path in sorted(PACKAGE.rglob("[a-z]*.py"))
+}
+FIGURE = [name for name in MODULES if "." not in name]  # Book I
+NODES = {True: 7, False: 8}  # per statement, in the figure and elsewhere
+STATEMENTS = 25  # of a function
+PUBLIC = {True: 8, False: 15}  # names of a module, its options and box left out
+MANY = {"engine.distributed": 17}  # names that go together
+COLUMNS = 88
+PRODUCTION = {"vllm", "peft", "accelerate", "deepspeed"}
+
+
+def tree(name):
+    return ast.parse(MODULES[name].read_text())
+
+
+def count(node, kinds):
+    return sum(isinstance(child, kinds) for child in ast.walk(node))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_one_idea_a_statement(name):
+    module = tree(name)
+    statements = count(module, ast.stmt)
+    nodes = statements + count(module, ast.expr)
+    assert nodes <= NODES[name in FIGURE] * statements, nodes / statements
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_are_short(name):
+    for node in ast.walk(tree(name)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert count(node, ast.stmt) - 1 <= STATEMENTS, node.name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_has_few_public_names(name):
+    (names,) = [
+        ast.literal_eval(node.value)
+        for node in tree(name).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ] or [[]]
+    names = [x for x in names if not x.endswith("Options")]
+    assert len(names) <= MANY.get(name, PUBLIC[name in FIGURE]), names
+
+
+def imported(name):
+    "Modules that a module imports, relative ones as they are within the package."
+    package = name.split(".")[:-1]
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level]
+            found = [*base, *(node.module or "").split(".")]
+            found = ".".join(filter(None, found))
+            yield from [found] if found else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("name", FIGURE)
+def test_the_figure_stands_alone(name):
+    "Book I imports nothing from the other books, and knows no production."
+    if name == "__main__":
+        return
+    modules = {module.removeprefix("grpo_nb.") for module in imported(name)}
+    assert not {module.split(".")[0] for module in modules} & {
+        "run",
+        "engine",
+        "evidence",
+        *PRODUCTION,
+    }
+    assert not any(module.startswith("torch.distributed") for module in modules)
+    words = {
+        node.attr for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)
+    }
+    assert not words & {"distributed", "autocast"}
+
+
+def sources():
+    "Every Python file that a person writes, and every code cell."
+    for folder in ("tests", "tools", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path, path.read_text()
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            for cell in json.loads(path.read_text())["cells"]:
+                if cell["cell_type"] == "code":
+                    yield f"{path.name} {cell['id']}", "".join(cell["source"])
+
+
+def text_of_others(text):
+    "Lines within a string of several lines: a script, a page, a model card."
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except (tokenize.TokenError, SyntaxError):  # a magic
+        return set()
+    return {
+        line
+        for token in tokens
+        if token.type == tokenize.STRING and token.start[0] < token.end[0]
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+
+
+def test_no_line_is_wide():
+    """Code, comments, docstrings and strings.
+
+    A cell's directives are not shown, and what is written for another reader (a script
+    in a string, say) has its own form."""
+    found = []
+    for where, text in sources():
+        wide = {
+            number: line
+            for number, line in enumerate(text.splitlines(), 1)
+            if len(line) > COLUMNS and not line.startswith("#|")
+        }
+        for number in wide.keys() - (text_of_others(text) if wide else set()):
+            found.append(f"{where}: {wide[number][:60]}")
+    assert not found, found
+
+
+def test_ruff_finds_nothing():
+    "The rules of pyproject.toml, over notebooks, tests, tools and benchmarks."
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--quiet", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_module_imports_in_vain():
+    "What a chapter exports uses all that it imports; `load_policy` is also policy's."
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F401,F811"]
+        + ["--output-format", "concise", *map(str, MODULES.values())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    found = [line for line in done.stdout.splitlines() if ": F" in line]
+    assert not [line for line in found if "load_policy" not in line], found
