@@ -24,7 +24,7 @@ from grpo_nb.evidence.statistics import (
     summarise,
     verdicts,
 )
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 
 numbers = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12)
 

@@ -17,7 +17,7 @@ from grpo_nb import update
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run import checkpoint, command_line, run_directory, trackers, training
 from grpo_nb.reward import accuracy_reward
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 from grpo_nb.run.checkpoint import checkpoints, is_whole
 from helpers import read_metrics, same_run, short_config, start_process
 from helpers import run as run_with

@@ -11,7 +11,7 @@ from grpo_nb.loading import resolve_device
 from grpo_nb.policy import load_policy, model_inputs
 from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 from grpo_nb.run.training import train
 from helpers import read_metrics, short_config
 

@@ -30,7 +30,8 @@ from grpo_nb.loading import TINY
 from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from grpo_nb.run.build import build_models, load_value_model
 from grpo_nb.run.checkpoint import checkpoints
 from grpo_nb.run.command_line import chat, parse_arguments

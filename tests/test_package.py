@@ -15,7 +15,7 @@ from graphlib import TopologicalSorter
 import pytest
 
 import grpo_nb
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 from grpo_nb.run.training import evaluate
 from helpers import ROOT, python
 

@@ -25,7 +25,8 @@ from grpo_nb.run.build import load_rewards
 from grpo_nb.run.iterative import preference_pairs
 from grpo_nb.run.training import train
 from grpo_nb.run.iterative import train_reward_model
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from helpers import EOS, PAD, VOCABULARY, character_tokenizer, ids_of, short_config
 
 SMALL = {

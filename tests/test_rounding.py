@@ -7,7 +7,7 @@ import torch
 from grpo_nb import gae
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 from grpo_nb.run.build import build_models
 
 TASK = load_task("add")

@@ -28,7 +28,8 @@ from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
 from grpo_nb.engine.decoding import _by_length, _fill_gaps, _PreallocatedLayer
 from grpo_nb.engine.decoding import draw_by_blocks
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from grpo_nb.run.build import build_models, checkpoint_layers
 from helpers import VOCABULARY, character_tokenizer, short_config
 from test_rows import MODELS, SMALL, make, plain

@@ -15,7 +15,8 @@ import torch
 from grpo_nb.engine.judging import RewardModel
 from grpo_nb.loading import TINY
 from grpo_nb.policy import load_policy
-from grpo_nb.task import Query, evaluate_expression, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query, evaluate_expression
 from grpo_nb.run.run_directory import write_atomically
 from grpo_nb.run.training import open_run, train
 from helpers import ROOT, short_config

@@ -37,7 +37,8 @@ from grpo_nb.reward import format_reward, overlong_reward, process_reward
 from grpo_nb.reward import score as plain_score
 from grpo_nb.rollout import Rollout
 from grpo_nb.run.dynamic_sampling import dynamic_sampling
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from grpo_nb.run.build import build_models
 from grpo_nb.run.iterative import outer_iteration, preference_pairs
 from grpo_nb.run.training import train

@@ -32,7 +32,8 @@ from grpo_nb.run.training import evaluate, open_run
 from grpo_nb.run.command_line import parse_arguments
 from grpo_nb.run.iterative import train_reward_model
 from grpo_nb.run.training import train
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from helpers import (
     ROOT,
     python,

@@ -22,7 +22,7 @@ from grpo_nb.evidence.trl_oracles import trl_loss, trl_steps, weights_apart
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.policy import load_policy
 from grpo_nb.reference import kl
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
 LEVELS = ("token", "sequence", "sequence_token")

@@ -29,7 +29,8 @@ from grpo_nb.engine.packing import shares_prompt, takes_padding, token_logprobs
 from grpo_nb.policy import as_rollout, check_tokens, encode_prompts, load_policy
 from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from grpo_nb.run.build import load_value_model
 from grpo_nb.run.training import evaluate, open_run, train
 from grpo_nb.value import ValueModel

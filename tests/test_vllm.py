@@ -18,7 +18,8 @@ from grpo_nb.engine import vllm_sampler
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.decoding import sample
 from grpo_nb.policy import encode_prompts, eos_token_ids, token_logprobs
-from grpo_nb.task import Query, load_task
+from grpo_nb.engine.data import load_task
+from grpo_nb.task import Query
 from grpo_nb.run.training import train
 from grpo_nb.engine.vllm_sampler import VLLMSampler
 from helpers import character_tokenizer, read_metrics, reproducible

@@ -25,7 +25,7 @@ from grpo_nb.run.options import CONFIGS, Config, PPOConfig, make_config
 from grpo_nb.evidence.plots import LivePlot, comparison_table, plot_comparison, plot_run
 from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.policy import load_policy
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 from grpo_nb.run.command_line import parse_arguments
 from grpo_nb.run.training import Run, train
 from grpo_nb.value import ValueModel

@@ -22,7 +22,7 @@ from grpo_nb.run.options import make_config
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.engine.distributed import full, process, shard
 from grpo_nb.reward import accuracy_reward
-from grpo_nb.task import load_task
+from grpo_nb.engine.data import load_task
 from grpo_nb.update import update
 from grpo_nb.value import ValueModel
 from helpers import character_tokenizer, random_model, random_rollout

@@ -36,7 +36,8 @@ from ..policy import encode_prompts, load_policy, token_logprobs
 from ..engine.adapters import reference_logprobs
 from ..rollout import Rollout
 from ..run.options import GRPOConfig, make_config
-from ..task import Query, load_task
+from ..engine.data import load_task
+from ..task import Query
 from ..update import batch_loss, update
 
 # %% ../../nbs/4_evidence/43_trl_oracles.ipynb #a3de0ca1

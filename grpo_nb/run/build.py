@@ -44,7 +44,8 @@ from ..reward import format_reward, overlong_reward, process_reward
 from .options import Config, PPOConfig
 from ..engine.data import as_task
 from ..names import check_name, hub_options, near
-from ..task import TASKS, Task, load_task
+from ..engine.data import load_task
+from ..task import TASKS, Task
 from ..value import ValueModel
 
 # %% ../../nbs/2_run/21_build.ipynb #21b00005

@@ -43,7 +43,8 @@ from .build import load_rewards, open_task
 from .checkpoint import RunState, noted_on, resume, save, save_models
 from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
-from .options import Config, own_functions
+from .options import Config, expand_path, own_functions
+from .run_directory import Completions, read_json
 from .run_directory import check_passed, claim_directory, find_directory
 from .run_directory import make_record, read_completions, saved_config
 from .run_directory import write_atomically
