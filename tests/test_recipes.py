@@ -1,5 +1,5 @@
 """The recipes: what each changes, against the papers and against the table of
-chapter 13."""
+chapter 20."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def test_recipe_changes_what_it_says_and_nothing_else(recipe):
     assert changed == CHANGED[recipe]
 
 
-STATED = {  # what the table of recipes in chapter 13 says, and the options that it is
+STATED = {  # what the table of recipes in chapter 20 says, and the options that it is
     r"β = ([\d.]+)": "beta",
     r"G = (\d+)": "num_generations",
     r"clip-higher \(([\d.]+)\)": "epsilon_high",

@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
             for path in (ROOT / "grpo_nb").rglob("[!_]*.py")
         ),
         default=random_mutants.MODULES,
-        help="draw from these (default: those of chapters 2 to 12)",
+        help="draw from these (default: boxes of the figure, as listed there)",
     )
     drawn.add_argument(
         "--tests",

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MODULES = (  # chapters 2 to 12
+MODULES = (  # the stages of a step: chapters 2 to 10, 12 and 13
     *("rollout", "policy", "sampling", "reference", "reward", "value", "gae"),
     *("group", "objective", "update", "algorithm"),
 )
