@@ -13,6 +13,56 @@ from torch import Tensor
 
 from .checks import check_choice
 
+# %% ../nbs/1_figure/09_group.ipynb #15495eab
+_LARGEST = 1e150  # squares of it still fit into float64
+_SHAPES = {1: "[N]", 2: "[N, T]"}
+
+
+def _check_groups(name: str, rewards: Tensor, num_generations: int, dims: int):
+    "Refuse rewards of another shape, not floating point, or not of whole groups."
+    shape, N = tuple(rewards.shape), len(rewards) if rewards.dim() else 0
+    if len(shape) != dims or not rewards.is_floating_point():
+        expected = f"floating point and {_SHAPES[dims]}"
+        raise ValueError(f"{name} must be {expected}, got {shape} {rewards.dtype}")
+    if num_generations < 1 or N % num_generations:
+        expected = f"a multiple of num_generations = {num_generations}"
+        raise ValueError(f"{name} must be {expected}, got {N}")
+
+
+def _check_choices(num_generations: int, scale: str, baseline: str, eps: float):
+    "Refuse a group of one, a negative eps, and what the tables do not hold."
+    if not (num_generations >= 2 and eps >= 0):
+        raise ValueError(
+            "num_generations must be at least 2 (one has nothing to be compared with), "
+            f"eps >= 0; got {num_generations}, {eps}"
+        )
+    check_choice("scale_rewards", scale, SCALES)
+    check_choice("baseline", baseline, BASELINES)
+
+
+def _check_size(name: str, rewards: Tensor):
+    "Refuse rewards whose squares float64 cannot hold."
+    too_large = rewards.double().abs() > _LARGEST
+    if too_large.any():
+        completion = too_large.nonzero()[0, 0].item()
+        reward = rewards[too_large][0].item()
+        raise ValueError(
+            f"{name} must be at most {_LARGEST:.2g} in size, NaN where not scored; "
+            f"got {reward} for completion {completion}"
+        )
+
+
+def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    "Convert a result in float64; `ValueError` where `dtype` cannot hold it."
+    too_large = x.abs() > torch.finfo(dtype).max
+    if too_large.any():
+        largest = x.abs().max().item()
+        raise ValueError(
+            f"{name} lie too far apart: {dtype} cannot hold advantages of up to "
+            f"{largest:.2g}"
+        )
+    return x.to(dtype)
+
 # %% ../nbs/1_figure/09_group.ipynb #03db9c6d
 def has_variance(
     rewards: Float[Tensor, "N"],  # groups contiguous; NaN: not scored
@@ -97,56 +147,6 @@ def group_advantages(
     compared = varies[:, None] & ~r.isnan()
     advantages = torch.where(compared, scaled, 0.0)
     return _rounded("rewards", advantages.flatten(), rewards.dtype)
-
-# %% ../nbs/1_figure/09_group.ipynb #15495eab
-_LARGEST = 1e150  # squares of it still fit into float64
-_SHAPES = {1: "[N]", 2: "[N, T]"}
-
-
-def _check_groups(name: str, rewards: Tensor, num_generations: int, dims: int):
-    "Refuse rewards of another shape, not floating point, or not of whole groups."
-    shape, N = tuple(rewards.shape), len(rewards) if rewards.dim() else 0
-    if len(shape) != dims or not rewards.is_floating_point():
-        expected = f"floating point and {_SHAPES[dims]}"
-        raise ValueError(f"{name} must be {expected}, got {shape} {rewards.dtype}")
-    if num_generations < 1 or N % num_generations:
-        expected = f"a multiple of num_generations = {num_generations}"
-        raise ValueError(f"{name} must be {expected}, got {N}")
-
-
-def _check_choices(num_generations: int, scale: str, baseline: str, eps: float):
-    "Refuse a group of one, a negative eps, and what the tables do not hold."
-    if not (num_generations >= 2 and eps >= 0):
-        raise ValueError(
-            "num_generations must be at least 2 (one has nothing to be compared with), "
-            f"eps >= 0; got {num_generations}, {eps}"
-        )
-    check_choice("scale_rewards", scale, SCALES)
-    check_choice("baseline", baseline, BASELINES)
-
-
-def _check_size(name: str, rewards: Tensor):
-    "Refuse rewards whose squares float64 cannot hold."
-    too_large = rewards.double().abs() > _LARGEST
-    if too_large.any():
-        completion = too_large.nonzero()[0, 0].item()
-        reward = rewards[too_large][0].item()
-        raise ValueError(
-            f"{name} must be at most {_LARGEST:.2g} in size, NaN where not scored; "
-            f"got {reward} for completion {completion}"
-        )
-
-
-def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    "Convert a result in float64; `ValueError` where `dtype` cannot hold it."
-    too_large = x.abs() > torch.finfo(dtype).max
-    if too_large.any():
-        largest = x.abs().max().item()
-        raise ValueError(
-            f"{name} lie too far apart: {dtype} cannot hold advantages of up to "
-            f"{largest:.2g}"
-        )
-    return x.to(dtype)
 
 # %% ../nbs/1_figure/09_group.ipynb #ab2dd8e3
 def process_advantages(
