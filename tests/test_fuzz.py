@@ -71,7 +71,7 @@ from grpo_nb.evidence.statistics import (
     pass_at_k,
     verdicts,
 )
-from grpo_nb.engine import packing
+from grpo_nb.engine import adapters, packing
 from grpo_nb.engine.micro_batch import in_micro_batches, in_order, micro_batches
 from grpo_nb.engine.packing import (
     completions_per_row,
@@ -112,7 +112,7 @@ from grpo_nb.checks import check_choice, check_shapes
 from grpo_nb.engine.judging import combine, judge, name_of, names_of, score
 from grpo_nb.reward import score as plain_score
 from grpo_nb.rollout import Rollout
-from grpo_nb.run.dynamic_sampling import dynamic_sampling
+from grpo_nb.run.dynamic_sampling import dynamic_sampling, rounds_of, step_of
 from grpo_nb.sampling import check_context, check_numbers, decode_completions
 from grpo_nb.engine.decoding import lacks_memory, sample
 from grpo_nb.sampling import keep_likely, prepare_prompts
@@ -137,7 +137,7 @@ from grpo_nb.run.command_line import main, parse_arguments, resume_arguments
 from grpo_nb.run.iterative import preference_pairs
 from grpo_nb.run.run_directory import prepare_directory, read_completions, read_json
 from grpo_nb.run.training import Run, open_run, rollout_metrics, table, train
-from grpo_nb.engine.models import EngineModels
+from grpo_nb.engine.models import EngineModels, importance_weights
 from grpo_nb.update import batch_loss, update
 from grpo_nb.value import ValueModel, predict_values, value_loss
 from helpers import (
@@ -1192,7 +1192,9 @@ def one_by_one(rollout, temperature):
     packing.token_logprobs,
     packing.values,
     reference_logprobs,
+    adapters.reference_logprobs,
     predict_values,
+    EngineModels,
     in_micro_batches,
     in_order,
     model_inputs,
@@ -1226,32 +1228,47 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
     assert (pieces is not None) == allowed and (
         pieces is None or sorted(sum(pieces, [])) == list(range(len(rollout.queries)))
     )
-    again = outcome(
-        reference_logprobs,
-        {
-            "reference": LLAMA,
-            "rollout": rollout,
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-        },
-    )
-    values = outcome(
-        predict_values,
-        {"value_model": VALUE, "rollout": rollout, "max_tokens": max_tokens},
-    )
-    assert (again is not None) == (right and allowed) and (
-        values is not None
-    ) == allowed
+    of_reference = {"reference": LLAMA, "rollout": rollout, "temperature": temperature}
+    again = outcome(reference_logprobs, of_reference)
+    assert (again is not None) == right
+    limited = of_reference | {"max_tokens": max_tokens}
+    cut = outcome(adapters.reference_logprobs, limited)
+    assert (cut is not None) == (right and allowed)
+    assert adapters.reference_logprobs(None, rollout) is None
+    values = predict_values(VALUE, rollout)
+    models = EngineModels(LLAMA, None, value=VALUE)
+    config = short_config(max_completion_length=4)
+    config.max_tokens_per_micro_batch = max_tokens
+    cut_values = refused(lambda: models.predict_values(rollout, config), "max_tokens")
+    batches = refused(lambda: models.micro_batches(rollout, config), "max_tokens")
+    assert (cut_values is not None) == (batches is not None) == allowed
+    assert not allowed or sum(map(len, batches)) == len(rollout)
     expected = one_by_one(rollout, temperature if right else 1.0)
     for x, y in (
         (found, expected[0]),
         (packed, expected[0]),
         (again, expected[0]),
+        (cut, expected[0]),
         (values, expected[1]),
         (in_rows, expected[1]),
+        (cut_values, expected[1]),
     ):
         if x is not None:
             torch.testing.assert_close(x.detach(), y, rtol=0, atol=1e-9)
+
+
+@fuzz(importance_weights)
+@given(rollout_fields(), st.sampled_from([0.5, 1.0, 2, 1e30, math.inf]), st.data())
+def test_importance_weights(f, limit, data):
+    "pi / pi_sampler of each real token, cut off above; what padding gets is unused."
+    mask = f["completion_mask"]
+    distances = data.draw(numbers(*mask.shape)) * 3
+    rollout = Rollout(**f, sampling_logprobs=f["logprobs"] - distances)
+    found = importance_weights(rollout, limit)
+    expected = [[min(math.exp(x), limit) for x in row] for row in real(distances, mask)]
+    torch.testing.assert_close(
+        filled(real(found, mask), mask), filled(expected, mask), rtol=1e-9, atol=1e-9
+    )
 
 
 @fuzz(
@@ -1820,7 +1837,7 @@ def checked(make):
         return config
 
 
-@fuzz(make_config, Config, GRPOConfig, PPOConfig)
+@fuzz(make_config, Config, GRPOConfig, PPOConfig, step_of, rounds_of)
 @given(
     st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), VALUES, max_size=3)
 )
@@ -1828,6 +1845,11 @@ def test_configs(parameters):
     """Parameter sets of any kind, as papermill hands them over: a config, or an
     error that names a field."""
     config = checked(lambda: make_config(**parameters))
+    if config:
+        refills = config.dynamic_sampling if config.algorithm == "grpo" else 0
+        usual = f"{config.algorithm}_step"
+        assert rounds_of(config) == 1 + refills
+        assert step_of(config).__name__ == ("dynamic_grpo_step" if refills else usual)
     if config and "recipe" not in parameters:
         for name, x in parameters.items():
             assert (
@@ -2368,6 +2390,10 @@ EXCEPTIONS = (
         "models.Models": "holds models",
         "algorithm.ppo_step": "the stages above, in order",
         "algorithm.grpo_step": "the stages above, in order",
+        "update.check_filled": "the beginning of `update`",
+        "update.gradient_step": "in `update`, with what `batch_loss` gets, too",
+        "run.dynamic_sampling.dynamic_grpo_step": "the stages above, in order",
+        "engine.adapters.without_adapters": "takes a model; test_models.py",
         "run.training.evaluate": "`sample` and a task",
         "run.training.peak_memory": "takes a device",
         "run.run_directory.write_atomically": "test_security.py",
@@ -2424,16 +2450,26 @@ EXCEPTIONS = (
 
 def test_every_public_function_is_here():
     "Fuzzed above, or excepted for a reason; no exception is older than its function."
-    public = {
-        f"{module.name.removeprefix('grpo_nb.')}.{name}"
+    modules = [
+        importlib.import_module(module.name)
         for module in pkgutil.walk_packages(grpo_nb.__path__, "grpo_nb.")
         if not module.ispkg and not module.name.endswith("._modidx")
-        for name in importlib.import_module(module.name).__all__
-        if callable(thing := getattr(importlib.import_module(module.name), name))
-        and (inspect.isfunction(thing) or inspect.isclass(thing))
+    ]
+    named = {
+        f"{module.__name__.removeprefix('grpo_nb.')}.{name}"
+        for module in modules
+        for name in module.__all__
+    }
+    public = {
+        f"{module.__name__.removeprefix('grpo_nb.')}.{name}"
+        for module in modules
+        for name in module.__all__
+        if inspect.isfunction(getattr(module, name))
+        or inspect.isclass(getattr(module, name))
     }
     covered = {name.removeprefix("grpo_nb.") for name in COVERED}
     assert public - covered == public & EXCEPTIONS.keys() - covered, sorted(
         public - covered - EXCEPTIONS.keys()
     )
     assert not covered & EXCEPTIONS.keys()
+    assert EXCEPTIONS.keys() <= named, EXCEPTIONS.keys() - named

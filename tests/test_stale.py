@@ -14,11 +14,14 @@ import pandas as pd
 import pytest
 from transformers import LlamaConfig
 
-from grpo_nb import algorithm, gae, group, reference, value
+from grpo_nb import algorithm, gae, group, models, reference, update, value
 from grpo_nb.evidence.cost import flops, parameters
 from grpo_nb.evidence.ledger import CHECKS
 from grpo_nb.evidence.trl_oracles import TRL_ROWS
 from grpo_nb.figure import boxes
+from grpo_nb.group import BASELINES, SCALES
+from grpo_nb.objective import AGGREGATES, LEVELS, OBJECTIVES
+from grpo_nb.run import dynamic_sampling
 from grpo_nb.run.options import RECIPES, Config, GRPOConfig, PPOConfig, make_config
 from helpers import ROOT
 
@@ -89,6 +92,13 @@ NO_MUTANT = {  # choices without a mutant of their own, and why
     "bnpo": "is dapo here, by the same line",
     "none": "leaves the scale out: what could be wrong in it is in `group`",
 }
+TABLES = {  # option: what it chooses from
+    "objective": OBJECTIVES,
+    "loss_type": AGGREGATES,
+    "importance_sampling_level": LEVELS,
+    "scale_rewards": SCALES,
+    "baseline": BASELINES,
+}
 SHOWN = {  # choice of an option: its row in the ledger, TRL's, words of a mutant
     "objective": {
         "clip": ("clipped objective", "grpo, TRL", "the clip is inverted"),
@@ -121,13 +131,22 @@ SHOWN = {  # choice of an option: its row in the ledger, TRL's, words of a mutan
 }
 
 
+def test_every_option_with_a_table_is_shown():
+    "Those of the configs that name their choices as a table of functions."
+    every = [*fields(GRPOConfig), *fields(PPOConfig)]
+    tables = {field.name: field.metadata.get("choices") for field in every}
+    assert {name for name, table in tables.items() if isinstance(table, dict)} == {
+        *SHOWN
+    }
+
+
 @pytest.mark.parametrize("option", SHOWN)
 def test_every_choice_has_a_row_an_oracle_and_a_mutant(option):
     "Or a reason why it has none: a new choice is not forgotten."
-    with pytest.raises(ValueError) as refusal:
+    assert TABLES[option].keys() == SHOWN[option].keys(), "each choice needs a line"
+    allowed = f"must be one of {', '.join(TABLES[option])}$"
+    with pytest.raises(ValueError, match=allowed):
         make_config(**{option: "?"})
-    allowed = re.findall(r"[\"'](\w+)[\"']", str(refusal.value))
-    assert set(allowed) == set(SHOWN[option]), "each choice needs a line in SHOWN"
     names = [check.name for check in CHECKS]
     theirs = [check.name for check in TRL_ROWS]
     mutants = tomllib.loads((ROOT / "tests/mutants/mutants.toml").read_text())
@@ -141,8 +160,10 @@ def test_every_choice_has_a_row_an_oracle_and_a_mutant(option):
 
 def definitions(path, *names):
     "The assignments and functions of a notebook with these names, evaluated."
-    space = dict(algorithm=algorithm, gae=gae, group=group, reference=reference)
-    space |= dict(value=value, ast=ast, inspect=inspect, textwrap=textwrap)
+    space = dict(algorithm=algorithm, gae=gae, group=group, models=models)
+    space |= dict(reference=reference, update=update, value=value)
+    space |= dict(dynamic_sampling=dynamic_sampling)
+    space |= dict(ast=ast, inspect=inspect, textwrap=textwrap)
     for source in sources(path):
         for node in ast.parse(re.sub("^%", "#%", source, flags=re.M)).body:
             name = getattr(node, "name", None)

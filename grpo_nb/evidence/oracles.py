@@ -909,12 +909,10 @@ _LENGTHS = [5, 3, 2, 4]
 
 def _check_process() -> Errors:
     "Compare with sums over steps, straight from the sentence in the paper."
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # of the result: numbers in lists have none
-    try:
-        ours = process_advantages(_STEP_REWARDS, _STEP_ENDS, 4, _LENGTHS)
-    finally:
-        torch.set_default_dtype(dtype)
+    dense = torch.full((4, 5), torch.nan, dtype=torch.float64)
+    for row, rewards, ends in zip(dense, _STEP_REWARDS, _STEP_ENDS):
+        row[ends] = torch.tensor(rewards, dtype=torch.float64)
+    ours = process_advantages(dense, 4)
     pooled = list(itertools.chain(*_STEP_REWARDS))
     mean = statistics.fmean(pooled)
     std = statistics.stdev(pooled) + 1e-4
