@@ -29,7 +29,6 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +45,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from grpo_nb.engine.packing import first_of_equal
+from grpo_nb.engine.precision import precision
 from grpo_nb.loading import TINY, cache_directory, resolve_device
 from grpo_nb.policy import load_policy
 from grpo_nb.task import Query, load_task
@@ -348,16 +348,12 @@ class Ours:
     "`grpo_step`, as `train` calls it."
 
     def __init__(self, setting, directory, device, checkpointing=False):
-        from grpo_nb import algorithm
-        from grpo_nb.run import options
-        from grpo_nb.run import build, training
+        from grpo_nb.algorithm import grpo_step
+        from grpo_nb.run.build import build_models
+        from grpo_nb.run.options import make_config
 
-        self.step, self.meter, self.algorithm = (
-            algorithm.grpo_step,
-            Meter(device),
-            algorithm,
-        )
-        self.config = options.make_config(
+        self.step, self.meter = grpo_step, Meter(device)
+        self.config = make_config(
             algorithm="grpo",
             model=str(directory),
             num_prompts=setting.num_prompts,
@@ -366,37 +362,29 @@ class Ours:
             gradient_checkpointing=checkpointing,
             **setting.options,
         )
-        self.precision = lambda: training._precision(self.config, device)
-        self.models = build.build_models(
-            self.config, load_task("add"), [reward_of(setting)]
-        )
+        rewards = [reward_of(setting)]
+        self.models = build_models(self.config, load_task("add"), rewards)
         self.policy, self.reference = self.models.policy, self.models.reference
         for model in (self.policy, self.reference):
             self.meter.watch(model)
-        self.generator = torch.Generator(device).manual_seed(0)
+        self._time_phases()
 
-    @contextmanager
-    def phases(self):
-        "The functions that a step calls, timed; afterwards as they were."
-        stages = {
-            "generate": "sampling",
+    def _time_phases(self):
+        "Time the verbs that a step asks of its models."
+        phases = {
+            "sample": "sampling",
             "score": "scoring",
             "reference_logprobs": "scoring",
         }
-        before = {name: getattr(self.algorithm, name) for name in stages}
-        for name, phase in stages.items():
-            setattr(self.algorithm, name, self.meter.timed(phase, before[name]))
-        try:
-            yield
-        finally:
-            for name, f in before.items():
-                setattr(self.algorithm, name, f)
+        for verb, phase in phases.items():
+            timed = self.meter.timed(phase, getattr(self.models, verb))
+            setattr(self.models, verb, timed)
 
     def run(self, queries):
         "One step, and what it took."
-        with self.phases(), self.precision():
+        with precision(self.config, self.policy.device):
             self.meter.start()
-            rollout, _ = self.step(self.models, queries, self.config, self.generator)
+            rollout, _ = self.step(self.models, queries, self.config)
             record = self.meter.stop()
         lengths, first = rollout.completion_mask.sum(1), first_of_equal(rollout)
         return record | {

@@ -19,7 +19,11 @@ NOTEBOOKS = sorted(
     for path in (ROOT / "nbs").rglob("*.ipynb")
     if ".ipynb_checkpoints" not in path.parts
 )
-CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
+BOXES = [
+    path
+    for path in NOTEBOOKS
+    if re.match(r"1_figure/(0\d|1[023])_", str(path.relative_to(ROOT / "nbs")))
+]
 EXPERIMENTS = ROOT / "nbs" / "experiments"
 TRAIN, COMPARE, RECIPES = (
     EXPERIMENTS / f"{name}.ipynb" for name in ("train", "compare", "recipes")
@@ -73,22 +77,65 @@ def test_no_saved_output_is_an_error(path):
             )
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
+def code_of(path):
+    "The cells of code that are not empty."
+    cells = nbformat.read(path, 4).cells
+    return [c for c in cells if c.cell_type == "code" and c.source.strip()]
+
+
+def prints(statement):
+    "Whether a statement is a call of print or display."
+    call = getattr(statement, "value", None)
+    name = getattr(getattr(call, "func", None), "id", None)
+    return isinstance(statement, ast.Expr) and name in ("print", "display")
+
+
+def shows(source):
+    """Whether a cell surely has an output: it prints, or ends in an expression that
+    is no call (a call may return None)."""
+    if re.search(r"^#\| (export|exports|exporti|hide|eval: *false)\b", source, re.M):
+        return False
+    body = ast.parse(re.sub(r"^\s*[!%].*$", "", source, flags=re.M)).body
+    if not body or source.rstrip().endswith(";"):
+        return any(map(prints, body))
+    last = body[-1]
+    value = isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call)
+    return value or any(map(prints, body))
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("print(1)\nx = 2", True),
+        ("x = 2\nx.y", True),
+        ("display(x)", True),
+        ("x = 2", False),
+        ("check(x)", False),
+        ("x;", False),
+        ("#| export\nx", False),
+        ("#| hide\nprint(1)", False),
+        ("%time f()", False),
+    ],
+)
+def test_what_a_cell_shows(source, expected):
+    assert shows(source) == expected
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_is_saved_executed(path):
+    "Every cell that surely shows something shows it."
+    cells = [cell for cell in code_of(path) if shows(cell.source)]
+    silent = [cell.source for cell in cells if not cell.outputs]
+    assert not silent, f"execute {name_of(path)}"
+
+
+@pytest.mark.parametrize("path", BOXES, ids=name_of)
 def test_a_chapter_is_saved_with_its_outputs(path):
-    "Executed from top to bottom: a cell that ends in an expression shows it."
-    code = [
-        cell
-        for cell in nbformat.read(path, 4).cells
-        if cell.cell_type == "code" and cell.source.strip()
-    ]
-    assert sum(bool(cell.outputs) for cell in code) >= 3
-    assert any(
-        "image/png" in output.get("data", {})
-        or "image/svg+xml" in output.get("data", {})
-        or "text/html" in output.get("data", {})
-        for cell in code
-        for output in cell.outputs
-    ), "no picture"
+    "A box of the figure is shown at work, in numbers and in a picture."
+    outputs = [cell.outputs for cell in code_of(path) if cell.outputs]
+    kinds = {kind for cell in outputs for o in cell for kind in o.get("data", {})}
+    assert len(outputs) >= 3
+    assert kinds & {"image/png", "image/svg+xml", "text/html"}, "no picture"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)

@@ -25,7 +25,12 @@ from transformers import (
 from grpo_nb.engine import adapters, decoding
 from grpo_nb.run import build
 from grpo_nb.run.options import make_config
-from grpo_nb.engine.packing import shares_prompt, takes_padding, token_logprobs
+from grpo_nb.engine.packing import (
+    shares_prompt,
+    takes_padding,
+    token_logprobs,
+    values,
+)
 from grpo_nb.policy import as_rollout, check_tokens, encode_prompts, load_policy
 from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
@@ -165,10 +170,10 @@ def test_a_value_does_not_depend_on_the_padding(family):
     value_model = ValueModel(model)
     torch.nn.init.normal_(value_model.head.weight)
     rollout = as_rollout(character_tokenizer(), QUERIES, ["12", "3", "45"])
-    together = value_model(rollout)
+    together = values(value_model, rollout)
     for i, query in enumerate(QUERIES):
         text = rollout.completions[i]
-        one = value_model(as_rollout(character_tokenizer(), [query], [text]))
+        one = values(value_model, as_rollout(character_tokenizer(), [query], [text]))
         ours = together[i, : one.shape[1]]
         torch.testing.assert_close(ours, one[0], rtol=0, atol=1e-5)
     row = torch.cat([rollout.prompt_ids[1], rollout.completion_ids[1, :1]])[None]
@@ -661,7 +666,7 @@ def test_out_of_memory_while_scoring(tmp_path, monkeypatch):
     def fails(*arguments, **keywords):
         raise NO_MEMORY[0]
 
-    monkeypatch.setattr("grpo_nb.reference.token_logprobs", fails)
+    monkeypatch.setattr("grpo_nb.engine.adapters.token_logprobs", fails)
     text = "step 1 with max_tokens_per_micro_batch = 8192: try 4096"
     with pytest.raises(MemoryError, match=text) as caught:
         train(config_of("tiny", tmp_path / "run"), progress=False)
