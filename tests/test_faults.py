@@ -520,7 +520,7 @@ def test_a_lack_of_memory_says_what_to_change(tmp_path, straight, monkeypatch, e
             r"try 4096.*can be resumed",
         ),
     ):
-        patched.setitem(STEPS, "grpo", full)
+        patched.setattr(training, "step_of", lambda config: full)
         run(tmp_path / "run", save_steps=0)
     run(tmp_path / "run", resume=True)
     same_run(tmp_path / "run", straight)

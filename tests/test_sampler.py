@@ -15,7 +15,8 @@ from grpo_nb.run import build
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.decoding import sample
-from grpo_nb.policy import load_policy, token_logprobs
+from grpo_nb.engine.packing import token_logprobs
+from grpo_nb.policy import load_policy
 from grpo_nb.engine.data import load_task
 from grpo_nb.task import Query
 from grpo_nb.run.build import build_models

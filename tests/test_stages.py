@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_nb.engine.models import EngineModels
 
-from grpo_nb.run import training
+from grpo_nb.run import iterative, training
 from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import RECIPES
 from grpo_nb.gae import advantages as gae_advantages
@@ -745,9 +745,9 @@ def test_every_completion_is_counted(tmp_path, monkeypatch, recipe):
         return spy
 
     monkeypatch.setattr(EngineModels, "sample", spied(EngineModels.sample))
-    monkeypatch.setattr(
-        training, "sample", spied(training.sample)
-    )  # of preferences and of evaluations
+    # of evaluations, and of preferences
+    monkeypatch.setattr(training, "sample", spied(training.sample))
+    monkeypatch.setattr(iterative, "sample", spied(iterative.sample))
     options = (
         {
             "num_generations": 4,

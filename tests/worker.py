@@ -71,15 +71,13 @@ def inputs(prompts):
     return tokenizer, policy, rollout
 
 
-def one_update(policy, rollout, config, ppo=False, fresh=False, cut=False):
+def one_update(policy, rollout, config, ppo=False, cut=False):
     """Gradients and metrics of one update; the optimiser moves by a little, so that
     a second iteration is another."""
     policy, rollout = copy.deepcopy(policy), copy.copy(rollout)
     value = ValueModel(policy) if ppo else None
     if ppo:
         nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(1))
-    if fresh:
-        rollout.logprobs = None
     for model in (policy, value):
         if cut and model is not None:
             shard(model)
@@ -159,7 +157,6 @@ def updates():
             policy,
             replace(rollout, scored=None),
             make_config(**BASE, max_tokens_per_micro_batch=40),
-            fresh=True,
             cut=sharded,
         )
 
