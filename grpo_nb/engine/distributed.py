@@ -206,11 +206,14 @@ def shard(model: nn.Module):
         m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
     ]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    is_policy = hasattr(model, "get_output_embeddings")
+    # the engine calls the trunk and the head of a value model, not the model itself
+    for root in [model] if is_policy else model.children():
+        fully_shard(root, mesh=mesh)
     for module in _shards(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # a sum, not a mean
-    if not hasattr(model, "get_output_embeddings"):
+    if not is_policy:
         return
     with torch.no_grad():
         model(
