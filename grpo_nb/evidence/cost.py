@@ -177,9 +177,10 @@ def flops(
         costs["reference"] = scoring
     if reward:
         costs["reward"] = forward_flops(reward, N, P + T, P + T, P + T, scalar=True)
+    if config.algorithm == "ppo" or config.dtype == "bfloat16":
+        costs["policy: sample"] += scoring  # what was drawn is scored once more
     if config.algorithm == "ppo":
         value = forward_flops(size, N, P + T, P + T, T, scalar=True)
-        costs["policy: sample"] += scoring
         costs["value: predict"] = value
         costs["value: update"] = 3 * config.num_iterations * value
     return costs
