@@ -160,10 +160,18 @@ def test_api_reference_is_up_to_date():
     for path in sorted((ROOT / "grpo_nb").rglob("[a-z]*.py")):
         module = path.relative_to(ROOT / "grpo_nb").with_suffix("")
         name = str(module).replace("/", ".")
-        for thing in ast.parse(path.read_text()).body:
-            if not isinstance(
-                thing, (ast.FunctionDef, ast.ClassDef)
-            ) or thing.name.startswith("_"):
+        body = ast.parse(path.read_text()).body
+        listed = [
+            ast.literal_eval(node.value)
+            for node in body
+            if isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        public = {public for names in listed for public in names}
+        for thing in body:
+            if not isinstance(thing, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            if thing.name not in public:
                 continue
             about = (ast.get_docstring(thing) or "").splitlines()[0].replace("|", "\\|")
             row = re.search(
