@@ -19,7 +19,7 @@ import quickjs
 
 from build_docs import KATEX, ROOT, WIDGET, page_name
 
-MAX_SITE_MB = 15
+MAX_SITE_MB = 18
 MAX_EMBEDDED = 4096  # characters of a picture within a page; larger ones are files
 FETCHES = {
     "script": ["src"],
