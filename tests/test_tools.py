@@ -138,9 +138,9 @@ def test_site_check_reads_stylesheets_and_weighs_the_site(tmp_path):
         "@font-face { src: url('https://example.org/a.woff2') }"
     )
     with (tmp_path / "big.bin").open("wb") as file:
-        file.truncate(16_000_000)
+        file.truncate(19_000_000)
     size, font = check_docs.check(tmp_path)
-    assert "16.0 MB" in size and "loads https://example.org/a.woff2" in font
+    assert "19.0 MB" in size and "loads https://example.org/a.woff2" in font
 
 
 def test_saved_pictures_must_be_on_the_page(tmp_path):
@@ -231,13 +231,13 @@ def test_signatures_are_plain():
 def test_readme_prose():
     source = (
         '::: {.callout-note title="Ways"}\nSee '
-        "[setup](01_task.ipynb#add).\n:::\n\n$$x^{.5}$$ {#eq-x}\n\n## Why "
+        "[setup](1_figure/01_task.ipynb#add).\n:::\n\n$$x^{.5}$$ {#eq-x}\n\n## Why "
         "{#sec-why}\n\n"
         '[p](https://host/blob/main/LICENSE){target="_blank"} and `a[0](b){#c}`'
     )
     assert readme.prose(source, "https://host/blob/main/") == (
         "> [!NOTE]\n> **Ways**\n>\n> See "
-        "[setup](nbs/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n[p](LICENSE) and "
+        "[setup](nbs/1_figure/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n[p](LICENSE) and "
         "`a[0](b){#c}`"
     )
     with pytest.raises(SystemExit, match="nowhere"):
