@@ -237,7 +237,8 @@ def test_readme_prose():
     )
     assert readme.prose(source, "https://host/blob/main/") == (
         "> [!NOTE]\n> **Ways**\n>\n> See "
-        "[setup](nbs/1_figure/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n[p](LICENSE) and "
+        "[setup](nbs/1_figure/01_task.ipynb#add).\n\n$$x^{.5}$$\n\n## Why\n\n"
+        "[p](LICENSE) and "
         "`a[0](b){#c}`"
     )
     with pytest.raises(SystemExit, match="nowhere"):
