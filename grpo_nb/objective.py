@@ -13,21 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .checks import check_shapes
+
 # %% ../nbs/1_figure/10_objective.ipynb #cb04572c
-def _check_shapes(mask: Tensor, **tensors: Tensor):
-    "Refuse tensors that are not all [N, T], and a mask that is not bool."
-    shapes = {x.shape for x in tensors.values()}
-    fits = shapes == {mask.shape} and mask.dim() == 2
-    if fits and mask.dtype == torch.bool:
-        return
-    names = ", ".join(tensors)
-    shapes = [(x.dtype, *x.shape) for x in tensors.values()]
-    shapes.append((mask.dtype, *mask.shape))
-    raise ValueError(
-        f"{names} and mask must have one shape [N, T], mask be bool; got {shapes}"
-    )
-
-
 def _choose(table: dict, name: str, choice: str) -> Callable:
     "Look up a choice; the error names what the table holds at this moment."
     if choice in list(table):
@@ -89,7 +77,7 @@ def ratio(
     Exact for log rho <= 20; beyond it rho stays e^20 and has no gradient.
 
     Raises: `ValueError` for other shapes or dtypes, an unknown level."""
-    _check_shapes(mask, logprobs=logprobs, old_logprobs=old_logprobs)
+    check_shapes(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     ratio_of = _choose(LEVELS, "importance_sampling_level", level)
     log_rho = torch.where(mask, logprobs - old_logprobs, 0.0)
     return ratio_of(log_rho, mask)
@@ -293,7 +281,7 @@ def aggregate(
 
     Raises: `ValueError` for other shapes or dtypes, an unknown type, "dr_grpo" without
     a length."""
-    _check_shapes(mask, loss=loss)
+    check_shapes(mask, loss=loss)
     aggregate_by = _choose(AGGREGATES, "loss_type", loss_type)
     has_length = max_completion_length is not None and max_completion_length > 0
     if loss_type == "dr_grpo" and not has_length:
