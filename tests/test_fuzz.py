@@ -2413,7 +2413,6 @@ EXCEPTIONS = (
         "run.trackers.open_trackers": "test_watching.py",
         "run.build.open_task": "`load_task` and `as_task`",
         "run.build.check_rules": "in `load_rewards`",
-        "run.build.trained_models": "takes models",
         "run.build.renewed_models": "takes models",
         "run.build.sampling_generator": "takes a checked config",
         "engine.adapters.require_peft": "takes no value of a user's",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'open_task', 'check_rules', 'load_rewards', 'Trainer', 'load_value_model', 'token_classifier', 'build_models',
-           'trained_models', 'renewed_models', 'build_schedulers', 'sampling_generator', 'checkpoint_layers']
+           'renewed_models', 'build_schedulers', 'sampling_generator', 'checkpoint_layers']
 
 # %% ../../nbs/2_run/21_build.ipynb #3361b57c
 import copy
@@ -345,14 +345,6 @@ def _vllm_sampler(config: Config) -> type:
     return VLLMSampler
 
 # %% ../../nbs/2_run/21_build.ipynb #21b00006
-def trained_models(models: Models) -> dict:
-    "List the yellow boxes with their optimisers."
-    trained = {"policy": (models.policy, models.optimizer)}
-    if models.value is not None:
-        trained["value"] = (models.value, models.value_optimizer)
-    return trained
-
-
 def renewed_models(config: Config, models: Models) -> dict:
     """List the blue boxes that the outer loop renews.
 
@@ -372,7 +364,7 @@ def build_schedulers(config: Config, models: Models) -> list:
         kind = "constant_with_warmup"  # "constant" alone would ignore the warm-up
     return [
         get_scheduler(kind, optimizer, config.warmup_steps, config.max_steps)
-        for _, optimizer in trained_models(models).values()
+        for _, optimizer in models.trained().values()
     ]
 
 # %% ../../nbs/2_run/21_build.ipynb #5a7c1e02
@@ -385,7 +377,7 @@ def _shard_models(config: Config, models: Models):
         separate.append(models.value)
     for model in separate:
         shard(model)
-    for model, optimizer in trained_models(models).values():
+    for model, optimizer in models.trained().values():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer.param_groups[0]["params"] = trained
 

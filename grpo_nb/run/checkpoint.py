@@ -24,8 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engine.distributed import all_rows, cut_like, full, on_main, process
 from ..models import Models
-from .build import Trainer, renewed_models
-from .build import token_classifier, trained_models
+from .build import Trainer, renewed_models, token_classifier
 from .options import Config
 from .run_directory import OURS, Completions, read_json, read_lines
 from .run_directory import remove_path, replace_directory, write_atomically
@@ -67,7 +66,7 @@ def save_checkpoint(state: RunState, keep: int = 2):
     for name, model in renewed_models(state.config, models).items():
         for k, p in model.named_parameters():
             tensors[f"{name}.weights.{k}"] = full(p.detach())
-    for name, (model, optimizer) in trained_models(models).items():
+    for name, (model, optimizer) in models.trained().items():
         for k, p in model.named_parameters():
             if p.requires_grad:
                 tensors[f"{name}.weights.{k}"] = full(p.detach())
@@ -137,10 +136,9 @@ def load_checkpoint(path: Path, state: RunState):
     own = tensors["generator"].view(world_size, -1)[rank]
     state.generator.set_state(own.clone())  # it must begin where its storage does
     renewed = renewed_models(state.config, state.models)
-    trained = trained_models(state.models)
     for name, model in renewed.items():
         _put_weights(tensors, name, dict(model.named_parameters()))
-    for name, (model, optimizer) in trained.items():
+    for name, (model, optimizer) in state.models.trained().items():
         parameters = model.named_parameters()
         _put_weights(tensors, name, {k: p for k, p in parameters if p.requires_grad})
         _put_moments(tensors, name, optimizer)
