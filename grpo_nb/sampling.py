@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .policy import check_tokens, encode_prompts, eos_token_ids, padding_id
+from .policy import position_ids
 from .rollout import Rollout
 from .task import Query
 
@@ -112,7 +113,7 @@ def prepare_prompts(
 # %% ../nbs/1_figure/04_sampling.ipynb #aaee383f
 def _read(model, ids, attention_mask, cache):
     "Read tokens behind those in the cache: the logits of the next token, [N, V]."
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+    positions = position_ids(attention_mask)  # padding does not count
     output = model(
         ids,
         attention_mask=attention_mask.long(),

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .distributed import all_rows, my_share, whole
 from .precision import autocast_as_it_is
-from ..policy import eos_token_ids, padding_id
+from ..policy import eos_token_ids, padding_id, position_ids
 from .packing import shares_prompt, takes_padding
 from ..rollout import Rollout
 from ..sampling import check_numbers, decode_completions, keep_likely
@@ -146,7 +146,7 @@ def _read(
     logits = model(
         ids[:, -width:],
         attention_mask=seen.long(),
-        position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+        position_ids=position_ids(seen),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -309,7 +309,7 @@ class _Uncached:
         return self.model(
             ids,
             attention_mask=mask.long(),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=position_ids(mask),
             use_cache=False,
             logits_to_keep=1,
         ).logits[:, -1]

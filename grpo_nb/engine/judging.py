@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..names import hub_options, near
 from .distributed import gather, my_share, process
 from ..loading import resolve_device
-from ..policy import encode_prompts
+from ..policy import encode_prompts, position_ids
 from ..reward import RewardFunction, combine_steps, reward_arguments, total_of
 from ..reward import RewardModel as SimpleRewardModel
 from ..rollout import Rollout
@@ -501,7 +501,7 @@ class RewardModel(SimpleRewardModel):
             ids, mask = _padded([a + b for a, b in rows], filler, "right")
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if side == "left":
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = position_ids(mask)
         return self._forward(inputs, config)
 
     def _forward(self, inputs: dict, config: PreTrainedConfig) -> Float[Tensor, "N"]:
