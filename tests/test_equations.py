@@ -38,10 +38,11 @@ from grpo_nb.reference import (
 )
 from grpo_nb.engine.judging import RewardModel, combine, judge, names_of, score
 from grpo_nb.reward import bradley_terry_loss
-from grpo_nb.sampling import draw, sample
+from grpo_nb.engine.decoding import sample
+from grpo_nb.sampling import draw
 from grpo_nb.task import Query
 from grpo_nb.run.training import rollout_metrics, table
-from grpo_nb.engine import decoding, packing
+from grpo_nb.engine import packing
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.update import batch_loss, update
 from grpo_nb.value import ValueModel, value_loss
@@ -1233,7 +1234,7 @@ def test_bfloat16_samples_are_scored_again(tokenizer, num_generations):
         generator=torch.Generator().manual_seed(0),
     )
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        own = decoding.sample(
+        own = sample(
             model,
             tokenizer,
             queries,
