@@ -2360,6 +2360,7 @@ EXCEPTIONS = (
         "run.build.token_classifier": "takes a value model; test_models.py",
         "reward.RewardModel": "takes models; test_reward_models.py",
         "engine.judging.RewardModel": "takes models; wrong ones in test_bad_input.py",
+        "engine.micro_batch.logprobs_in_micro_batches": "in `reference_logprobs`",
         "names.within_reach": "asks the hub; test_bad_input.py",
         "names.near": "names that are nowhere in test_bad_input.py",
         "names.check_name": "names that are nowhere in test_bad_input.py",

@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from grpo_nb.engine import adapters
+from grpo_nb.engine import adapters, micro_batch
 from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
@@ -669,7 +669,7 @@ def test_the_reference_is_the_policy_without_its_adapters(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(adapters, "token_logprobs", broken)
+        patched.setattr(micro_batch, "token_logprobs", broken)
         reference_logprobs(policy, rollout)
     with torch.no_grad():
         assert token_logprobs(policy, rollout).equal(before)

@@ -666,7 +666,7 @@ def test_out_of_memory_while_scoring(tmp_path, monkeypatch):
     def fails(*arguments, **keywords):
         raise NO_MEMORY[0]
 
-    monkeypatch.setattr("grpo_nb.engine.adapters.token_logprobs", fails)
+    monkeypatch.setattr("grpo_nb.engine.micro_batch.token_logprobs", fails)
     text = "step 1 with max_tokens_per_micro_batch = 8192: try 4096"
     with pytest.raises(MemoryError, match=text) as caught:
         train(config_of("tiny", tmp_path / "run"), progress=False)

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import peft as peft_integration
 from transformers.utils import check_peft_version
 
-from .micro_batch import in_micro_batches
-from .packing import sharing_width, token_logprobs
+from .micro_batch import logprobs_in_micro_batches
 from ..rollout import Rollout
 from ..run.options import Config
 
@@ -115,9 +114,4 @@ def reference_logprobs(
     if reference is None:
         return None
     with without_adapters(reference):
-        return in_micro_batches(
-            lambda batch: token_logprobs(reference, batch, temperature),
-            rollout,
-            max_tokens,
-            sharing_width(reference, rollout),
-        )
+        return logprobs_in_micro_batches(reference, rollout, temperature, max_tokens)

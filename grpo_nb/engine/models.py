@@ -15,6 +15,7 @@ from torch import Tensor
 from .distributed import add_up_gradients, add_up_numbers
 from ..models import Models
 from .micro_batch import in_micro_batches, micro_batches
+from .micro_batch import logprobs_in_micro_batches
 from .packing import sharing_width, token_logprobs, values
 from .adapters import reference_logprobs
 from .judging import score
@@ -56,11 +57,9 @@ class EngineModels(Models):
         )
         exact = num_generations > 1 and config.dtype == "float32"
         if rollout.logprobs is None or not exact:
-            rollout.logprobs = in_micro_batches(
-                lambda piece: token_logprobs(self.policy, piece, config.temperature),
-                rollout,
-                config.max_tokens_per_micro_batch,
-                sharing_width(self.policy, rollout),
+            limit = config.max_tokens_per_micro_batch
+            rollout.logprobs = logprobs_in_micro_batches(
+                self.policy, rollout, config.temperature, limit
             )
         if config.vllm_importance_sampling_correction:
             limit = config.vllm_importance_sampling_clip_max
