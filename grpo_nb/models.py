@@ -35,9 +35,8 @@ class Models:
     generator: torch.Generator | None = None  # of sampling; None: torch's global one
     beta: float = 0.0  # of PPO; it moves if kl_target is set
     learned: RewardModel | None = None  # of `rewards`, what an outer iteration trains
-    advantages: Callable = (
-        group.advantages
-    )  # of GRPO: (rollout, config) -> [N] or [N, T]
+    # of GRPO: (rollout, config) -> [N] or [N, T]
+    advantages: Callable = group.advantages
     policy_loss: Callable = objective.policy_loss
 
     def sample(self, queries: list[Query], num_generations: int, config) -> Rollout:

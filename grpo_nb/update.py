@@ -131,7 +131,8 @@ def gradient_step(
     totals: dict[str, Tensor],
 ) -> dict[str, float]:
     "Take one step of each optimiser on all micro-batches together."
-    for _, optimizer in models.trained().values():
+    trained = models.trained()
+    for _, optimizer in trained.values():
         optimizer.zero_grad(set_to_none=True)
 
     # 1. Gradients add up over the micro-batches, and so do the sums of the metrics.
@@ -149,14 +150,13 @@ def gradient_step(
     metrics = models.reduce(metrics)
 
     # 2. Clip the gradient of each model, and step, unless one is not finite.
-    for name, (model, _) in models.trained().items():
+    for name, (model, _) in trained.items():
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         metrics[GRAD_NORMS[name]] = norm.item()
-    norms = [metrics[GRAD_NORMS[name]] for name in models.trained()]
-    finite = all(map(isfinite, norms))
+    finite = all(isfinite(metrics[GRAD_NORMS[name]]) for name in trained)
     metrics["skipped_updates"] = float(not finite)
     if finite:
-        for _, optimizer in models.trained().values():
+        for _, optimizer in trained.values():
             optimizer.step()
     return metrics
 

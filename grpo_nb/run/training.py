@@ -651,12 +651,7 @@ def _heldout(state: RunState) -> float:
     config, models = state.config, state.models
     judge = None
     if state.task.is_right is None:
-        judge = partial(
-            score,
-            reward_funcs=models.rewards,
-            weights=config.reward_weights,
-            on_error=config.on_reward_error,
-        )
+        judge = partial(models.score, config=config)
     return evaluate(
         models.policy,
         models.tokenizer,
