@@ -1,6 +1,7 @@
 """Small models and rollouts to check the library against: random weights, float64,
 nothing loaded from disk."""
 
+import ast
 import itertools
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -389,3 +391,23 @@ def python(*arguments, cwd, stdin="", path=None, timeout=120):
         capture_output=True,
         text=True,
     )
+
+
+def parse(source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
+
+
+def imports(source, package="grpo_nb"):
+    "Full names of what a module in `package` imports, also inside of its functions."
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            start = ".".join(base) if node.level else ""
+            if node.module:
+                yield ".".join(filter(None, [start, node.module]))
+            else:
+                yield from (f"{start}.{alias.name}" for alias in node.names)

@@ -17,7 +17,7 @@ import pytest
 import grpo_nb
 from grpo_nb.engine.data import load_task
 from grpo_nb.run.training import evaluate
-from helpers import ROOT, python
+from helpers import ROOT, imports, parse, python
 
 PACKAGE = ROOT / "grpo_nb"
 MODULES = sorted(
@@ -43,26 +43,6 @@ from grpo_nb.run.training import train
 run = train(make_config(max_steps=1, num_prompts=2, num_generations=2, eval_size=2, device="cpu", output_dir="run"), progress=False)
 print(grpo_nb.__file__, len(run.metrics))
 """
-
-
-def parse(source):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.parse(source)
-
-
-def imports(source, package="grpo_nb"):
-    "Full names of what a module in `package` imports, also inside of its functions."
-    for node in ast.walk(parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) + 1 - node.level]
-            start = ".".join(base) if node.level else ""
-            if node.module:
-                yield ".".join(filter(None, [start, node.module]))
-            else:
-                yield from (f"{start}.{alias.name}" for alias in node.names)
 
 
 def own_imports(name):
