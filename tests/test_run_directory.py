@@ -221,7 +221,7 @@ def test_parts_make_one_file_whatever_they_were(tmp_path, monkeypatch):
     write_run(cut, 18, 5, start=13)  # killed after a part of 13 to 15
     run_directory.Completions(cut).check(12)
     run_directory.Completions(cut).cut(12)
-    write_run(cut, 20, 3, start=13).merge()
+    write_run(cut, 20, 4, start=13).merge()  # no part of these ends at 15
     files.append(cut / "completions.parquet")
     assert len({path.read_bytes() for path in files}) == 1
     plain = pd.DataFrame([row for step in range(1, 21) for row in rows_of(step)])
