@@ -259,6 +259,10 @@ def test_readme_code():
     assert readme.code(
         {"source": '#| echo: false\n#| fig-alt: "A"\ndraw()', "outputs": [svg]}, images
     ) == ["![A](nbs/images/index-1.svg)"]
+    folded = '#| echo: false\n#| fig-alt: "A,\n#|   B"\ndraw()'
+    assert readme.code({"source": folded, "outputs": [svg]}, {}) == [
+        "![A, B](nbs/images/index-1.svg)"
+    ]
     linked = {"data": {"text/markdown": "| [a](experiments/train.ipynb) |"}}
     assert readme.code(
         {"source": "#| echo: false\nmade()", "outputs": [linked]}, images
@@ -297,6 +301,7 @@ def test_notebooks_are_made_ready_for_nbdev(tmp_path):
             "#| export\nimport os\nx = 1",
             "run()",
             "%%bash\nls",
+            '#| fig-alt: "A,\n#|   B"\ndraw()',
         )
     ]
     path.write_text(json.dumps({"cells": [markdown, *code]}))
@@ -309,7 +314,9 @@ def test_notebooks_are_made_ready_for_nbdev(tmp_path):
         False,
         False,
         False,
+        False,
     ]
+    assert cells[-1] == '#| fig-alt: "A, B"\ndraw()'
 
 
 def test_page_names():

@@ -26,6 +26,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import yaml
+from readme import joined_options
 
 ROOT = Path(__file__).resolve().parent.parent
 KATEX = (
@@ -100,6 +101,8 @@ def ready(path: Path) -> None:
         )
     for cell in cells:
         source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            source = cell["source"] = joined_options(source)
         if "outputs" in cell:
             cell["outputs"] = [
                 out for out in cell["outputs"] if WIDGET not in out.get("data", {})

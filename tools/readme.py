@@ -118,9 +118,15 @@ def output(out: dict, options: dict, images: dict[str, bytes]) -> str:
     return f"```text\n{plain.rstrip()}\n```" if plain.strip() else ""
 
 
+def joined_options(source: str) -> str:
+    """A directive on one line, as nbdev reads it: what begins with `#|   ` goes on with
+    the line above."""
+    return re.sub(r"(?<=.)\n#\|   +", " ", source)
+
+
 def code(cell: dict, images: dict[str, bytes]) -> list[str]:
     "A code cell and its outputs, as far as its directives let them be seen."
-    source = text(cell["source"])
+    source = joined_options(text(cell["source"]))
     directives = re.findall(r"^#\| *([\w-]+):? *(.*)$", source, re.M)
     options = {key: value.strip().strip("\"'") for key, value in directives}
     if (
