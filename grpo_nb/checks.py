@@ -29,8 +29,11 @@ def check_shapes(
 # %% ../nbs/1_figure/15_checks.ipynb #15a00013
 def alternatives(table: Collection[str]) -> str:
     'Write out what a table allows: `"a", "b" or "c"`.'
-    *others, last = [f'"{entry}"' for entry in table]
-    return " or ".join([", ".join(others), last] if others else [last])
+    quoted = [f'"{entry}"' for entry in table]
+    *others, last = quoted
+    if not others:
+        return last
+    return f"{', '.join(others)} or {last}"
 
 # %% ../nbs/1_figure/15_checks.ipynb #15a00009
 def check_choice(

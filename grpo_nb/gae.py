@@ -44,8 +44,9 @@ def gae(
         next_value = v[:, t]
 
     returns = _real(advantages + v, mask)
-    what, dtype = "rewards and values", rewards.dtype
-    return to_dtype(what, advantages, dtype), to_dtype(what, returns, dtype)
+    advantages = to_dtype("rewards and values", advantages, rewards.dtype)
+    returns = to_dtype("rewards and values", returns, rewards.dtype)
+    return advantages, returns
 
 
 def _real(x, mask):

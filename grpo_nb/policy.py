@@ -37,16 +37,16 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     bos = [tokenizer.bos_token_id]
     first = ids[:1]
+    # EOS, where the tokenizer adds it; special tokens of the text itself stay
     appended = _special_at_end(tokenizer, ids) - _special_at_end(tokenizer, bare)
     if appended > 0:
         ids = ids[:-appended]
     if not ids and first == bos:  # of an empty prompt it is all that is left
         ids = bos
     if ids[:2] == bos + bos:
-        warnings.warn(
-            f"a prompt begins with {tokenizer.bos_token!r}, and the tokenizer adds "
-            f"another one: leave it out of the text"
-        )
+        begins = f"a prompt begins with {tokenizer.bos_token!r}"
+        adds = "the tokenizer adds another one: leave it out of the text"
+        warnings.warn(f"{begins}, and {adds}")
     return ids
 
 
@@ -54,7 +54,9 @@ def _special_at_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
     "Count the special tokens at the end."
     special = set(tokenizer.all_special_ids)
     count = 0
-    while count < len(ids) and ids[-1 - count] in special:
+    for token in reversed(ids):
+        if token not in special:
+            break
         count += 1
     return count
 
@@ -152,15 +154,17 @@ def check_tokens(
     """
     size = getattr(model.config.get_text_config(), "vocab_size", torch.inf)
     unknown = mask & (ids >= size)
-    if unknown.any():
-        row, column = unknown.nonzero()[0].tolist()
-        token = int(ids[row, column])
-        raise ValueError(
-            f"{queries[row].where(row)} has token {token} "
-            f"({tokenizer.convert_ids_to_tokens(token)!r}), but the model's embedding "
-            f"has only {size} rows: the tokenizer, which has {len(tokenizer)} tokens, "
-            f"does not fit the model"
-        )
+    if not unknown.any():
+        return
+    row, column = unknown.nonzero()[0].tolist()
+    query = queries[row].where(row)
+    token = int(ids[row, column])
+    name = tokenizer.convert_ids_to_tokens(token)
+    raise ValueError(
+        f"{query} has token {token} ({name!r}), but the model's embedding has only "
+        f"{size} rows: the tokenizer, which has {len(tokenizer)} tokens, does not fit "
+        f"the model"
+    )
 
 # %% ../nbs/1_figure/03_policy.ipynb #d097cf24
 def eos_token_ids(
@@ -241,7 +245,9 @@ def as_rollout(
             f"got {len(completions)}"
         )
     prompt_ids, prompt_mask = encode_prompts(tokenizer, queries)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eos = []
+    if tokenizer.eos_token_id is not None:
+        eos = [tokenizer.eos_token_id]
     rows = []
     for text in completions:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
