@@ -760,9 +760,9 @@ def test_a_result_fits_its_dtype(numbers, dtype):
     largest = torch.finfo(dtype).max
     if any(abs(number) > largest for number in numbers):
         with pytest.raises(ValueError, match="rewards are too large or too far apart"):
-            to_dtype("rewards", x, dtype)
+            to_dtype(name="rewards", x=x, dtype=dtype)
     else:
-        result = to_dtype("rewards", x, dtype)
+        result = to_dtype(name="rewards", x=x, dtype=dtype)
         assert result.dtype == dtype and result.isnan().equal(x.isnan())
 
 
