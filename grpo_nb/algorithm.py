@@ -23,13 +23,12 @@ def ppo_step(
 
     Source: DeepSeekMath 2402.03300, fig. 4, top."""
     rollout = models.sample(queries, 1, config)  # q -> o
-    rollout.ref_logprobs = models.reference_logprobs(rollout, config)  # reference
-    metrics = models.score(rollout, config)  # reward model -> r
-    rollout.values = models.predict_values(rollout, config)  # value model -> v
+    rollout.ref_logprobs = models.reference_logprobs(rollout, config)  # for the KL
+    metrics = models.score(rollout, config)  # r
+    rollout.values = models.predict_values(rollout, config)  # v
     rewards = token_rewards(rollout, models.beta)  # r (+) KL
-    estimate = gae.advantages(rollout, rewards, config)  # GAE
-    rollout.advantages, rollout.returns = estimate  # A, and what V should have been
-    metrics |= update(models, rollout, config)  # policy and value model
+    rollout.advantages, rollout.returns = gae.advantages(rollout, rewards, config)  # A
+    metrics |= update(models, rollout, config)
     metrics["beta"] = models.beta
     models.beta = next_beta(models.beta, rollout, config.kl_target)
     return rollout, metrics
@@ -44,9 +43,9 @@ def grpo_step(
 
     Source: DeepSeekMath 2402.03300, fig. 4, bottom."""
     rollout = models.sample(queries, config.num_generations, config)  # q -> o_1 … o_G
-    rollout.ref_logprobs = models.reference_logprobs(rollout, config)  # reference
-    metrics = models.score(rollout, config)  # reward model -> r_1 … r_G
-    rollout.advantages = models.advantages(rollout, config)  # group -> A_1 … A_G
+    rollout.ref_logprobs = models.reference_logprobs(rollout, config)  # for the KL
+    metrics = models.score(rollout, config)  # r_1 … r_G
+    rollout.advantages = models.advantages(rollout, config)  # A_1 … A_G
     metrics |= update(models, rollout, config, beta=config.beta)  # KL in the loss
     return rollout, metrics
 

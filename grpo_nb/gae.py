@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .checks import check_shapes
+from .checks import check_shapes, to_dtype
 
 # %% ../nbs/1_figure/08_gae.ipynb #52263146
 def gae(
@@ -44,7 +44,9 @@ def gae(
         next_value = v[:, t]
 
     returns = _real(advantages + v, mask)
-    return _rounded(advantages, rewards.dtype), _rounded(returns, rewards.dtype)
+    advantages = to_dtype("rewards and values", advantages, rewards.dtype)
+    returns = to_dtype("rewards and values", returns, rewards.dtype)
+    return advantages, returns
 
 
 def _real(x, mask):
@@ -63,14 +65,6 @@ def _check_gae(rewards: Tensor, mask: Tensor, gamma: float, lam: float):
         )
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma and lam must lie in [0, 1], got {gamma} and {lam}")
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    "Convert a result in float64; `ValueError` where `dtype` cannot hold it."
-    too_large = x.abs() > torch.finfo(dtype).max
-    if too_large.any():
-        raise ValueError(f"rewards and values are too large: {dtype} cannot hold sums")
-    return x.to(dtype)
 
 # %% ../nbs/1_figure/08_gae.ipynb #73212f5d
 def whiten(

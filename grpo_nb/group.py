@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .checks import check_choice
+from .checks import check_choice, to_dtype
 
 # %% ../nbs/1_figure/09_group.ipynb #15495eab
 _LARGEST = 1e150  # squares of it still fit into float64
@@ -50,18 +50,6 @@ def _check_size(name: str, rewards: Tensor):
             f"{name} must be at most {_LARGEST:.2g} in size, NaN where not scored; "
             f"got {reward} for completion {completion}"
         )
-
-
-def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    "Convert a result in float64; `ValueError` where `dtype` cannot hold it."
-    too_large = x.abs() > torch.finfo(dtype).max
-    if too_large.any():
-        largest = x.abs().max().item()
-        raise ValueError(
-            f"{name} lie too far apart: {dtype} cannot hold advantages of up to "
-            f"{largest:.2g}"
-        )
-    return x.to(dtype)
 
 # %% ../nbs/1_figure/09_group.ipynb #03db9c6d
 def has_variance(
@@ -146,7 +134,7 @@ def group_advantages(
     scaled = centred / SCALES[scale_rewards](r, eps)
     compared = varies[:, None] & ~r.isnan()
     advantages = torch.where(compared, scaled, 0.0)
-    return _rounded("rewards", advantages.flatten(), rewards.dtype)
+    return to_dtype("rewards", advantages.flatten(), rewards.dtype)
 
 # %% ../nbs/1_figure/09_group.ipynb #ab2dd8e3
 def process_advantages(
@@ -175,7 +163,7 @@ def process_advantages(
     G_times_T = num_generations * step_rewards.shape[1]
     scores = group_advantages(steps, G_times_T, scale_rewards, baseline, eps)
     to_come = scores.view_as(step_rewards).flip(1).cumsum(1).flip(1)
-    return _rounded("step_rewards", to_come, step_rewards.dtype)
+    return to_dtype("step_rewards", to_come, step_rewards.dtype)
 
 # %% ../nbs/1_figure/09_group.ipynb #4daf2978
 def advantages(
@@ -191,7 +179,7 @@ def advantages(
         result = group_advantages(rollout.rewards, G, scale, baseline)
     else:
         result = process_advantages(_real_steps(rollout), G, scale, baseline)
-    return _rounded("rewards", result, torch.get_default_dtype())
+    return to_dtype("rewards", result, torch.get_default_dtype())
 
 
 def _real_steps(rollout) -> Float[Tensor, "N T"]:

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .checks import check_choice
 from .names import hub_options, near
 
 # %% ../nbs/1_figure/14_loading.ipynb #61376a4e
@@ -66,9 +67,10 @@ def resolve_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
     """Look a dtype up: "float32", "bfloat16" or "float64", by name or as torch's.
 
     Raises: `ValueError`: any other."""
-    if dtype not in [*DTYPES, *DTYPES.values()]:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    return DTYPES.get(dtype, dtype)
+    if dtype in DTYPES.values():
+        return dtype
+    check_choice("dtype", dtype, DTYPES)
+    return DTYPES[dtype]
 
 # %% ../nbs/1_figure/14_loading.ipynb #c8cbe5ec
 _here = Path(globals().get("__file__", "../../grpo_nb/loading.py"))  # or this chapter

@@ -6,22 +6,13 @@
 __all__ = ['LEVELS', 'OBJECTIVES', 'AGGREGATES', 'ratio', 'policy_loss', 'aggregate', 'ObjectiveOptions']
 
 # %% ../nbs/1_figure/10_objective.ipynb #a8161fb5
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .checks import check_shapes
-
-# %% ../nbs/1_figure/10_objective.ipynb #cb04572c
-def _choose(table: dict, name: str, choice: str) -> Callable:
-    "Look up a choice; the error names what the table holds at this moment."
-    if choice in list(table):
-        return table[choice]
-    allowed = ", ".join(table)
-    raise ValueError(f"{name} must be one of {allowed}; got {choice!r}")
+from .checks import check_choice, check_shapes
 
 # %% ../nbs/1_figure/10_objective.ipynb #a97d8fef
 _LARGEST = 20.0  # of log rho: e^20 = 4.9e8; beyond it rho is constant
@@ -78,9 +69,9 @@ def ratio(
 
     Raises: `ValueError` for other shapes or dtypes, an unknown level."""
     check_shapes(mask, logprobs=logprobs, old_logprobs=old_logprobs)
-    ratio_of = _choose(LEVELS, "importance_sampling_level", level)
+    check_choice("importance_sampling_level", level, LEVELS)
     log_rho = torch.where(mask, logprobs - old_logprobs, 0.0)
-    return ratio_of(log_rho, mask)
+    return LEVELS[level](log_rho, mask)
 
 # %% ../nbs/1_figure/10_objective.ipynb #d0712df2
 def _clip(
@@ -197,7 +188,8 @@ def policy_loss(
 
     Source: PPO 1707.06347, eq. 7; CISPO 2506.13585, eq. 4."""
     low, high, delta = _bounds(epsilon, epsilon_high, delta, objective)
-    loss_of = _choose(OBJECTIVES, "objective", objective)
+    check_choice("objective", objective, OBJECTIVES)
+    loss_of = OBJECTIVES[objective]
     rho = ratio(logprobs, old_logprobs, mask, importance_sampling_level)
     token_rho = rho
     if importance_sampling_level != "token":
@@ -282,7 +274,7 @@ def aggregate(
     Raises: `ValueError` for other shapes or dtypes, an unknown type, "dr_grpo" without
     a length."""
     check_shapes(mask, loss=loss)
-    aggregate_by = _choose(AGGREGATES, "loss_type", loss_type)
+    check_choice("loss_type", loss_type, AGGREGATES)
     has_length = max_completion_length is not None and max_completion_length > 0
     if loss_type == "dr_grpo" and not has_length:
         raise ValueError(
@@ -292,7 +284,8 @@ def aggregate(
     num_sequences = _total(num_sequences, mask.any(1).sum())
     num_tokens = _total(num_tokens, mask.sum())
     loss = torch.where(mask, loss, 0.0)
-    return aggregate_by(loss, mask, num_sequences, num_tokens, max_completion_length)
+    average = AGGREGATES[loss_type]
+    return average(loss, mask, num_sequences, num_tokens, max_completion_length)
 
 # %% ../nbs/1_figure/10_objective.ipynb #2e1b9c31
 @dataclass(kw_only=True)

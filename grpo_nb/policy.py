@@ -8,8 +8,6 @@ __all__ = ['padding_id', 'encode_prompts', 'check_tokens', 'eos_token_ids', 'pos
 
 # %% ../nbs/1_figure/03_policy.ipynb #9e0ac63c
 import warnings
-from collections.abc import Callable
-from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,13 +37,16 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     bos = [tokenizer.bos_token_id]
     first = ids[:1]
+    # EOS, where the tokenizer adds it; special tokens of the text itself stay
     appended = _special_at_end(tokenizer, ids) - _special_at_end(tokenizer, bare)
     if appended > 0:
         ids = ids[:-appended]
     if not ids and first == bos:  # of an empty prompt it is all that is left
         ids = bos
     if ids[:2] == bos + bos:
-        _warn_of_two_bos(tokenizer)
+        begins = f"a prompt begins with {tokenizer.bos_token!r}"
+        adds = "the tokenizer adds another one: leave it out of the text"
+        warnings.warn(f"{begins}, and {adds}")
     return ids
 
 
@@ -53,23 +54,11 @@ def _special_at_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
     "Count the special tokens at the end."
     special = set(tokenizer.all_special_ids)
     count = 0
-    while count < len(ids) and ids[-1 - count] in special:
+    for token in reversed(ids):
+        if token not in special:
+            break
         count += 1
     return count
-
-
-_warned = WeakSet()  # tokenizers with a second BOS
-
-
-def _warn_of_two_bos(tokenizer: PreTrainedTokenizerBase):
-    "Warn once that a prompt brings the BOS that the tokenizer adds."
-    if tokenizer not in _warned:
-        _warned.add(tokenizer)
-        warnings.warn(
-            f"a prompt begins with {tokenizer.bos_token!r}, and the tokenizer adds "
-            f"another one: leave it out of the text",
-            stacklevel=4,
-        )
 
 # %% ../nbs/1_figure/03_policy.ipynb #5046be0e
 def _chat_ids(
@@ -154,31 +143,27 @@ def _padded(
 # %% ../nbs/1_figure/03_policy.ipynb #cf822e66
 def check_tokens(
     model: PreTrainedModel,
-    ids: Int[Tensor, "R L"],
-    mask: Bool[Tensor, "R L"],  # what stands elsewhere is not looked at
-    name_of_row: Callable[[int], str] = "query {}".format,  # for the error
-    tokenizer: PreTrainedTokenizerBase | None = None,  # its name of the token, too
+    tokenizer: PreTrainedTokenizerBase,
+    queries: list[Query],
+    ids: Int[Tensor, "B P"],
+    mask: Bool[Tensor, "B P"],  # what stands elsewhere is not looked at
 ):
     """Refuse tokens that the model's embedding does not have.
 
-    Raises: `ValueError`: it names the first row with such a token.
+    Raises: `ValueError`: it names the first query with such a token.
     """
-    size = getattr(model.config.get_text_config(), "vocab_size", None)
-    if size is None:
-        return
-    unknown = (ids >= size) & mask
+    size = getattr(model.config.get_text_config(), "vocab_size", torch.inf)
+    unknown = mask & (ids >= size)
     if not unknown.any():
         return
     row, column = unknown.nonzero()[0].tolist()
+    query = queries[row].where(row)
     token = int(ids[row, column])
-    name = ""
-    owner = "its tokenizer"
-    if tokenizer is not None:
-        name = f" ({tokenizer.convert_ids_to_tokens(token)!r})"
-        owner = f"the tokenizer, which has {len(tokenizer)} tokens,"
+    name = tokenizer.convert_ids_to_tokens(token)
     raise ValueError(
-        f"{name_of_row(row)} has token {token}{name}, but the model's embedding has "
-        f"only {size} rows: {owner} does not fit the model"
+        f"{query} has token {token} ({name!r}), but the model's embedding has only "
+        f"{size} rows: the tokenizer, which has {len(tokenizer)} tokens, does not fit "
+        f"the model"
     )
 
 # %% ../nbs/1_figure/03_policy.ipynb #d097cf24
@@ -260,7 +245,9 @@ def as_rollout(
             f"got {len(completions)}"
         )
     prompt_ids, prompt_mask = encode_prompts(tokenizer, queries)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eos = []
+    if tokenizer.eos_token_id is not None:
+        eos = [tokenizer.eos_token_id]
     rows = []
     for text in completions:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

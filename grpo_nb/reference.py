@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .checks import check_shapes
+from .checks import check_choice, check_shapes
 from .policy import token_logprobs
 from .rollout import Rollout
 
@@ -47,15 +47,14 @@ def kl(
             f"ref_logprobs must have the shape of logprobs {tuple(logprobs.shape)}, "
             f"got {tuple(ref_logprobs.shape)}"
         )
+    check_choice("estimator", estimator, ["k1", "k2", "k3"])
     d = ref_logprobs - logprobs
     if estimator == "k1":
         return -d
     if estimator == "k2":
         return d.square() / 2
-    if estimator == "k3":
-        d = d.clamp(max=_LARGEST)
-        return d.expm1() - d
-    raise ValueError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}')
+    d = d.clamp(max=_LARGEST)
+    return d.expm1() - d
 
 # %% ../nbs/1_figure/05_reference.ipynb #317929c8
 def kl_in_reward(

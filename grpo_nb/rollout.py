@@ -148,7 +148,9 @@ class Rollout:
             )
         rows = len(self.prompt_ids)
         if rows != B:
-            raise ValueError(f"prompt_ids must have {B} rows, one a query; got {rows}")
+            raise ValueError(
+                f"prompt_ids must have {B} rows, one per query; got {rows}"
+            )
         for name in ("completion_ids", "completions"):
             rows = len(getattr(self, name))
             if rows != B * G:
@@ -166,7 +168,7 @@ class Rollout:
             )
 
 
-_OF_PROMPTS = ("queries", "prompt_ids", "prompt_mask")  # a row a query; else N rows
+_OF_PROMPTS = ("queries", "prompt_ids", "prompt_mask")  # a row per query; else N rows
 
 
 def _trimmed(selected: dict) -> dict:

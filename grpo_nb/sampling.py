@@ -101,13 +101,9 @@ def prepare_prompts(
 
     Raises: `ValueError`: no queries, an empty prompt, one that is too long, a token
     that the model does not have."""
-
-    def name_of_row(i):
-        return queries[i].where(i)
-
     ids, mask = encode_prompts(tokenizer, queries)
     check_context(model, queries, mask.sum(1), max_completion_length)
-    check_tokens(model, ids, mask, name_of_row, tokenizer)
+    check_tokens(model, tokenizer, queries, ids, mask)
     return ids.to(model.device), mask.to(model.device)
 
 # %% ../nbs/1_figure/04_sampling.ipynb #aaee383f

@@ -67,19 +67,19 @@ TABLE = torch.ones(4, 3)
         ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
         (
             {"scale_rewards": "std"},
-            ["scale_rewards = 'std'", "one of group, batch, none"],
+            ["scale_rewards = 'std'", 'be "group", "batch" or "none"'],
         ),
-        ({"objective": "ppo"}, ["objective = 'ppo'", "one of clip, cispo"]),
+        ({"objective": "ppo"}, ["objective = 'ppo'", 'be "clip" or "cispo"']),
         (
             {"loss_type": "sum"},
-            ["loss_type = 'sum'", "one of grpo, bnpo, dapo, dr_grpo"],
+            ["loss_type = 'sum'", 'be "grpo", "bnpo", "dapo" or "dr_grpo"'],
         ),
         (
             {"importance_sampling_level": "word"},
             [
                 "importance_sampling_level",
                 "'word'",
-                "one of token, sequence, sequence_token",
+                'be "token", "sequence" or "sequence_token"',
             ],
         ),
         (
@@ -172,7 +172,7 @@ def test_config(options, words):
         ),
         (
             lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, objective="x"),
-            ["objective", "'x'", "one of clip, cispo"],
+            ["objective", "'x'", 'be "clip" or "cispo"'],
         ),
         (
             lambda: policy_loss(
@@ -181,7 +181,7 @@ def test_config(options, words):
             [
                 "importance_sampling_level",
                 "'x'",
-                "one of token, sequence, sequence_token",
+                'be "token", "sequence" or "sequence_token"',
             ],
         ),
         (
@@ -244,7 +244,7 @@ def test_config(options, words):
         ),
         (
             lambda: aggregate(TABLE, TABLE > 0, "x"),
-            ["loss_type", "'x'", "one of grpo, bnpo, dapo, dr_grpo"],
+            ["loss_type", "'x'", 'be "grpo", "bnpo", "dapo" or "dr_grpo"'],
         ),
         (
             lambda: aggregate(TABLE, TABLE > 0, "dr_grpo"),

@@ -196,9 +196,9 @@ def test_an_entry_of_ones_own(monkeypatch):
     assert loss.tolist() == [[1, 2], [-3, 0]]
     assert aggregate(loss, mask, "sum") == 0
     assert statistics["rho"][mask].tolist() == pytest.approx([math.e] * 3)
-    with pytest.raises(ValueError, match="one of clip, cispo, reinforce; got 'x'"):
+    with pytest.raises(ValueError, match='"cispo" or "reinforce", got .x.'):
         policy_loss(*arguments, objective="x")
-    with pytest.raises(ValueError, match="one of grpo, bnpo, dapo, dr_grpo, sum; got"):
+    with pytest.raises(ValueError, match='be "grpo", .* or "sum", got .x.'):
         aggregate(loss, mask, "x")
     with pytest.raises(ValueError, match="token, sequence, sequence_token, square;"):
         policy_loss(*arguments, importance_sampling_level="x")

@@ -108,7 +108,7 @@ from grpo_nb.reward import (
     process_reward,
     text_of,
 )
-from grpo_nb.checks import check_choice, check_shapes
+from grpo_nb.checks import alternatives, check_choice, check_shapes, to_dtype
 from grpo_nb.engine.judging import combine, judge, name_of, names_of, score
 from grpo_nb.reward import score as plain_score
 from grpo_nb.rollout import Rollout
@@ -725,7 +725,7 @@ def slow_check_shapes(mask, x):
     return torch.zeros(0)
 
 
-@fuzz(check_shapes, check_choice)
+@fuzz(check_shapes, check_choice, alternatives)
 @given(st.data(), st.lists(st.text(max_size=2), min_size=1, max_size=3), st.text())
 def test_checks(data, table, choice):
     "What is refused is named; a choice is refused with all that is allowed."
@@ -740,9 +740,30 @@ def test_checks(data, table, choice):
         check_choice("choice", choice, table)
     except ValueError as error:
         assert choice not in table
+        assert str(error).endswith(f"must be {alternatives(table)}, got {choice!r}")
         assert all(f'"{entry}"' in str(error) for entry in table)
     else:
         assert choice in table
+    # a choice that cannot be hashed is refused, too, by a table of functions
+    with pytest.raises(ValueError, match="choice must be "):
+        check_choice("choice", [choice], dict.fromkeys(table))
+
+
+@fuzz(to_dtype)
+@given(
+    st.lists(st.floats(), max_size=4),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_result_fits_its_dtype(numbers, dtype):
+    "Or is refused: what is not NaN and lies beyond the largest number of the dtype."
+    x = torch.tensor(numbers, dtype=torch.float64)
+    largest = torch.finfo(dtype).max
+    if any(abs(number) > largest for number in numbers):
+        with pytest.raises(ValueError, match="rewards are too large or too far apart"):
+            to_dtype(name="rewards", x=x, dtype=dtype)
+    else:
+        result = to_dtype(name="rewards", x=x, dtype=dtype)
+        assert result.dtype == dtype and result.isnan().equal(x.isnan())
 
 
 # The mathematics: groups --------------------------------------------------------------

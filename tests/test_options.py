@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT, short_config
 
 from grpo_nb import gae, group, objective, reference, reward, sampling, update, value
+from grpo_nb.checks import alternatives
 from grpo_nb.run import options
 from grpo_nb.run.command_line import main, parse_arguments
 from grpo_nb.run.options import BOUNDS, CONFIGS, Config, make_config
@@ -89,7 +90,7 @@ def test_bounds_are_of_options_and_numbers_have_them():
 def test_an_entry_of_ones_own(monkeypatch, capsys, name, table):
     """Refused before it is in its table, by a message that names what is; then
     allowed, and shown."""
-    message = f"{name} = 'mine': must be one of {', '.join(table)}"
+    message = f"{name} = 'mine': must be {alternatives(table)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         make_config(**{name: "mine"})
     with pytest.raises(SystemExit):

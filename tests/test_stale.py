@@ -15,6 +15,7 @@ import pytest
 from transformers import LlamaConfig
 
 from grpo_nb import algorithm, gae, group, models, reference, update, value
+from grpo_nb.checks import alternatives
 from grpo_nb.evidence.cost import flops, parameters
 from grpo_nb.evidence.ledger import CHECKS
 from grpo_nb.evidence.trl_oracles import TRL_ROWS
@@ -48,6 +49,18 @@ def printed(path):
                 "text/plain", []
             )
     return "".join(lines)
+
+
+def test_a_chapter_is_called_by_its_number():
+    "A link that says `chapter 21` leads to the notebook 21, a claim to its claim."
+    link = r"\[[^\]]*?(?:chapter|claim) (\d+)[^\]]*\]\([^)]*?(\d\d)_\w+\.ipynb"
+    wrong = []
+    for path in sorted(NBS.rglob("*.ipynb")):
+        text = "\n".join(sources(path.relative_to(NBS), "markdown"))
+        for found in re.finditer(link, text, re.IGNORECASE):
+            if int(found[1]) != int(found[2]):
+                wrong.append(f"{path.name}: {found[0]}")
+    assert not wrong
 
 
 def test_every_recipe_has_its_row():
@@ -144,8 +157,8 @@ def test_every_option_with_a_table_is_shown():
 def test_every_choice_has_a_row_an_oracle_and_a_mutant(option):
     "Or a reason why it has none: a new choice is not forgotten."
     assert TABLES[option].keys() == SHOWN[option].keys(), "each choice needs a line"
-    allowed = f"must be one of {', '.join(TABLES[option])}$"
-    with pytest.raises(ValueError, match=allowed):
+    allowed = f"must be {alternatives(TABLES[option])}"
+    with pytest.raises(ValueError, match=f"{re.escape(allowed)}$"):
         make_config(**{option: "?"})
     names = [check.name for check in CHECKS]
     theirs = [check.name for check in TRL_ROWS]
@@ -273,7 +286,6 @@ BY_POSITION = {  # or by a strategy that several tests share
     "check_shapes tensors",
     "check_tokens ids",
     "check_tokens mask",
-    "check_tokens name_of_row",
     "check_weights info",
     "combine names",
     "completions_per_row G",

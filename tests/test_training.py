@@ -970,7 +970,7 @@ def test_help_lists_every_option(algorithm, capsys):
     "flags, message",
     [
         (["--temperature", "0"], "temperature = 0.0: .*greater than 0"),
-        (["--algorithm", "dpo"], "algorithm must be one of grpo, ppo; got 'dpo'"),
+        (["--algorithm", "dpo"], 'algorithm must be "grpo" or "ppo", got .dpo'),
         (["--algorithm", "ppo", "--num_generations", "4"], "num_generations"),
         (["--lam", "0.5"], "lam = '0.5' is not a parameter of grpo; only ppo has it"),
         (["--lam=0.5"], "lam = '0.5' is not a parameter of grpo; only ppo has it"),
@@ -994,7 +994,7 @@ def test_help_lists_every_option(algorithm, capsys):
         (["fetch"], "usage: grpo_nb fetch smollm2"),
         (["trian"], "'trian' is no command; allowed: train, resume, chat, fetch"),
         (["--task", "chess"], "task must be one of add, sums, target"),
-        (["--recipe", "x"], "recipe must be one of .*got 'x'"),
+        (["--recipe", "x"], 'recipe must be "ppo", .* or "rloo", got .x'),
         (["--model", "/nowhere"], "model must be .*got '/nowhere'"),
     ],
     ids=" ".join,

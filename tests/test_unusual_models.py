@@ -410,9 +410,13 @@ def test_a_second_bos_is_warned_of_once():
     assert prompt_ids(tokenizer, "") == ["<bos>"]
     with pytest.warns(UserWarning, match="begins with '<bos>'.*adds another"):
         assert prompt_ids(tokenizer, "<bos>1=") == ["<bos>", "<bos>", "1", "="]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # Python's own: once for each place
+        for _ in range(3):
+            prompt_ids(tokenizer, "<bos>1=")
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prompt_ids(tokenizer, "<bos>1=")
         prompt_ids(adding(bos="<bos>"), "<bos>1=")  # it adds none
 
 
@@ -549,12 +553,13 @@ def test_in_a_text_it_is_refused(tmp_path):
 def test_the_embedding_alone_decides():
     "A model with more rows than its tokenizer has tokens is common, and all right."
     model, mask = make("llama", vocab_size=64), torch.ones(1, 3, dtype=torch.bool)
-    check_tokens(model, torch.tensor([[3, 4, 63]]), mask)
+    known = model, character_tokenizer(), [Query("1+2", source="a.jsonl, line 7")]
+    check_tokens(*known, torch.tensor([[3, 4, 63]]), mask)
     mask[0, 2] = False
-    check_tokens(model, torch.tensor([[3, 4, 64]]), mask)
+    check_tokens(*known, torch.tensor([[3, 4, 64]]), mask)
     mask[0, 2] = True
-    with pytest.raises(ValueError, match="query 0 has token 64"):
-        check_tokens(model, torch.tensor([[3, 4, 64]]), mask)
+    with pytest.raises(ValueError, match="a.jsonl, line 7 has token 64 .*64 rows"):
+        check_tokens(*known, torch.tensor([[3, 4, 64]]), mask)
 
 
 # Memory ----------------------------------------------------------------------------

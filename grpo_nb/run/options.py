@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from ..checks import alternatives, check_choice
 from ..engine.data import check_task
 from ..gae import GAEOptions
 from ..group import GroupOptions
@@ -233,7 +234,7 @@ class Config(
         metadata = cls.__dataclass_fields__[info.field_name].metadata
         choices = list(metadata.get("choices", []))
         if choices and value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
+            raise ValueError(f"must be {alternatives(choices)}")
         return value
 
     def __post_init__(self):
@@ -451,14 +452,11 @@ def make_config(
     Raises: `ValueError` that names what is wrong."""
     options = {name: x for name, x in parameters.items() if x is not None}
     recipe = options.get("recipe")
-    if recipe is not None and recipe not in list(RECIPES):
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+    if recipe is not None:
+        check_choice("recipe", recipe, RECIPES)
     options = RECIPES.get(recipe, {}) | options
     algorithm = options.get("algorithm", "grpo")
-    if algorithm not in list(CONFIGS):
-        raise ValueError(
-            f"algorithm must be one of {', '.join(CONFIGS)}; got {algorithm!r}"
-        )
+    check_choice("algorithm", algorithm, CONFIGS)
     known = [f.name for f in fields(CONFIGS[algorithm])]
     for name in options:
         if name not in known:

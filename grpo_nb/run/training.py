@@ -483,7 +483,7 @@ def _check_readable(config: Config, models: Models, queries: list[Query]):
         f = f.func if isinstance(f, partial) else f
         if isinstance(f, RewardModel):
             f.check(queries, longest)
-    check_tokens(models.policy, ids, mask, lambda i: queries[i].where(i), tokenizer)
+    check_tokens(models.policy, tokenizer, queries, ids, mask)
     check_context(models.policy, queries, mask.sum(1), longest)
     if models.value is not None:
         check_context(models.value.trunk, queries, mask.sum(1), longest)
