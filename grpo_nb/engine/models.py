@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .distributed import add_up_gradients, add_up_numbers
+from .distributed import all_reduce, all_reduce_gradients, get_world_size
 from ..models import Models
 from .micro_batch import in_micro_batches, micro_batches
 from .micro_batch import logprobs_in_micro_batches
@@ -116,5 +116,9 @@ class EngineModels(Models):
     def reduce(self, sums: dict[str, float]) -> dict[str, float]:
         "Add up gradients (in place) and sums over all processes."
         for model, _ in self.trained().values():
-            add_up_gradients(model)
-        return add_up_numbers(sums)
+            all_reduce_gradients(model)
+        if get_world_size() == 1:
+            return sums
+        # every process has the same names in the same order
+        totals = all_reduce(torch.tensor([*sums.values()], dtype=torch.float64))
+        return dict(zip(sums, totals.tolist()))

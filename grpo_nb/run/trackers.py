@@ -19,7 +19,7 @@ from accelerate.tracking import (
 )
 from accelerate.utils import LoggerType
 
-from ..engine.distributed import process
+from ..engine.distributed import get_rank
 from .checkpoint import noted_on
 from .options import Config
 
@@ -70,7 +70,7 @@ def open_trackers(
     step: int,  # the last one that is done
 ) -> Iterator[Callable[[dict], None]]:  # tells them a line of metrics
     "Open the trackers of a run. Only the main process has any."
-    names = config.report_to if process()[0] == 0 else []
+    names = config.report_to if get_rank() == 0 else []
     trackers = {}
 
     def track(metrics: dict):

@@ -29,8 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from ..algorithm import STEPS
 from ..engine.adapters import require_peft
 from ..engine.decoding import lacks_memory, sample
-from ..engine.distributed import gather, join_launch
-from ..engine.distributed import known_to_all, on_main, process
+from ..engine.distributed import all_gather_object, broadcast_object, get_rank
+from ..engine.distributed import get_world_size, init_distributed
+from ..engine.distributed import raised_everywhere
 from ..engine.judging import RewardModel, score
 from ..engine.precision import precision
 from ..group import informative
@@ -322,7 +323,7 @@ def train(
     be resumed. Raises: `ValueError` for whatever is wrong with the input, before
     anything is written, and if another run has the directory, which is locked
     meanwhile."""
-    join_launch()
+    init_distributed()
     own_task = task is not None
     reward_funcs = _listed(reward_funcs)
     task = open_task(config, task)
@@ -375,7 +376,7 @@ def _check_call(
     config: Config, task: Task, reward_funcs: list[str | RewardFunction] | None
 ):
     "Refuse (`ValueError`) what does not fit together, before a model is loaded."
-    world_size = process()[1]
+    world_size = get_world_size()
     if config.num_prompts % world_size:
         raise ValueError(
             f"num_prompts = {config.num_prompts} must be divisible by the number of "
@@ -415,13 +416,13 @@ def _begin(state: RunState, record: dict):
     directory = state.directory
     write_atomically(directory / "config.json", json.dumps(record, indent=2))
     write_atomically(directory / "metrics.jsonl", "".join(lines))
-    on_main(lambda: state.completions.cut(state.step))
+    broadcast_object(lambda: state.completions.cut(state.step))
 
 
 def _finish(state: RunState, own_task: bool) -> Run:
     "Save what was trained, and say how it went."
     save_models(state)
-    on_main(state.completions.merge)
+    broadcast_object(state.completions.merge)
     run = Run(
         state.directory,
         state.config,
@@ -443,9 +444,9 @@ def _open_finished(
     reward_funcs: list[str | RewardFunction] | None,
 ) -> Run:
     "A run with nothing left to do, but for what was killed after its model was saved."
-    if process()[0] == 0:
+    if get_rank() == 0:
         print(f"{directory} is finished: nothing to resume")
-    on_main(Completions(directory).merge)
+    broadcast_object(Completions(directory).merge)
     return open_run(directory, device, task, reward_funcs)
 
 # %% ../../nbs/2_run/24_training.ipynb #f292416e
@@ -517,7 +518,7 @@ def _noted_signals():
 
     def note(number, frame):
         # the launcher of several processes passes signals on twice, and has its limit
-        if noted and process()[1] == 1:
+        if noted and get_world_size() == 1:
             raise KeyboardInterrupt
         noted.append(number)
         name = signal.Signals(number).name
@@ -537,7 +538,7 @@ def _noted_signals():
 
 def _say(text: str):
     "Write a line beside the bar, in the main process."
-    if process()[0] == 0:
+    if get_rank() == 0:
         tqdm.write(text, file=sys.stderr)
 
 
@@ -573,7 +574,7 @@ def _or_saved(
             yield
         except Exception as error:
             cause = _explained(error, state)
-            if not renewed and not moved and known_to_all(error):
+            if not renewed and not moved and raised_everywhere(error):
                 # after an error on a GPU nothing there may work any more
                 with noted_on(cause):
                     state.generator.set_state(random_numbers)
@@ -631,7 +632,7 @@ def _end_if_due(state: RunState, signals: list[int]):
         with noted_on(error):
             save(state)
         raise error
-    noted = sum(gather(lambda: signals), [])  # by one process is by all
+    noted = sum(all_gather_object(lambda: signals), [])  # by one process is by all
     if not noted or step >= config.max_steps:
         return
     interrupt = noted[0] == signal.SIGINT
@@ -677,7 +678,7 @@ def _bar(state: RunState, progress: bool) -> tqdm:
         initial=state.step,
         total=last,
         desc=state.config.algorithm,
-        disable=not progress or process()[0] > 0,
+        disable=not progress or get_rank() > 0,
     )
 
 
@@ -689,7 +690,7 @@ def _loop(
     "The steps up to max_steps."
     config = state.config
     what = "reward" if state.task.is_right is None else "accuracy"
-    path = state.directory / "metrics.jsonl" if process()[0] == 0 else os.devnull
+    path = state.directory / "metrics.jsonl" if get_rank() == 0 else os.devnull
     with (
         open(path, "a") as log,
         precision(config, state.models.policy.device),
@@ -724,7 +725,7 @@ def _take_steps(
     try:
         with open_trackers(state.config, state.directory, state.step) as track:
             listeners = [track]
-            if on_step is not None and process()[0] == 0:
+            if on_step is not None and get_rank() == 0:
                 listeners.append(on_step)
             _loop(state, progress, listeners)
     except BaseException as error:
