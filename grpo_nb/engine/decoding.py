@@ -21,9 +21,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .distributed import all_gather_rows, local_slice, unsharded
+from .packing import shares_prompt, takes_padding
 from .precision import autocast_as_it_is
 from ..policy import eos_token_ids, padding_id, position_ids
-from .packing import shares_prompt, takes_padding
 from ..rollout import Rollout
 from ..sampling import check_numbers, decode_completions, keep_likely
 from ..sampling import prepare_prompts
@@ -508,9 +508,8 @@ def sample(
     )
     eos = eos_token_ids(model, tokenizer)
     options = _Options(max_completion_length, temperature, top_p, top_k, eos, generator)
-    share = local_slice(
-        len(queries)
-    )  # of several processes, each draws for its queries
+    # of several processes, each draws for its queries
+    share = local_slice(len(queries))
     ids, logprobs = _decode_in_batches(
         model.eval(),
         prompt_ids[share],
