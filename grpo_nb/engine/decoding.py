@@ -347,7 +347,7 @@ def _start(
         warnings.warn(
             f"{type(model).__name__} keeps no cache of keys and values; "
             f"each token passes the whole sequence through it",
-            stacklevel=6,
+            stacklevel=6,  # the line that called `sample`
         )
     forward = _Uncached(model, is_padding_safe)
     return forward(batch), forward
