@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_nb.engine import distributed
 from grpo_nb.run import build, command_line, training
 from grpo_nb.engine.distributed import (
     all_gather_object,
@@ -158,6 +159,22 @@ def test_alone_nothing_changes():
     marker = object()  # as it is, not through JSON
     assert all_gather_object(lambda: marker) == [marker]
     assert broadcast_object(lambda: marker) is marker
+
+
+def test_a_result_that_is_no_json_is_an_error_of_all(monkeypatch):
+    "It is sent as an error, where it would leave the other process waiting."
+    sent = []
+
+    def exchange(text):
+        sent.append(json.loads(text))
+        return [text, '{"value": 1}']
+
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_all_gather_text", exchange)
+    with pytest.raises(TypeError, match="not JSON serializable") as caught:
+        all_gather_object(object)
+    assert [message["type"] for message in sent] == ["TypeError"]
+    assert raised_everywhere(caught.value)
 
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
