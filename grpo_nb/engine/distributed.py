@@ -81,7 +81,7 @@ _REFUSED = {  # what Accelerate's launcher sets: its value, and what to do in it
 def _refuse_other_engines():
     "Raise `ValueError` if the launcher asks for what no chapter has."
     for name, (value, advice) in _REFUSED.items():
-        is_for_fsdp = name == "FSDP_VERSION"  # set, and without meaning, without FSDP
+        is_for_fsdp = name == "FSDP_VERSION"  # means nothing where FSDP is off
         if os.environ.get(name) == value and (uses_fsdp() or not is_for_fsdp):
             raise ValueError(f"{name}={value}: {advice}")
 
@@ -120,9 +120,10 @@ def all_gather_rows(
 def all_gather_object(compute: Callable[[], Any]) -> list:
     """Return what `compute` returns in each process, by rank; alone, [compute()].
 
-    It travels as JSON: numbers exactly, tuples become lists. Raises: in all processes
-    what `compute` raises in one of them; where it is no error of Python's that is
-    known here (`_ERRORS`), a `RuntimeError`."""
+    It travels as JSON: numbers exactly, tuples become lists.
+
+    Raises: in all processes what `compute` raises in one of them; an error that is not
+    among `_ERRORS` arrives in the others as a `RuntimeError`."""
     if get_world_size() == 1:
         return [compute()]
 
@@ -147,7 +148,7 @@ def all_gather_object(compute: Callable[[], Any]) -> list:
     return [message["value"] for message in messages]
 
 
-_ERRORS = {
+_ERRORS = {  # that are raised elsewhere as what they are
     kind.__name__: kind
     for kind in (ValueError, TypeError, OSError, MemoryError, FloatingPointError)
 }
@@ -182,7 +183,7 @@ def raised_everywhere(error: Exception) -> bool:
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #0df3ebd0
 def all_reduce_gradients(model: nn.Module):
-    """Sum each gradient over the processes, in its place; once a step.
+    """Sum each gradient over the processes, in its place; once per step.
 
     Those of sharded weights FSDP2 has summed already."""
     if get_world_size() == 1:
