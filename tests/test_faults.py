@@ -309,7 +309,7 @@ def test_the_command_line_shows_the_note(tmp_path, monkeypatch):
 def test_an_end_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     """Too many bad gradients, or a signal, and then a full disk: still the first is
     said, and that nothing was saved."""
-    monkeypatch.setattr(training, "gather", lambda compute: [compute()])
+    monkeypatch.setattr(training, "all_gather_object", lambda compute: [compute()])
     monkeypatch.setattr(training, "save", breaks)
     config = short_config(max_steps=9, max_skipped_steps=2)
     state = {"config": config, "directory": tmp_path, "step": 5}

@@ -14,14 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_nb.engine import distributed
 from grpo_nb.run import build, command_line, training
 from grpo_nb.engine.distributed import (
-    all_rows,
-    gather,
-    known_to_all,
-    my_share,
-    on_main,
-    process,
+    all_gather_object,
+    all_gather_rows,
+    all_reduce,
+    broadcast_object,
+    full_tensor,
+    get_rank,
+    get_world_size,
+    local_slice,
+    raised_everywhere,
+    shard_like,
 )
 from grpo_nb.run.checkpoint import checkpoints
 from grpo_nb.run.training import open_run, train
@@ -146,16 +151,30 @@ def same_run(a, b, last):
 
 def test_alone_nothing_changes():
     rows = torch.ones(2, 3)
-    assert (
-        all_rows(rows) is rows
-        and process() == (0, 1)
-        and my_share(7) == slice(0, 7)
-        and known_to_all(ValueError())
-    )
-    marker = object()
-    assert (
-        gather(lambda: marker) == [marker] and on_main(lambda: marker) is marker
-    )  # as it is, not through JSON
+    assert (get_rank(), get_world_size()) == (0, 1)
+    assert local_slice(7) == slice(0, 7)
+    assert all_gather_rows(rows) is all_reduce(rows) is rows
+    assert full_tensor(rows) is shard_like(rows, rows) is rows
+    assert raised_everywhere(ValueError())
+    marker = object()  # as it is, not through JSON
+    assert all_gather_object(lambda: marker) == [marker]
+    assert broadcast_object(lambda: marker) is marker
+
+
+def test_a_result_that_is_no_json_is_an_error_of_all(monkeypatch):
+    "It is sent as an error, where it would leave the other process waiting."
+    sent = []
+
+    def exchange(text):
+        sent.append(json.loads(text))
+        return [text, '{"value": 1}']
+
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_all_gather_text", exchange)
+    with pytest.raises(TypeError, match="not JSON serializable") as caught:
+        all_gather_object(object)
+    assert [message["type"] for message in sent] == ["TypeError"]
+    assert raised_everywhere(caught.value)
 
 
 @pytest.mark.parametrize("engine", [{}, FSDP], ids=["replicated", "fsdp2"])
@@ -265,7 +284,7 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch):
     "The main one those of a run of one process."
     seeds = []
     for rank in range(3):
-        monkeypatch.setattr(build, "process", lambda: (rank, 3))
+        monkeypatch.setattr(build, "get_rank", lambda: rank)
         seeds.append(
             build.sampling_generator(
                 short_config(seed=5), torch.device("cpu")
@@ -348,7 +367,7 @@ def test_an_engine_that_cannot_work_is_refused(
 
 
 def test_a_number_of_queries_that_cannot_be_shared_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "process", lambda: (0, 3))
+    monkeypatch.setattr(training, "get_world_size", lambda: 3)
     with pytest.raises(
         ValueError,
         match="num_prompts = 4 must be divisible by the number of processes, 3",

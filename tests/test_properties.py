@@ -553,7 +553,9 @@ def test_micro_batches_of_two_processes_fit(budget, lengths):
     shares = []
     for rank in (0, 1):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("grpo_nb.engine.micro_batch.process", lambda: (rank, 2))
+            module = "grpo_nb.engine.micro_batch"
+            patched.setattr(f"{module}.get_rank", lambda: rank)
+            patched.setattr(f"{module}.get_world_size", lambda: 2)
             shares.append(micro_batches(rollout, budget))
     assert len(shares[0]) == len(shares[1])
     assert sorted(sum(shares[0] + shares[1], [])) == [0, 1, 2, 3, 4]

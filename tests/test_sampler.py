@@ -372,6 +372,6 @@ def test_adapters_are_refused_before_anything_is_done(monkeypatch):
 
 
 def test_vllm_in_several_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(vllm_sampler, "process", lambda: (1, 2))
+    monkeypatch.setattr(vllm_sampler, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="one process, this run has 2"):
         vllm_sampler.import_vllm()

@@ -24,7 +24,6 @@ FIGURE = [name for name in MODULES if "." not in name]  # Book I
 NODES = {True: 7, False: 8}  # per statement, in the figure and elsewhere
 STATEMENTS = 25  # of a function
 PUBLIC = {True: 8, False: 15}  # names of a module, its options and box left out
-MANY = {"engine.distributed": 17}  # names that go together
 COLUMNS = 88
 PRODUCTION = {"vllm", "peft", "accelerate", "deepspeed"}
 
@@ -60,7 +59,7 @@ def test_a_module_has_few_public_names(name):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     ] or [[]]
     names = [x for x in names if not x.endswith("Options")]
-    assert len(names) <= MANY.get(name, PUBLIC[name in FIGURE]), names
+    assert len(names) <= PUBLIC[name in FIGURE], names
 
 
 @pytest.mark.parametrize("name", FIGURE)

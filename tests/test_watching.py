@@ -217,7 +217,7 @@ def test_a_tracker_of_ones_own(tmp_path, memory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_has_trackers(tmp_path, memory, monkeypatch, rank):
-    monkeypatch.setattr(trackers, "process", lambda: (rank, 2))
+    monkeypatch.setattr(trackers, "get_rank", lambda: rank)
     with trackers.open_trackers(
         short_config(report_to=["memory"]), tmp_path, 0
     ) as track:

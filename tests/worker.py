@@ -20,7 +20,7 @@ from grpo_nb.engine import distributed
 from grpo_nb.run import training
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.micro_batch import micro_batches
-from grpo_nb.engine.distributed import full, process, shard
+from grpo_nb.engine.distributed import full_tensor, get_rank, shard
 from grpo_nb.reward import accuracy_reward
 from grpo_nb.engine.data import load_task
 from grpo_nb.update import update
@@ -44,14 +44,10 @@ WAYS = [
 
 
 def gradients(*models):
-    "All gradients, whole."
-    return torch.cat(
-        [
-            (torch.zeros_like(full(p)) if p.grad is None else full(p.grad)).flatten()
-            for model in models
-            for p in model.parameters()
-        ]
-    )
+    "All gradients, put together where they are sharded."
+    weights = [p for model in models for p in model.parameters()]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    return torch.cat([full_tensor(grad).flatten() for grad in grads])
 
 
 def inputs(prompts):
@@ -162,7 +158,7 @@ def updates():
 
     step = given_step()
     alone, stepped = list(compute(False)), step()
-    distributed.join_launch()
+    distributed.init_distributed()
     worst = [close(a, b, i) for i, (a, b) in enumerate(zip(alone, compute(cut)))]
     for x, y in zip(stepped[1:], (again := step())[1:]):
         assert x.equal(
@@ -170,7 +166,7 @@ def updates():
         )  # rewards and advantages: the same numbers, from the same rows
     worst.append(close(stepped[0], again[0], "grpo_step"))
     print(
-        f"process {process()[0]}: {len(worst)} updates, apart by {max(worst):.0e}, "
+        f"process {get_rank()}: {len(worst)} updates, apart by {max(worst):.0e}, "
         f"cut {cut}"
     )
 

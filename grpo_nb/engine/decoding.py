@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from .distributed import all_rows, my_share, whole
+from .distributed import all_gather_rows, local_slice, unsharded
+from .packing import shares_prompt, takes_padding
 from .precision import autocast_as_it_is
 from ..policy import eos_token_ids, padding_id, position_ids
-from .packing import shares_prompt, takes_padding
 from ..rollout import Rollout
 from ..sampling import check_numbers, decode_completions, keep_likely
 from ..sampling import prepare_prompts
@@ -347,7 +347,7 @@ def _start(
         warnings.warn(
             f"{type(model).__name__} keeps no cache of keys and values; "
             f"each token passes the whole sequence through it",
-            stacklevel=6,
+            stacklevel=6,  # the line that called `sample`
         )
     forward = _Uncached(model, is_padding_safe)
     return forward(batch), forward
@@ -467,7 +467,7 @@ def _decode_in_batches(
     try:
         with (
             _advice(num_rows),
-            whole(model),
+            unsharded(model),
             autocast_as_it_is(model.device, cache_enabled=True),
         ):
             for prompts, G in batches:
@@ -508,7 +508,8 @@ def sample(
     )
     eos = eos_token_ids(model, tokenizer)
     options = _Options(max_completion_length, temperature, top_p, top_k, eos, generator)
-    share = my_share(len(queries))  # of several processes, each draws for its queries
+    # of several processes, each draws for its queries
+    share = local_slice(len(queries))
     ids, logprobs = _decode_in_batches(
         model.eval(),
         prompt_ids[share],
@@ -517,7 +518,7 @@ def sample(
         max_num_seqs,
         options,
     )
-    ids = all_rows(ids, -1)
+    ids = all_gather_rows(ids, -1)
     mask = ids >= 0
     return Rollout(
         queries,
@@ -528,7 +529,7 @@ def sample(
         decode_completions(tokenizer, ids, mask),
         truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1),
         num_generations=num_generations,
-        logprobs=all_rows(logprobs),
+        logprobs=all_gather_rows(logprobs),
     )
 
 # %% ../../nbs/3_engine/32_decoding.ipynb #5a3f09c1

@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..names import hub_options, near
-from .distributed import gather, my_share, process
+from .distributed import all_gather_object, get_rank, local_slice
 from ..loading import resolve_device
 from ..policy import encode_prompts, position_ids
 from ..reward import RewardFunction, combine_steps, reward_arguments, total_of
@@ -224,7 +224,7 @@ def _judged(
     rollout: Rollout, reward_funcs: list[RewardFunction], on_error: str
 ) -> list[list]:
     "Judge as `judge`, each of several processes its groups; `drop`: what it can."
-    share = range(len(rollout.queries))[my_share(len(rollout.queries))]
+    share = range(len(rollout.queries))[local_slice(len(rollout.queries))]
     parts = [[group] for group in share]
     if on_error == "stop":
         parts = [list(share)] if share else []
@@ -238,7 +238,7 @@ def _judged(
             return [[None] * len(part)] * len(reward_funcs)
 
     rollouts = [rollout.select(part) for part in parts]
-    judged = gather(lambda: [judgement(part) for part in rollouts])
+    judged = all_gather_object(lambda: [judgement(part) for part in rollouts])
     columns = zip(*sum(judged, []))
     return [sum(parts, []) for parts in columns]
 
@@ -291,7 +291,7 @@ def score(
     rollout.rewards = rewards
     rollout.scored = ~rewards.isnan()
     rollout.step_rewards = steps
-    if not rollout.scored.any() and process()[0] == 0:
+    if not rollout.scored.any() and get_rank() == 0:
         warnings.warn(
             f"reward functions {', '.join(names)} judged no completion of a step "
             "(None for all, or dropped): it teaches nothing",

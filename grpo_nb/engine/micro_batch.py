@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .distributed import add_up, process
+from .distributed import all_reduce, get_rank, get_world_size
 from .packing import completions_per_row, sharing_width, token_logprobs
 from .precision import autocast_as_it_is
 from ..rollout import Rollout
@@ -49,7 +49,7 @@ def micro_batches(
         raise ValueError(
             f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}"
         )
-    rank, world_size = process()
+    # 1. Lengths, by group.
     prompts = rollout.prompt_mask.sum(1).numpy(force=True)
     completions = rollout.completion_mask.sum(1).numpy(force=True)
     completions = completions.reshape(-1, rollout.num_generations)
@@ -57,17 +57,24 @@ def micro_batches(
     def tokens(groups):
         return _tokens_computed(prompts[groups], completions[groups], hidden)
 
+    longest_first = sorted(range(len(prompts)), key=lambda g: (-tokens([g]), g))
+
+    # 2. Deal them out, one group per process, as long as every process has room. A
+    # batch holds the groups of all: those of a process are each world_size-th.
+    rank, world_size = get_rank(), get_world_size()
+
     def fit(batch, dealt):
-        shares = [(batch + dealt)[rank::world_size] for rank in range(len(dealt))]
+        shares = [(batch + dealt)[other::world_size] for other in range(len(dealt))]
         return max_tokens is None or max(map(tokens, shares)) <= max_tokens
 
-    longest_first = sorted(range(len(prompts)), key=lambda g: (-tokens([g]), g))
     batches = [[]]
     for start in range(0, len(prompts), world_size):
-        dealt = longest_first[start : start + world_size]  # one group per process
+        dealt = longest_first[start : start + world_size]
         if batches[-1] and not fit(batches[-1], dealt):
             batches.append([])
         batches[-1] += dealt
+
+    # 3. The groups of this process.
     return [batch[rank::world_size] for batch in batches]
 
 # %% ../../nbs/3_engine/31_micro_batch.ipynb #c3a6d1f0
@@ -83,7 +90,7 @@ def in_order(
     for result, groups in zip(results, batches):
         computed = result.unflatten(0, (-1, G))[: len(groups)]  # none where it had none
         by_group[groups, :, : result.shape[1]] = computed
-    return add_up(ordered)
+    return all_reduce(ordered)
 
 # %% ../../nbs/3_engine/31_micro_batch.ipynb #06a6cba4
 def in_micro_batches(
@@ -94,7 +101,7 @@ def in_micro_batches(
 ) -> Float[Tensor, "N T"]:
     "Compute something of a rollout, a micro-batch at a time and without a gradient."
     batches = micro_batches(rollout, max_tokens, hidden)
-    alone = process()[1] == 1  # FSDP2 has no inference mode
+    alone = get_world_size() == 1  # of several, FSDP2 has no inference mode
     no_gradient = torch.inference_mode if alone else torch.no_grad
     autocast = autocast_as_it_is(rollout.completion_ids.device, cache_enabled=False)
     with no_gradient(), autocast:

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .distributed import add_up_gradients, add_up_numbers
-from ..models import Models
+from .adapters import reference_logprobs
+from .decoding import Sampler, sample
+from .distributed import all_reduce, all_reduce_gradients, get_world_size
+from .judging import score
 from .micro_batch import in_micro_batches, micro_batches
 from .micro_batch import logprobs_in_micro_batches
 from .packing import sharing_width, token_logprobs, values
-from .adapters import reference_logprobs
-from .judging import score
+from ..models import Models
 from ..rollout import Rollout
-from .decoding import Sampler, sample
 from ..task import Query
 
 # %% ../../nbs/3_engine/29_models.ipynb #29a00005
@@ -55,6 +55,7 @@ class EngineModels(Models):
             self.generator,
             config.max_num_seqs,
         )
+        # exact enough for GRPO in float32; PPO, and bfloat16, need those of one pass
         exact = num_generations > 1 and config.dtype == "float32"
         if rollout.logprobs is None or not exact:
             limit = config.max_tokens_per_micro_batch
@@ -86,7 +87,8 @@ class EngineModels(Models):
     def predict_values(self, rollout: Rollout, config) -> Float[Tensor, "N T"]:
         "Predict values without a gradient, in micro-batches."
         limit = config.max_tokens_per_micro_batch
-        return in_micro_batches(self.values, rollout, limit, None)
+        hidden = None  # a row for each completion: PPO has no groups
+        return in_micro_batches(self.values, rollout, limit, hidden)
 
     def values(self, batch: Rollout) -> Float[Tensor, "N T"]:
         "Predict values with a gradient, padded on the right alone."
@@ -104,9 +106,9 @@ class EngineModels(Models):
         """Cut a step into whole groups that fit; of several processes, each has its
         share."""
         limit = config.max_tokens_per_micro_batch
-        cut = micro_batches(rollout, limit, sharing_width(self.policy, rollout))
+        hidden = sharing_width(self.policy, rollout)
         batches = []
-        for groups in cut:
+        for groups in micro_batches(rollout, limit, hidden):
             batch = rollout.select(groups or [0])
             if not groups:  # none left for this process: a pass without loss
                 batch.scored = torch.zeros_like(batch.truncated)
@@ -116,5 +118,9 @@ class EngineModels(Models):
     def reduce(self, sums: dict[str, float]) -> dict[str, float]:
         "Add up gradients (in place) and sums over all processes."
         for model, _ in self.trained().values():
-            add_up_gradients(model)
-        return add_up_numbers(sums)
+            all_reduce_gradients(model)
+        if get_world_size() == 1:
+            return sums
+        # every process has the same names in the same order
+        totals = all_reduce(torch.tensor([*sums.values()], dtype=torch.float64))
+        return dict(zip(sums, totals.tolist()))

@@ -61,7 +61,7 @@ def _close_holes(
 ) -> Int[Tensor, "R L"]:
     "Move the real tokens of each row to its left end; `fill` stands behind them."
     row = real.nonzero()[:, 0]
-    column = (real.cumsum(1) - 1)[real]
+    column = (real.cumsum(1) - 1)[real]  # how many real tokens stand before it
     closed = x.new_full((len(real), int(real.sum(1).max())), fill)
     closed[row, column] = x[real]
     return closed
@@ -84,11 +84,17 @@ def _predicted_at(
     "Find the place in the flattened rows whose output predicts each completion token."
     N, T = rollout.completion_ids.shape
     P = rollout.prompt_ids.shape[1]
-    L = int(real.sum(1).max())
+
+    # 1. The first token is predicted by the last of the prompt.
     prompt_length = rollout.prompt_mask.sum(1, keepdim=True)
     last_of_prompt = prompt_length.repeat_interleave(rollout.num_generations, 0) - 1
+
+    # 2. Every other one by the token before it; columns are those without holes.
     column = (real.cumsum(1) - 1)[:, P:].reshape(N, T)
     before = torch.cat([last_of_prompt, column[:, :-1]], 1)[:, :T]
+
+    # 3. From rows and columns to places in the flattened rows.
+    L = int(real.sum(1).max())
     row = torch.arange(N, device=real.device) // k
     return (before + L * row[:, None])[rollout.completion_mask]
 
@@ -164,7 +170,8 @@ def values(
 
 # %% ../../nbs/3_engine/30_packing.ipynb #b18e6227
 TRIALS = WeakKeyDictionary()  # a model -> {what was tried: did it pass}
-ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4}  # difference, by the largest logit
+# the largest difference of logits, divided by the largest logit
+ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4}
 ALLOWED_ELSE = 5e-2  # in half precision
 
 
@@ -198,7 +205,7 @@ def _try(model: PreTrainedModel, trial: Callable) -> tuple[float, str]:
 # %% ../../nbs/3_engine/30_packing.ipynb #4470e09a
 def _in_one_row(model, vocabulary):
     "Make the logits of four completions of five tokens: in one row, and alone."
-    ids = torch.arange(23, device=model.device) % vocabulary
+    ids = torch.arange(23, device=model.device) % vocabulary  # 3 + 4 x 5
     prompt = ids[None, :3]
     completions = ids[3:].view(4, 5)
     real = torch.ones(4, 5, dtype=torch.bool, device=model.device)
@@ -214,6 +221,7 @@ def _in_one_row(model, vocabulary):
     )
     rows = torch.cat([prompt.expand(4, 3), completions], 1)
     alone = model(rows, use_cache=False).logits[:, 2:-1].flatten(0, 1)
+    # a width at which one row is always cheapest
     inputs, predicted_at = shared_rows(group, hidden=10**6)
     states = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
     return model.get_output_embeddings()(states[predicted_at]), alone
@@ -223,7 +231,7 @@ def _padded(model, vocabulary):
     "Make the logits after two tokens: padded on the left beside five, and alone."
     ids = torch.arange(10, device=model.device).view(2, 5) % vocabulary
     mask = torch.ones_like(ids)
-    mask[0, :3] = 0
+    mask[0, :3] = 0  # of the first row two tokens are left
     alone = model(ids[:1, 3:], use_cache=False).logits[0, -1]
     positions = position_ids(mask)
     together = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
@@ -231,8 +239,9 @@ def _padded(model, vocabulary):
 
 # %% ../../nbs/3_engine/30_packing.ipynb #423a350a
 def shares_prompt(
-    model: PreTrainedModel, longest: int
-) -> bool:  # longest: tokens of prompt and completion
+    model: PreTrainedModel,
+    longest: int,  # tokens of prompt and completion
+) -> bool:
     """Tell whether this model can compute a group in one row; tried once.
 
     Wrapped models, longer rows than a sliding window and capped logits cannot. A model
@@ -279,8 +288,10 @@ def first_of_equal(rollout: Rollout) -> Int[Tensor, "N"]:
     rows = torch.arange(len(rollout), device=rollout.completion_ids.device)
     groups = rows // rollout.num_generations
     tokens = rollout.completion_ids.masked_fill(~rollout.completion_mask, -1)
+    # completions of the same kind: of one group, with the same tokens
     in_its_group = torch.cat([groups[:, None], tokens], 1)
     kind = in_its_group.unique(dim=0, return_inverse=True)[1]
+    # the lowest row of each kind
     first = rows.scatter_reduce(0, kind, rows, "amin", include_self=False)
     return first[kind]
 
@@ -289,7 +300,8 @@ def _own_logits(model: PreTrainedModel, rollout: Rollout) -> Float[Tensor, "M V"
     "Let the model make the logits of each completion token, in rows of their own."
     inputs, predicted_at = rows_alone(rollout)
     L = inputs["input_ids"].shape[1]
-    kept = L + 1 - int(rollout.prompt_mask.sum(1).min())  # the last ones of each row
+    # only the last ones of each row: from where the shortest prompt ends
+    kept = L + 1 - int(rollout.prompt_mask.sum(1).min())
     logits = model(**inputs, logits_to_keep=kept).logits[:, -kept:]
     row = predicted_at // L
     column = predicted_at % L - (L - kept)

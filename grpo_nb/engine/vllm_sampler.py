@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..run.options import Config
 from ..policy import eos_token_ids, padding_id
-from .distributed import process
+from .distributed import get_world_size
 from ..rollout import Rollout
 from ..sampling import decode_completions, prepare_prompts
 from ..task import Query
@@ -31,7 +31,7 @@ def import_vllm():
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # the cores are the trainer's, too
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    world_size = process()[1]
+    world_size = get_world_size()
     if world_size > 1:
         raise ValueError(
             f"use_vllm = True works in one process, this run has {world_size}"

@@ -32,7 +32,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..engine.adapters import add_adapters, require_peft
-from ..engine.distributed import full, process, shard, sharded
+from ..engine.distributed import full_tensor, get_rank, get_world_size, shard
+from ..engine.distributed import uses_fsdp
 from ..loading import check_causal, check_weights
 from ..engine.models import EngineModels
 from ..models import Models
@@ -235,12 +236,12 @@ def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
             stacklevel=3,
         )
         return None
-    weights = {name: full(x) for name, x in trunk.state_dict().items()}
+    weights = {name: full_tensor(x) for name, x in trunk.state_dict().items()}
     classifier.base_model.load_state_dict(weights)
-    bias = torch.zeros(1) if head.bias is None else full(head.bias)
+    bias = torch.zeros(1) if head.bias is None else full_tensor(head.bias)
     last = "score" if hasattr(classifier, "score") else "classifier"
     scores = getattr(classifier, last)
-    scores.load_state_dict({"weight": full(head.weight), "bias": bias})
+    scores.load_state_dict({"weight": full_tensor(head.weight), "bias": bias})
     return classifier
 
 # %% ../../nbs/2_run/21_build.ipynb #e91dcfc6
@@ -279,7 +280,7 @@ def build_models(
         models.value_optimizer = _adam(value, config.value_learning_rate)
     if config.gradient_checkpointing:
         _checkpoint_trained(config, models)
-    if sharded() and process()[1] > 1:
+    if uses_fsdp() and get_world_size() > 1:
         _shard_models(config, models)
     if vllm_sampler:
         models.sampler = vllm_sampler(policy, tokenizer, config)
@@ -386,7 +387,7 @@ def sampling_generator(config: Config, device: torch.device) -> torch.Generator:
     """Seed the random numbers of sampling.
 
     In other processes than the main one they come from their rank, too."""
-    rank = process()[0]
+    rank = get_rank()
     seed = config.seed
     if rank:
         seed = random.Random(f"sampling {config.seed} {rank}").getrandbits(31)

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..engine.distributed import all_rows, cut_like, full, on_main, process
+from ..engine.distributed import all_gather_rows, broadcast_object, full_tensor
+from ..engine.distributed import get_rank, get_world_size, shard_like
 from ..models import Models
 from .build import Trainer, renewed_models, token_classifier
 from .options import Config
@@ -61,24 +62,24 @@ def save_checkpoint(state: RunState, keep: int = 2):
 
     Raises: `OSError` if the disk is full; what was there is still there."""
     models = state.models
-    generator = all_rows(state.generator.get_state()[None]).squeeze(0)
+    generator = all_gather_rows(state.generator.get_state()[None]).squeeze(0)
     tensors = {"generator": generator}
     for name, model in renewed_models(state.config, models).items():
         for k, p in model.named_parameters():
-            tensors[f"{name}.weights.{k}"] = full(p.detach())
+            tensors[f"{name}.weights.{k}"] = full_tensor(p.detach())
     for name, (model, optimizer) in models.trained().items():
         for k, p in model.named_parameters():
             if p.requires_grad:
-                tensors[f"{name}.weights.{k}"] = full(p.detach())
+                tensors[f"{name}.weights.{k}"] = full_tensor(p.detach())
         for i, moments in optimizer.state_dict()["state"].items():
             for k, x in moments.items():
-                tensors[f"{name}.optimizer.{i}.{k}"] = full(x)
+                tensors[f"{name}.optimizer.{i}.{k}"] = full_tensor(x)
     rest = {
         "step": state.step,
         "beta": models.beta,
         "schedulers": [s.state_dict() for s in state.schedulers],
     }
-    on_main(lambda: _write_checkpoint(state.directory, tensors, rest, keep))
+    broadcast_object(lambda: _write_checkpoint(state.directory, tensors, rest, keep))
 
 
 def _write_checkpoint(directory: Path, tensors: dict, rest: dict, keep: int):
@@ -132,7 +133,7 @@ def load_checkpoint(path: Path, state: RunState):
     "Put a checkpoint back into a run whose models are freshly built."
     tensors = load_file(path / "state.safetensors")
     rest = json.loads((path / "trainer.json").read_text())
-    rank, world_size = process()
+    rank, world_size = get_rank(), get_world_size()
     own = tensors["generator"].view(world_size, -1)[rank]
     state.generator.set_state(own.clone())  # it must begin where its storage does
     renewed = renewed_models(state.config, state.models)
@@ -154,7 +155,7 @@ def load_checkpoint(path: Path, state: RunState):
 def _put_weights(tensors: dict, name: str, parameters: dict):
     "Weights of a model, from a checkpoint's tensors."
     for k, p in parameters.items():
-        p.copy_(cut_like(tensors[f"{name}.weights.{k}"], p))
+        p.copy_(shard_like(tensors[f"{name}.weights.{k}"], p))
 
 
 def _put_moments(tensors: dict, name: str, optimizer: torch.optim.Optimizer):
@@ -167,7 +168,7 @@ def _put_moments(tensors: dict, name: str, optimizer: torch.optim.Optimizer):
     for key, x in tensors.items():
         if key.startswith(f"{name}.optimizer."):
             i, k = key.removeprefix(f"{name}.optimizer.").split(".")
-            moments.setdefault(int(i), {})[k] = cut_like(x, parameters[int(i)])
+            moments.setdefault(int(i), {})[k] = shard_like(x, parameters[int(i)])
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 # %% ../../nbs/2_run/23_checkpoint.ipynb #23c0000c
@@ -186,11 +187,11 @@ def resume(state: RunState) -> list[str]:  # lines of metrics.jsonl that stay
     """Go back to the newest whole checkpoint; to a fresh start without one.
 
     Raises: `ValueError` if what belongs to it is damaged."""
-    newest = on_main(lambda: _newest(state.directory))
+    newest = broadcast_object(lambda: _newest(state.directory))
     if newest is None:
         return []
     load_checkpoint(Path(newest), state)
-    on_main(lambda: state.completions.check(state.step))
+    broadcast_object(lambda: state.completions.check(state.step))
     path = state.directory / "metrics.jsonl"
     lines = read_lines(path, state.step)
     steps = [json.loads(line)["step"] for line in lines]
@@ -252,14 +253,14 @@ def _save_model(
         tokenizer.save_pretrained(scratch)
         replace_directory(scratch, target)
 
-    on_main(write)
+    broadcast_object(write)
 
 
 def _whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     "The weights of a model that is cut, put together; tied ones once."
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in model.named_parameters()}
-    return {k: full(x) for k, x in model.state_dict().items() if k not in tied}
+    return {k: full_tensor(x) for k, x in model.state_dict().items() if k not in tied}
 
 # %% ../../nbs/2_run/23_checkpoint.ipynb #23c00008
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..engine.distributed import process
+from ..engine.distributed import get_rank
 from ..engine.hub import fetch_smollm2
 from .options import CONFIGS, Config, expand_path, make_config
 from .run_directory import check_passed, read_json, saved_config
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None):
 
 def _train(config: Config):
     summary = train(config).summary().to_string()
-    if process()[0] == 0:
+    if get_rank() == 0:
         print(summary)
 
 

@@ -46,7 +46,7 @@ def train_reward_model(
     reward_model: RewardModel,
     pairs: list[tuple[Query, str, str]],  # (query, preferred answer, other answer)
     steps: int = 300,
-    batch_size: int = 64,  # pairs a step
+    batch_size: int = 64,  # pairs per step
     learning_rate: float = 3e-4,
     seed: int | str = 0,
 ) -> list[float]:  # loss of each step

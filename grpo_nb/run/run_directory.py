@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..engine.distributed import on_main, process
+from ..engine.distributed import broadcast_object, get_rank, get_world_size
 from ..engine.judging import name_of
 from ..reward import RewardFunction
 from .build import RULES
@@ -56,7 +56,7 @@ def write_atomically(path: Path, content: str | bytes):
     """Write a file so that it is never seen half written.
 
     Of several processes, the main one does."""
-    if process()[0]:
+    if get_rank():
         return
     data = content.encode() if isinstance(content, str) else content
     with _scratch(path) as f:
@@ -243,11 +243,11 @@ def _lock(directory: Path) -> int:
 @contextmanager
 def _locked(directory: Path):
     "While it is open, this run has the directory for itself; the main process locks."
-    handle = on_main(lambda: _lock(directory))
+    handle = broadcast_object(lambda: _lock(directory))
     try:
         yield
     finally:
-        if process()[0] == 0:
+        if get_rank() == 0:
             (directory / ".lock").unlink(missing_ok=True)
             os.close(handle)
 
@@ -260,14 +260,14 @@ def find_directory(
     """Find the directory of a run; one that has begun is locked.
 
     Raises: `ValueError` if it holds a run that is not to be resumed, or another one."""
-    directory = Path(on_main(lambda: str(prepare_directory(config))))
+    directory = Path(broadcast_object(lambda: str(prepare_directory(config))))
     if not config.resume:
         return directory, "new"
-    finished = on_main(lambda: _is_finished(directory))
-    begun = not finished and on_main(directory.is_dir)
+    finished = broadcast_object(lambda: _is_finished(directory))
+    begun = not finished and broadcast_object(directory.is_dir)
     if begun:
         lock.enter_context(_locked(directory))
-        finished = on_main(lambda: _is_finished(directory))
+        finished = broadcast_object(lambda: _is_finished(directory))
     _check_same(directory, record)
     if finished:
         return directory, "finished"
@@ -282,9 +282,9 @@ def claim_directory(config: Config, directory: Path, lock: ExitStack) -> Path:
     """Make and lock the directory of a new run.
 
     Raises: `ValueError` if another has begun there meanwhile."""
-    directory = Path(on_main(lambda: str(make_directory(config, directory))))
+    directory = Path(broadcast_object(lambda: str(make_directory(config, directory))))
     lock.enter_context(_locked(directory))
-    on_main(lambda: _check_free(directory, resume=False, locked=True))
+    broadcast_object(lambda: _check_free(directory, resume=False, locked=True))
     return directory
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a1c0b005
@@ -378,7 +378,7 @@ class Completions:
 
     def flush(self):
         "Put what is in memory on the disk, as a part of its own."
-        if self.rows and process()[0] == 0:
+        if self.rows and get_rank() == 0:
             path = self.directory / f"completions-{self.rows[-1]['step']}.parquet"
             frame = pd.DataFrame(self.rows)
             rows = pa.Table.from_pandas(frame, _SCHEMA, preserve_index=False)
@@ -391,7 +391,7 @@ class Completions:
         self.flush()
         merged = self.directory / "completions.parquet"
         numbered = _numbered(self.directory)
-        if process()[0] or (merged.exists() and not numbered):
+        if get_rank() or (merged.exists() and not numbered):
             return
         files = _parts(self.directory)
         _write_rows(merged, chain.from_iterable(map(_batches, files)))
@@ -447,8 +447,8 @@ def make_record(
         passed["functions"] = functions
     if passed:
         record["passed"] = passed
-    if process()[1] > 1:
-        record["num_processes"] = process()[1]
+    if get_world_size() > 1:
+        record["num_processes"] = get_world_size()
     return record
 
 

@@ -19,7 +19,7 @@ from accelerate.tracking import (
 )
 from accelerate.utils import LoggerType
 
-from ..engine.distributed import process
+from ..engine.distributed import get_rank
 from .checkpoint import noted_on
 from .options import Config
 
@@ -28,7 +28,7 @@ def check_trackers(names: list[str]):
     """Refuse trackers that cannot be used.
 
     Raises: `ValueError`: Accelerate does not know one, or its package is missing."""
-    # of the table, those that the user has registered
+    # Accelerate's table holds those that it knows, and those that a user has added
     own = [name for name in LOGGER_TYPE_TO_CLASS if name not in LoggerType]
     installed = [*map(str, get_available_trackers()), *own]
     other = [name for name in names if name not in installed]
@@ -43,6 +43,7 @@ def _tracker(name: str, config: Config, directory: Path, step: int) -> GeneralTr
     "A tracker of Accelerate that has begun, for a run with so many steps behind it."
     kind = LOGGER_TYPE_TO_CLASS[name]
     place = directory / name
+    # a resumed run takes back what TensorBoard heard of later steps
     options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"dir": place}}
     options = options.get(name, {})
     if options or kind.requires_logging_directory:
@@ -70,10 +71,11 @@ def open_trackers(
     step: int,  # the last one that is done
 ) -> Iterator[Callable[[dict], None]]:  # tells them a line of metrics
     "Open the trackers of a run. Only the main process has any."
-    names = config.report_to if process()[0] == 0 else []
+    names = config.report_to if get_rank() == 0 else []
     trackers = {}
 
     def track(metrics: dict):
+        "Tell all trackers a line of metrics, less what has no value at this step."
         known = {name: x for name, x in metrics.items() if x is not None}
         number = known.pop("step")
         for tracker in trackers.values():
@@ -83,7 +85,7 @@ def open_trackers(
         for name in names:
             trackers[name] = _tracker(name, config, directory, step)
         yield track
-    except BaseException as error:
+    except BaseException as error:  # a second one, of a tracker, is noted on the first
         for tracker in trackers.values():
             with noted_on(error):
                 tracker.finish()
