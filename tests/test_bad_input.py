@@ -69,7 +69,7 @@ TABLE = torch.ones(4, 3)
             {"scale_rewards": "std"},
             ["scale_rewards = 'std'", "one of group, batch, none"],
         ),
-        ({"objective": "ppo"}, ["objective = 'ppo'", "one of clip, cispo"]),
+        ({"objective": "ppo"}, ["objective = 'ppo'", "one of clip, cispo, sapo"]),
         (
             {"loss_type": "sum"},
             ["loss_type = 'sum'", "one of grpo, bnpo, dapo, dr_grpo"],
@@ -100,6 +100,19 @@ TABLE = torch.ones(4, 3)
         (
             {"delta": 9.0, "objective": "cispo"},
             ["delta", "9.0", '"cispo"', "None"],
+        ),
+        (
+            {"delta": 9.0, "objective": "sapo"},
+            ["delta", "9.0", '"sapo"', "None"],
+        ),
+        (
+            {"epsilon_high": 0.28, "recipe": "sapo"},
+            ["epsilon_high", "0.28", '"sapo"', "None"],
+        ),
+        ({"sapo_temperature_pos": 0}, ["sapo_temperature_pos", "greater than 0"]),
+        (
+            {"sapo_temperature_neg": -1.05, "algorithm": "ppo"},
+            ["sapo_temperature_neg", "-1.05", "greater than 0"],
         ),
         (
             {"use_bias_correction_kl": True, "beta": 0.0},
@@ -172,7 +185,19 @@ def test_config(options, words):
         ),
         (
             lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, objective="x"),
-            ["objective", "'x'", "one of clip, cispo"],
+            ["objective", "'x'", "one of clip, cispo, sapo"],
+        ),
+        (
+            lambda: policy_loss(
+                TABLE, TABLE, ONE, TABLE > 0, sapo_temperature_pos=math.nan
+            ),
+            ["sapo_temperature_pos", "positive and finite", "nan"],
+        ),
+        (
+            lambda: policy_loss(
+                TABLE, TABLE, ONE, TABLE > 0, sapo_temperature_neg=math.inf
+            ),
+            ["sapo_temperature_neg", "positive and finite", "inf"],
         ),
         (
             lambda: policy_loss(

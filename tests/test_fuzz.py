@@ -497,14 +497,17 @@ def slow_policy_loss(
     delta=None,
     importance_sampling_level="token",
     objective="clip",
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
 ):
     rho = slow_ratio(logprobs, old_logprobs, mask, importance_sampling_level)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     need(
         epsilon >= 0
         and epsilon_high >= 0
-        and (objective == "cispo" or delta is None or delta >= 1 + epsilon_high)
-        and objective in ("clip", "cispo")
+        and (objective != "clip" or delta is None or delta >= 1 + epsilon_high)
+        and objective in ("clip", "cispo", "sapo")
+        and all(0 < t < math.inf for t in (sapo_temperature_pos, sapo_temperature_neg))
     )
     N, T = mask.shape
     need(advantages.shape in ((N,), (N, 1), (N, T)))
@@ -522,11 +525,12 @@ def slow_policy_loss(
                 continue
             r, a, new = rho[i, t].item(), A[i][t], logprobs[i, t].item()
             clipped = min(max(r, 1 - epsilon), 1 + epsilon_high)
-            loss[i, t] = (
-                -min(min(r, delta or math.inf) * a, clipped * a)
-                if objective == "clip"
-                else -min(r, 1 + epsilon_high) * a * new
-            )
+            tau = sapo_temperature_pos if a > 0 else sapo_temperature_neg
+            loss[i, t] = {
+                "clip": -min(min(r, delta or math.inf) * a, clipped * a),
+                "cispo": -min(r, 1 + epsilon_high) * a * new,
+                "sapo": -a * 2 / tau * (1 + math.tanh(tau * (r - 1) / 2)),
+            }[objective]
     return loss
 
 
@@ -551,7 +555,9 @@ def test_policy_loss(data):
                 "epsilon_high": st.floats(0, 4) | st.none(),
                 "delta": st.floats(1.01, 4) | st.none(),
                 "importance_sampling_level": LEVELS,
-                "objective": st.sampled_from(["clip", "cispo"]),
+                "objective": st.sampled_from(["clip", "cispo", "sapo"]),
+                "sapo_temperature_pos": st.floats(0.01, 10),
+                "sapo_temperature_neg": st.floats(0.01, 10),
             },
         )
     )

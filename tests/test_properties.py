@@ -50,6 +50,8 @@ OBJECTIVES = [
         "importance_sampling_level": "sequence",
         "epsilon_high": 3.0,
     },
+    {"objective": "sapo"},
+    {"objective": "sapo", "sapo_temperature_pos": 0.3, "sapo_temperature_neg": 4.0},
 ]
 
 
@@ -94,7 +96,7 @@ def far_from(x, *kinks, margin=1e-3):
     "options, per_token",
     [
         (options, per_token)
-        for options in OBJECTIVES[:4]
+        for options in (*OBJECTIVES[:4], *OBJECTIVES[-2:])
         for per_token in (False, True)
         if not (per_token and "importance_sampling_level" in options)
     ],

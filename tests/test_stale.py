@@ -103,6 +103,7 @@ SHOWN = {  # choice of an option: its row in the ledger, TRL's, words of a mutan
     "objective": {
         "clip": ("clipped objective", "grpo, TRL", "the clip is inverted"),
         "cispo": ("CISPO", "cispo, TRL", "CISPO: the capped weight"),
+        "sapo": ("SAPO", "sapo, TRL", "SAPO: the factor 4 / tau"),
     },
     "loss_type": {
         "grpo": ("grpo", "grpo, TRL", "GRPO averages over all tokens"),

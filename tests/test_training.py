@@ -622,7 +622,9 @@ SHARED = {
     "epsilon": [0.02],
     "epsilon_high": [0.02],
     "delta": [(1.02, {"epsilon": 0.02})],
-    "objective": ["clip", "cispo"],
+    "objective": ["clip", "cispo", "sapo"],
+    "sapo_temperature_pos": [(2.0, {"objective": "sapo"})],
+    "sapo_temperature_neg": [(0.5, {"objective": "sapo"})],
     "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo"],
     "importance_sampling_level": ["token", "sequence", "sequence_token"],
     "mask_truncated_completions": [(True, {"max_completion_length": 3})],
@@ -853,6 +855,7 @@ def test_recipes_are_what_the_papers_say():
         "dr_grpo": ("none", "mean", "dr_grpo", "token", "clip", 0.0, 0.2, None),
         "gspo": ("group", "mean", "grpo", "sequence", "clip", 0.0, 3e-4, 4e-4),
         "cispo": ("group", "mean", "dapo", "token", "cispo", 0.0, 0.2, 4.0),
+        "sapo": ("group", "mean", "grpo", "token", "sapo", 0.0, 0.2, None),
         "rloo": ("none", "leave_one_out", "grpo", "token", "clip", 0.01, 0.2, None),
         "dapo": ("group", "mean", "dapo", "token", "clip", 0.0, 0.2, 0.28),
     }

@@ -390,6 +390,13 @@ def _weighted_gain(x, y, A, objective) -> Tensor:
     return weight * A * x
 
 
+def _fading_gain(x, y, A, objective) -> Tensor:
+    "What a token gains by a sigmoid, with the temperatures of the paper."
+    temperature = 1.0 if A > 0 else 1.05
+    distance = temperature * ((x - y).exp() - 1)
+    return A * 2 / temperature * (1 + (distance / 2).tanh())
+
+
 _objective_rows = [
     Check(
         "clipped objective",
@@ -426,6 +433,15 @@ _objective_rows = [
         "objective.policy_loss",
         "definition, weight held fixed",
         partial(_check_objective, _weighted_gain, objective="cispo"),
+    ),
+    Check(
+        "SAPO",
+        r"-\tfrac4\tau\,\sigma\big(\tau(\rho-1)\big)A,"
+        r"\ \tau=1\ \text{or}\ 1.05",
+        "SAPO 2511.20347",
+        "objective.policy_loss",
+        "definition, by the sign of A",
+        partial(_check_objective, _fading_gain, objective="sapo"),
     ),
 ]
 
@@ -998,6 +1014,14 @@ _gradient_rows = [
         "objective.policy_loss",
         "enumeration of 85 answers",
         partial(_check_policy_gradient, _reward_itself, objective="cispo"),
+    ),
+    Check(
+        "policy gradient, SAPO",
+        r"\mathbb E_o\big[\nabla\textstyle\sum_t\ell_t\big]=-\nabla J",
+        "policy gradient theorem",
+        "objective.policy_loss",
+        "enumeration of 85 answers",
+        partial(_check_policy_gradient, _reward_itself, objective="sapo"),
     ),
     Check(
         "policy gradient, leave-one-out",

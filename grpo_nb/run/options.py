@@ -194,6 +194,8 @@ BOUNDS: dict[str, Any] = {
     "epsilon": _Share,
     "epsilon_high": PositiveFloat | None,
     "delta": Annotated[float, Field(gt=1)] | None,
+    "sapo_temperature_pos": PositiveFloat,
+    "sapo_temperature_neg": PositiveFloat,
     "entropy_coef": NonNegativeFloat,
     # update
     "num_iterations": PositiveInt,
@@ -204,6 +206,10 @@ _BOUNDED = {name: TypeAdapter(kind) for name, kind in BOUNDS.items()}
 
 # %% ../../nbs/2_run/20_options.ipynb #078f47eb
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_WITHOUT = {  # objective: bounds that it does not use
+    "cispo": ["delta"],
+    "sapo": ["delta", "epsilon_high"],
+}
 
 
 @validated_dataclass(config=_STRICT, kw_only=True)
@@ -254,13 +260,15 @@ class Config(
 
     def _check_objective(self):
         "Refuse a bound on the wrong side, or without a use."
+        for name in _WITHOUT.get(self.objective, []):
+            bound = getattr(self, name)
+            if bound is not None:
+                raise ValueError(
+                    f"{name} = {bound} does nothing with objective = "
+                    f'"{self.objective}"; {name} must be None'
+                )
         if self.delta is None:
             return
-        if self.objective == "cispo":
-            raise ValueError(
-                f'delta = {self.delta} does nothing with objective = "cispo", whose '
-                "bound is 1 + epsilon_high; delta must be None"
-            )
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.delta < 1 + high:
             raise ValueError(
@@ -405,6 +413,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epsilon_high": 4.0,
         "beta": 0.0,
     },  # 2506.13585; the cap of 5 that TRL recommends
+    "sapo": {
+        "algorithm": "grpo",
+        "objective": "sapo",
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
+        "beta": 0.0,
+    },  # 2511.20347; both temperatures are the paper's
     "rloo": {
         "algorithm": "grpo",
         "baseline": "leave_one_out",
