@@ -67,7 +67,7 @@ TABLE = torch.ones(4, 3)
         ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
         (
             {"scale_rewards": "std"},
-            ["scale_rewards = 'std'", "one of group, batch, none"],
+            ["scale_rewards = 'std'", "one of group, batch, batch_centred, none"],
         ),
         ({"objective": "ppo"}, ["objective = 'ppo'", "one of clip, cispo, sapo"]),
         (
@@ -157,7 +157,7 @@ def test_config(options, words):
         (lambda: group_advantages(TABLE, 2), ["rewards", "(4, 3)", "[N]"]),
         (
             lambda: group_advantages(ONE, 2, "std"),
-            ["scale_rewards", "'std'", '"group", "batch" or "none"'],
+            ["scale_rewards", "'std'", '"group", "batch", "batch_centred" or "none"'],
         ),
         (
             lambda: group_advantages(ONE, 2, baseline="best"),

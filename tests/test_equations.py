@@ -353,7 +353,12 @@ def test_rewards_near_the_limit_of_float32(scale):
     """Standardised rewards do not depend on their unit: GRPO's, those of steps, and
     whitening; GAE's results are in that unit."""
     small = torch.tensor([3.0, -3.0, 1.0, 0.0, 3.0, 3.0, 2.0, -1.0])
-    for options in ({}, {"scale_rewards": "batch"}, {"baseline": "leave_one_out"}):
+    for options in (
+        {},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": "batch_centred"},
+        {"baseline": "leave_one_out"},
+    ):
         a, b = (
             group_advantages(r, 4, **options, eps=0.0) for r in (small, scale * small)
         )
@@ -773,6 +778,7 @@ def test_weights_do_not_depend_on_the_cut(llama, rollout):
         {},
         {"scale_rewards": "none"},
         {"scale_rewards": "batch"},
+        {"scale_rewards": "batch_centred"},
         {"baseline": "leave_one_out"},
         {"eps": 0.0},
     ],
@@ -842,9 +848,24 @@ def test_a_group_of_one_is_refused():
             (0, 2, 4, math.nan),
             {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"},
             (-1 / 2, 1 / 2, 0, 0),
-        ),
+        ),  # 0, 2, 4: std 2
+        (
+            (11, 9, 3, -3),
+            {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch_centred"},
+            [x / math.sqrt(20 / 3) for x in (1, -1, 3, -3)],
+        ),  # 1, -1, 3, -3: the squares add up to 20
+        (
+            (5, math.nan, 11, 9),
+            {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch_centred"},
+            (0, 0, 1, -1),
+        ),  # one that has nobody to be compared with is at distance 0: std 1
+        (
+            (0, 0, 4, 4, 1, 3),
+            {"num_generations": 2, "eps": 0.5, "scale_rewards": "batch_centred"},
+            (0, 0, 0, 0, -1 / (math.sqrt(0.4) + 0.5), 1 / (math.sqrt(0.4) + 0.5)),
+        ),  # groups without variance count: 2 / 5
     ],
-)  # 0, 2, 4: std 2
+)
 def test_group_advantages(rewards, options, advantages):
     """Bugs 10, 22, 25: ddof 1, RLOO, no scaling, and the standard deviation of the
     batch, of which a row without a score is no part."""
@@ -854,6 +875,22 @@ def test_group_advantages(rewards, options, advantages):
         ),
         advantages,
     )
+
+
+def test_the_centred_batch_is_whitened_whatever_the_queries():
+    """Rewards of a query may be moved by any amount, all by one factor: mean 0 and
+    standard deviation 1 over the step, where "batch" depends on the queries."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(5, 4, generator=generator, dtype=DOUBLE)
+    easier = rewards + torch.tensor([[0.0], [9], [-4], [100], [2]], dtype=DOUBLE)
+    options = {"num_generations": 4, "eps": 0.0, "scale_rewards": "batch_centred"}
+    advantages = group_advantages(rewards.flatten(), **options)
+    close(fmean(advantages.tolist()), 0)
+    close(stdev(advantages.tolist()), 1)
+    close(group_advantages(3 * easier.flatten(), **options), advantages)
+    options["scale_rewards"] = "batch"
+    a, b = (group_advantages(r.flatten(), **options) for r in (rewards, easier))
+    assert (a / b).min() > 10
 
 
 def test_process_advantages():

@@ -48,6 +48,7 @@ from grpo_nb.engine import distributed, vllm_sampler
 from grpo_nb.evidence import ledger, oracles, plots, sweep as sweeping, trl_oracles
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
+    SCALES,
     group_advantages,
     has_variance,
     informative,
@@ -778,7 +779,7 @@ def slow_group_advantages(
     need(
         num_generations >= 2
         and eps >= 0
-        and scale_rewards in ("group", "batch", "none")
+        and scale_rewards in ("group", "batch", "batch_centred", "none")
         and baseline in ("mean", "leave_one_out")
     )
     groups = groups_of(rewards, num_generations)
@@ -804,7 +805,7 @@ def test_group_advantages(data):
         st.fixed_dictionaries(
             {},
             optional={
-                "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+                "scale_rewards": st.sampled_from(list(SCALES)),
                 "baseline": st.sampled_from(["mean", "leave_one_out"]),
                 "eps": st.floats(0, 1),
             },
@@ -826,7 +827,7 @@ def slow_process_advantages(
         num_generations >= 2
         and len(step_rewards) % num_generations == 0
         and eps >= 0
-        and scale_rewards in ("group", "batch", "none")
+        and scale_rewards in ("group", "batch", "batch_centred", "none")
         and baseline in ("mean", "leave_one_out")
     )
     need(not step_rewards.isinf().any())
@@ -865,7 +866,7 @@ NO_ENDS = st.lists(st.just(set()), max_size=7)
 def test_process_advantages(data):
     "Of other shapes and kinds, infinite, of a number that the group does not divide."
     choices = {
-        "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+        "scale_rewards": st.sampled_from(list(SCALES)),
         "baseline": st.sampled_from(["mean", "leave_one_out"]),
         "eps": st.floats(0, 1),
     }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grpo_nb.engine.models import EngineModels
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import advantages as group_box
-from grpo_nb.group import group_advantages, informative, process_advantages
+from grpo_nb.group import SCALES, group_advantages, informative, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.engine.packing import shared_rows
@@ -414,7 +414,7 @@ rewards_of_groups = st.lists(
 ).map(lambda r: torch.tensor(r, dtype=torch.float64))
 GROUP_OPTIONS = [
     {"scale_rewards": s, "baseline": b}
-    for s in ("group", "batch", "none")
+    for s in SCALES
     for b in ("mean", "leave_one_out")
 ]
 
@@ -442,7 +442,7 @@ def test_order_does_not_matter(rewards, options, rng):
     )
 
 
-@given(rewards_of_groups, st.sampled_from(["group", "batch", "none"]))
+@given(rewards_of_groups, st.sampled_from(list(SCALES)))
 def test_advantages_of_a_group(rewards, scale):
     """They sum to 0 over each group; scaled by the group, with unit std; unscored
     rows get 0; leave-one-out is n/(n-1) times the mean baseline."""

@@ -27,6 +27,7 @@ CHANGED = {  # by each recipe, from the defaults of its algorithm: all of it
     | {"epsilon": 0.0003, "epsilon_high": 0.0004},
     "cispo": NO_KL | {"objective": "cispo", "loss_type": "dapo", "epsilon_high": 4.0},
     "sapo": NO_KL | {"objective": "sapo"},
+    "reinforce_pp_baseline": {"scale_rewards": "batch_centred"},
     "rloo": {"baseline": "leave_one_out", "scale_rewards": "none"}
     | {"num_generations": 4},
 }

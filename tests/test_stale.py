@@ -86,6 +86,7 @@ def test_numbers_of_recipes_in_words():
 
 
 NO_TRL = {  # choices without a row of TRL's, and why
+    "batch_centred": "TRL's standard deviation of the batch is that of raw rewards",
     "leave_one_out": "GRPOTrainer has no baseline but the mean; TRL's RLOOTrainer has",
 }
 NO_MUTANT = {  # choices without a mutant of their own, and why
@@ -123,6 +124,7 @@ SHOWN = {  # choice of an option: its row in the ledger, TRL's, words of a mutan
             "advantage, batch, TRL",
             "the standard deviation of the batch",
         ),
+        "batch_centred": ("std of the centred batch", None, "are not centred before"),
         "none": ("no std", "advantage, none, TRL", None),
     },
     "baseline": {

@@ -666,7 +666,7 @@ OPTIONS = {
         "algorithm": ["grpo"],
         "num_generations": [2],
         "dynamic_sampling": [(2, {"reward_funcs": ["accuracy"]})],
-        "scale_rewards": ["group", "batch", "none"],
+        "scale_rewards": ["group", "batch", "batch_centred", "none"],
         "baseline": ["mean", "leave_one_out"],
         "use_bias_correction_kl": [True],
     },
@@ -856,6 +856,10 @@ def test_recipes_are_what_the_papers_say():
         "gspo": ("group", "mean", "grpo", "sequence", "clip", 0.0, 3e-4, 4e-4),
         "cispo": ("group", "mean", "dapo", "token", "cispo", 0.0, 0.2, 4.0),
         "sapo": ("group", "mean", "grpo", "token", "sapo", 0.0, 0.2, None),
+        "reinforce_pp_baseline": (
+            *("batch_centred", "mean", "grpo", "token", "clip"),
+            *(0.01, 0.2, None),
+        ),
         "rloo": ("none", "leave_one_out", "grpo", "token", "clip", 0.01, 0.2, None),
         "dapo": ("group", "mean", "dapo", "token", "clip", 0.0, 0.2, 0.28),
     }

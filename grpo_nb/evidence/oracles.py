@@ -865,6 +865,14 @@ def _std_of_batch(group: list[float]) -> float:
     return statistics.stdev(itertools.chain(*_GROUPS)) + 1e-4
 
 
+def _std_of_centred_batch(group: list[float]) -> float:
+    "The same of all groups, each less its mean."
+    centres = [statistics.fmean(group) for group in _GROUPS]
+    pairs = zip(_GROUPS, centres)
+    centred = [[reward - centre for reward in group] for group, centre in pairs]
+    return statistics.stdev(itertools.chain(*centred)) + 1e-4
+
+
 def _one(group: list[float]) -> float:
     "No scale."
     return 1.0
@@ -898,6 +906,15 @@ _group_rows = [
         "group.group_advantages",
         "module statistics",
         partial(_check_group, _std_of_batch, "batch"),
+    ),
+    Check(
+        "std of the centred batch",
+        r"\hat A_i=\frac{r_i-\bar r}{\operatorname{std}_\text{batch}(r-\bar r)"
+        r"+10^{-4}}",
+        "REINFORCE++ 2501.03262",
+        "group.group_advantages",
+        "module statistics",
+        partial(_check_group, _std_of_centred_batch, "batch_centred"),
     ),
     Check(
         "no std",

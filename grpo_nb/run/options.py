@@ -420,6 +420,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sapo_temperature_neg": 1.05,
         "beta": 0.0,
     },  # 2511.20347; both temperatures are the paper's
+    "reinforce_pp_baseline": {
+        "algorithm": "grpo",
+        "scale_rewards": "batch_centred",
+    },  # 2501.03262
     "rloo": {
         "algorithm": "grpo",
         "baseline": "leave_one_out",
