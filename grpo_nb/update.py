@@ -42,6 +42,8 @@ def batch_loss(
         config.delta,
         config.importance_sampling_level,
         config.objective,
+        config.sapo_temperature_pos,
+        config.sapo_temperature_neg,
     )
     if batch.loss_weights is not None:
         loss = loss * batch.loss_weights

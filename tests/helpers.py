@@ -183,11 +183,15 @@ def advantages_by_definition(groups, scale="group", baseline="mean", eps=1e-4):
     NaN is not scored; a group without two different rewards gets 0."""
     scored = [[r for r in group if not math.isnan(r)] for group in groups]
     all_scored = list(itertools.chain.from_iterable(scored))
+    distances = []
+    for rewards in scored:
+        distances += [r - math.fsum(rewards) / len(rewards) for r in rewards]
     results = []
     for group, rewards in zip(groups, scored):
         divisor = {
             "group": lambda: standard_deviation(rewards) + eps,
             "batch": lambda: standard_deviation(all_scored) + eps,
+            "batch_centred": lambda: standard_deviation(distances) + eps,
             "none": lambda: 1.0,
         }[scale]
         result = []

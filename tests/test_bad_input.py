@@ -67,9 +67,9 @@ TABLE = torch.ones(4, 3)
         ({"delta": 1.0}, ["delta", "1.0", "greater than 1"]),
         (
             {"scale_rewards": "std"},
-            ["scale_rewards = 'std'", 'be "group", "batch" or "none"'],
+            ["scale_rewards = 'std'", '"batch_centred" or "none"'],
         ),
-        ({"objective": "ppo"}, ["objective = 'ppo'", 'be "clip" or "cispo"']),
+        ({"objective": "ppo"}, ["objective = 'ppo'", 'be "clip", "cispo" or "sapo"']),
         (
             {"loss_type": "sum"},
             ["loss_type = 'sum'", 'be "grpo", "bnpo", "dapo" or "dr_grpo"'],
@@ -100,6 +100,19 @@ TABLE = torch.ones(4, 3)
         (
             {"delta": 9.0, "objective": "cispo"},
             ["delta", "9.0", '"cispo"', "None"],
+        ),
+        (
+            {"delta": 9.0, "objective": "sapo"},
+            ["delta", "9.0", '"sapo"', "None"],
+        ),
+        (
+            {"epsilon_high": 0.28, "recipe": "sapo"},
+            ["epsilon_high", "0.28", '"sapo"', "None"],
+        ),
+        ({"sapo_temperature_pos": 0}, ["sapo_temperature_pos", "greater than 0"]),
+        (
+            {"sapo_temperature_neg": -1.05, "algorithm": "ppo"},
+            ["sapo_temperature_neg", "-1.05", "greater than 0"],
         ),
         (
             {"use_bias_correction_kl": True, "beta": 0.0},
@@ -144,7 +157,7 @@ def test_config(options, words):
         (lambda: group_advantages(TABLE, 2), ["rewards", "(4, 3)", "[N]"]),
         (
             lambda: group_advantages(ONE, 2, "std"),
-            ["scale_rewards", "'std'", '"group", "batch" or "none"'],
+            ["scale_rewards", "'std'", '"group", "batch", "batch_centred" or "none"'],
         ),
         (
             lambda: group_advantages(ONE, 2, baseline="best"),
@@ -172,7 +185,19 @@ def test_config(options, words):
         ),
         (
             lambda: policy_loss(TABLE, TABLE, ONE, TABLE > 0, objective="x"),
-            ["objective", "'x'", 'be "clip" or "cispo"'],
+            ["objective", "'x'", 'be "clip", "cispo" or "sapo"'],
+        ),
+        (
+            lambda: policy_loss(
+                TABLE, TABLE, ONE, TABLE > 0, sapo_temperature_pos=math.nan
+            ),
+            ["sapo_temperature_pos", "positive and finite", "nan"],
+        ),
+        (
+            lambda: policy_loss(
+                TABLE, TABLE, ONE, TABLE > 0, sapo_temperature_neg=math.inf
+            ),
+            ["sapo_temperature_neg", "positive and finite", "inf"],
         ),
         (
             lambda: policy_loss(

@@ -141,6 +141,66 @@ def test_cispo_caps_the_weight_and_keeps_the_gradient(A, rho, weight):
     close(logprobs.grad.item(), -weight * A)
 
 
+SAPO = {  # x = tau (rho - 1): 2 (1 + tanh(x / 2)) and its slope, from a table of tanh
+    0.0: (2.0, 1.0),
+    0.5: (2 * (1 + 0.24491866240370913), 0.9400148488064311),
+    1.0: (2 * (1 + 0.46211715726000976), 0.7864477329659274),
+}
+
+
+@pytest.mark.parametrize("A, pos, neg", [(3.0, 2.0, 7.0), (-3.0, 7.0, 1.6)])
+@pytest.mark.parametrize("x", [-1.0, -0.5, 0.0, 0.5, 1.0])
+def test_sapo_fades_on_both_sides(A, pos, neg, x):
+    """The gain is 2 (1 + tanh(x / 2)) A / tau, x = tau (rho - 1), tau by the sign of
+    A; its slope by rho is A (1 - tanh^2(x / 2)), at rho = 1 that of PPO. No token is
+    ever clipped."""
+    tau = pos if A > 0 else neg
+    rho = 1 + x / tau
+    logprobs = torch.tensor([[math.log(rho)]], dtype=DOUBLE, requires_grad=True)
+    loss, statistics = policy_loss(
+        logprobs,
+        torch.zeros(1, 1, dtype=DOUBLE),
+        torch.tensor([A], dtype=DOUBLE),
+        torch.ones(1, 1, dtype=torch.bool),
+        objective="sapo",
+        sapo_temperature_pos=pos,
+        sapo_temperature_neg=neg,
+    )
+    loss.sum().backward()
+    gain, slope = SAPO[abs(x)]
+    gain = gain if x >= 0 else 4 - gain
+    close(-loss.item(), gain * A / tau)
+    close(-logprobs.grad.item() / rho, slope * A)
+    assert not (statistics["clip_low"] | statistics["clip_high"]).any()
+
+
+def test_the_temperatures_of_sapo_are_those_of_the_paper():
+    "1 where A > 0, 1.05 elsewhere, in the precision of the log-probs."
+    logprobs = torch.zeros(2, 1, dtype=DOUBLE)
+    loss, _ = policy_loss(
+        logprobs,
+        logprobs,
+        torch.tensor([1.0, -1.0], dtype=DOUBLE),
+        torch.ones(2, 1, dtype=torch.bool),
+        objective="sapo",
+    )
+    close(loss, [[-2.0], [2 / 1.05]], 1e-15)
+
+
+def test_the_update_hands_over_the_temperatures(llama, rollout):
+    "Each moves the gradient: they are options of the run."
+    gradients = [
+        step_of(llama, rollout, objective="sapo", **temperature)[1]
+        for temperature in (
+            {},
+            {"sapo_temperature_pos": 3.0},
+            {"sapo_temperature_neg": 3.0},
+        )
+    ]
+    for a, b in itertools.combinations(gradients, 2):
+        assert (a - b).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("A", [2.0, -2.0])
 @pytest.mark.parametrize(
     "objective, delta, rho, counted",
@@ -149,6 +209,8 @@ def test_cispo_caps_the_weight_and_keeps_the_gradient(A, rho, weight):
         ("cispo", None, 1.2, (False, False)),
         ("cispo", None, 1.3, (False, True)),  # capped, whatever the sign of A
         ("cispo", 1.1, 1.15, (False, False)),  # delta belongs to "clip"
+        ("sapo", None, 0.1, (False, False)),
+        ("sapo", None, 5.0, (False, False)),
         ("clip", None, 1.3, (False, "A > 0")),
         ("clip", 1.5, 1.6, (False, True)),
         ("clip", 1.5, 1.4, (False, "A > 0")),
@@ -174,7 +236,7 @@ def test_clip_statistics(objective, delta, rho, counted, A):
 def test_an_entry_of_ones_own(monkeypatch):
     "A function put into a table is used by its name, and named among what is allowed."
 
-    def reinforce(rho, advantages, logprobs, low, high, delta):
+    def reinforce(rho, advantages, logprobs, **others):
         nothing = torch.zeros_like(rho, dtype=torch.bool)
         return -advantages * logprobs, nothing, nothing
 
@@ -196,7 +258,7 @@ def test_an_entry_of_ones_own(monkeypatch):
     assert loss.tolist() == [[1, 2], [-3, 0]]
     assert aggregate(loss, mask, "sum") == 0
     assert statistics["rho"][mask].tolist() == pytest.approx([math.e] * 3)
-    with pytest.raises(ValueError, match='"cispo" or "reinforce", got .x.'):
+    with pytest.raises(ValueError, match='"sapo" or "reinforce", got .x.'):
         policy_loss(*arguments, objective="x")
     with pytest.raises(ValueError, match='be "grpo", .* or "sum", got .x.'):
         aggregate(loss, mask, "x")
@@ -257,6 +319,19 @@ def test_cispo_far_away(log_rho):
         close(-loss, weight * A * log_rho, 1e-6 * max(1, abs(log_rho)))
 
 
+@pytest.mark.parametrize("log_rho", FAR)
+def test_sapo_far_away(log_rho):
+    "Between 0 and 4 / tau, and without a gradient at the ends, however far away."
+    for A, tau in ((1.0, 1.0), (-1.0, 1.05), (0.0, 1.05)):
+        loss, slope, _ = far_loss(log_rho, A, torch.float32, objective="sapo")
+        rho = math.exp(min(log_rho, 20))
+        fading = math.exp(-abs(tau * (rho - 1)))  # sigma(1 - sigma) without overflow
+        larger = 1 / (1 + fading)
+        gate = larger if rho > 1 else 1 - larger
+        close(-loss, 4 / tau * gate * A, 1e-6)
+        close(-slope, 4 * larger * (1 - larger) * A * rho, 1e-5)
+
+
 @pytest.mark.parametrize("d", FAR)
 def test_k3_far_away(d):
     "The KL in the loss: exact for d <= 20, finite beyond; with rho, too."
@@ -276,7 +351,12 @@ def test_rewards_near_the_limit_of_float32(scale):
     """Standardised rewards do not depend on their unit: GRPO's, those of steps, and
     whitening; GAE's results are in that unit."""
     small = torch.tensor([3.0, -3.0, 1.0, 0.0, 3.0, 3.0, 2.0, -1.0])
-    for options in ({}, {"scale_rewards": "batch"}, {"baseline": "leave_one_out"}):
+    for options in (
+        {},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": "batch_centred"},
+        {"baseline": "leave_one_out"},
+    ):
         a, b = (
             group_advantages(r, 4, **options, eps=0.0) for r in (small, scale * small)
         )
@@ -511,7 +591,7 @@ def test_the_corrected_kl_takes_the_ratio_of_the_token(tokenizer, level):
     close(ours, exact, 1e-11)
 
 
-@pytest.mark.parametrize("objective", ["clip", "cispo"])
+@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo"])
 def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(objective):
     """The whole way from logits to loss, against the exact gradient: every
     completion of up to two tokens, enumerated."""
@@ -581,6 +661,7 @@ def test_aggregation(how, value, columns):
         {"importance_sampling_level": "sequence"},
         {"importance_sampling_level": "sequence_token"},
         {"objective": "cispo"},
+        {"objective": "sapo"},
         {"entropy_coef": 0.1},
         {"use_bias_correction_kl": True},
         {"mask_truncated_completions": True},
@@ -695,6 +776,7 @@ def test_weights_do_not_depend_on_the_cut(llama, rollout):
         {},
         {"scale_rewards": "none"},
         {"scale_rewards": "batch"},
+        {"scale_rewards": "batch_centred"},
         {"baseline": "leave_one_out"},
         {"eps": 0.0},
     ],
@@ -764,9 +846,24 @@ def test_a_group_of_one_is_refused():
             (0, 2, 4, math.nan),
             {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch"},
             (-1 / 2, 1 / 2, 0, 0),
-        ),
+        ),  # 0, 2, 4: std 2
+        (
+            (11, 9, 3, -3),
+            {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch_centred"},
+            [x / math.sqrt(20 / 3) for x in (1, -1, 3, -3)],
+        ),  # 1, -1, 3, -3: the squares add up to 20
+        (
+            (5, math.nan, 11, 9),
+            {"num_generations": 2, "eps": 0.0, "scale_rewards": "batch_centred"},
+            (0, 0, 1, -1),
+        ),  # one that has nobody to be compared with is at distance 0: std 1
+        (
+            (0, 0, 4, 4, 1, 3),
+            {"num_generations": 2, "eps": 0.5, "scale_rewards": "batch_centred"},
+            (0, 0, 0, 0, -1 / (math.sqrt(0.4) + 0.5), 1 / (math.sqrt(0.4) + 0.5)),
+        ),  # groups without variance count: 2 / 5
     ],
-)  # 0, 2, 4: std 2
+)
 def test_group_advantages(rewards, options, advantages):
     """Bugs 10, 22, 25: ddof 1, RLOO, no scaling, and the standard deviation of the
     batch, of which a row without a score is no part."""
@@ -776,6 +873,22 @@ def test_group_advantages(rewards, options, advantages):
         ),
         advantages,
     )
+
+
+def test_the_centred_batch_is_whitened_whatever_the_queries():
+    """Rewards of a query may be moved by any amount, all by one factor: mean 0 and
+    standard deviation 1 over the step, where "batch" depends on the queries."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(5, 4, generator=generator, dtype=DOUBLE)
+    easier = rewards + torch.tensor([[0.0], [9], [-4], [100], [2]], dtype=DOUBLE)
+    options = {"num_generations": 4, "eps": 0.0, "scale_rewards": "batch_centred"}
+    advantages = group_advantages(rewards.flatten(), **options)
+    close(fmean(advantages.tolist()), 0)
+    close(stdev(advantages.tolist()), 1)
+    close(group_advantages(3 * easier.flatten(), **options), advantages)
+    options["scale_rewards"] = "batch"
+    a, b = (group_advantages(r.flatten(), **options) for r in (rewards, easier))
+    assert (a / b).min() > 10
 
 
 def test_process_advantages():
@@ -859,7 +972,7 @@ def test_each_token_has_its_own_advantage_in_gspo_token():
     close(slope, [0.0, s, s, s])
 
 
-@pytest.mark.parametrize("objective", ["clip", "cispo"])
+@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo"])
 @pytest.mark.parametrize("A", [1.5, -1.5])
 @pytest.mark.parametrize("mask", [[True] * 4, [True, True, True, False]])
 def test_gspo_token_is_gspo_where_a_completion_has_one_advantage(A, objective, mask):
@@ -1029,6 +1142,7 @@ def test_sampling_with_padding_is_sampling_without(model, tokenizer):
         {"importance_sampling_level": "sequence_token"},
         {"loss_type": "dr_grpo"},
         {"objective": "cispo", "loss_type": "dapo"},
+        {"objective": "sapo"},
     ],
     ids=str,
 )

@@ -48,6 +48,7 @@ from grpo_nb.engine import distributed, vllm_sampler
 from grpo_nb.evidence import ledger, oracles, plots, sweep as sweeping, trl_oracles
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import (
+    SCALES,
     group_advantages,
     has_variance,
     informative,
@@ -497,14 +498,17 @@ def slow_policy_loss(
     delta=None,
     importance_sampling_level="token",
     objective="clip",
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
 ):
     rho = slow_ratio(logprobs, old_logprobs, mask, importance_sampling_level)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     need(
         epsilon >= 0
         and epsilon_high >= 0
-        and (objective == "cispo" or delta is None or delta >= 1 + epsilon_high)
-        and objective in ("clip", "cispo")
+        and (objective != "clip" or delta is None or delta >= 1 + epsilon_high)
+        and objective in ("clip", "cispo", "sapo")
+        and all(0 < t < math.inf for t in (sapo_temperature_pos, sapo_temperature_neg))
     )
     N, T = mask.shape
     need(advantages.shape in ((N,), (N, 1), (N, T)))
@@ -522,11 +526,12 @@ def slow_policy_loss(
                 continue
             r, a, new = rho[i, t].item(), A[i][t], logprobs[i, t].item()
             clipped = min(max(r, 1 - epsilon), 1 + epsilon_high)
-            loss[i, t] = (
-                -min(min(r, delta or math.inf) * a, clipped * a)
-                if objective == "clip"
-                else -min(r, 1 + epsilon_high) * a * new
-            )
+            tau = sapo_temperature_pos if a > 0 else sapo_temperature_neg
+            loss[i, t] = {
+                "clip": -min(min(r, delta or math.inf) * a, clipped * a),
+                "cispo": -min(r, 1 + epsilon_high) * a * new,
+                "sapo": -a * 2 / tau * (1 + math.tanh(tau * (r - 1) / 2)),
+            }[objective]
     return loss
 
 
@@ -551,7 +556,9 @@ def test_policy_loss(data):
                 "epsilon_high": st.floats(0, 4) | st.none(),
                 "delta": st.floats(1.01, 4) | st.none(),
                 "importance_sampling_level": LEVELS,
-                "objective": st.sampled_from(["clip", "cispo"]),
+                "objective": st.sampled_from(["clip", "cispo", "sapo"]),
+                "sapo_temperature_pos": st.floats(0.01, 10),
+                "sapo_temperature_neg": st.floats(0.01, 10),
             },
         )
     )
@@ -793,7 +800,7 @@ def slow_group_advantages(
     need(
         num_generations >= 2
         and eps >= 0
-        and scale_rewards in ("group", "batch", "none")
+        and scale_rewards in ("group", "batch", "batch_centred", "none")
         and baseline in ("mean", "leave_one_out")
     )
     groups = groups_of(rewards, num_generations)
@@ -819,7 +826,7 @@ def test_group_advantages(data):
         st.fixed_dictionaries(
             {},
             optional={
-                "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+                "scale_rewards": st.sampled_from(list(SCALES)),
                 "baseline": st.sampled_from(["mean", "leave_one_out"]),
                 "eps": st.floats(0, 1),
             },
@@ -841,7 +848,7 @@ def slow_process_advantages(
         num_generations >= 2
         and len(step_rewards) % num_generations == 0
         and eps >= 0
-        and scale_rewards in ("group", "batch", "none")
+        and scale_rewards in ("group", "batch", "batch_centred", "none")
         and baseline in ("mean", "leave_one_out")
     )
     need(not step_rewards.isinf().any())
@@ -880,7 +887,7 @@ NO_ENDS = st.lists(st.just(set()), max_size=7)
 def test_process_advantages(data):
     "Of other shapes and kinds, infinite, of a number that the group does not divide."
     choices = {
-        "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+        "scale_rewards": st.sampled_from(list(SCALES)),
         "baseline": st.sampled_from(["mean", "leave_one_out"]),
         "eps": st.floats(0, 1),
     }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grpo_nb.engine.models import EngineModels
 from grpo_nb.gae import gae, whiten
 from grpo_nb.group import advantages as group_box
-from grpo_nb.group import group_advantages, informative, process_advantages
+from grpo_nb.group import SCALES, group_advantages, informative, process_advantages
 from grpo_nb.objective import aggregate, policy_loss
 from grpo_nb.engine.micro_batch import micro_batches
 from grpo_nb.engine.packing import shared_rows
@@ -50,6 +50,8 @@ OBJECTIVES = [
         "importance_sampling_level": "sequence",
         "epsilon_high": 3.0,
     },
+    {"objective": "sapo"},
+    {"objective": "sapo", "sapo_temperature_pos": 0.3, "sapo_temperature_neg": 4.0},
 ]
 
 
@@ -94,7 +96,7 @@ def far_from(x, *kinks, margin=1e-3):
     "options, per_token",
     [
         (options, per_token)
-        for options in OBJECTIVES[:4]
+        for options in (*OBJECTIVES[:4], *OBJECTIVES[-2:])
         for per_token in (False, True)
         if not (per_token and "importance_sampling_level" in options)
     ],
@@ -412,7 +414,7 @@ rewards_of_groups = st.lists(
 ).map(lambda r: torch.tensor(r, dtype=torch.float64))
 GROUP_OPTIONS = [
     {"scale_rewards": s, "baseline": b}
-    for s in ("group", "batch", "none")
+    for s in SCALES
     for b in ("mean", "leave_one_out")
 ]
 
@@ -440,7 +442,7 @@ def test_order_does_not_matter(rewards, options, rng):
     )
 
 
-@given(rewards_of_groups, st.sampled_from(["group", "batch", "none"]))
+@given(rewards_of_groups, st.sampled_from(list(SCALES)))
 def test_advantages_of_a_group(rewards, scale):
     """They sum to 0 over each group; scaled by the group, with unit std; unscored
     rows get 0; leave-one-out is n/(n-1) times the mean baseline."""

@@ -26,6 +26,8 @@ CHANGED = {  # by each recipe, from the defaults of its algorithm: all of it
     | {"importance_sampling_level": "sequence"}
     | {"epsilon": 0.0003, "epsilon_high": 0.0004},
     "cispo": NO_KL | {"objective": "cispo", "loss_type": "dapo", "epsilon_high": 4.0},
+    "sapo": NO_KL | {"objective": "sapo"},
+    "reinforce_pp_baseline": {"scale_rewards": "batch_centred"},
     "rloo": {"baseline": "leave_one_out", "scale_rewards": "none"}
     | {"num_generations": 4},
 }
@@ -52,6 +54,8 @@ STATED = {  # what the table of recipes in chapter 20 says, and the options that
     r"\(([\de-]+) below": "epsilon",
     r"([\de-]+) above\)": "epsilon_high",
     r"every (\d+) steps": "ref_model_sync_steps",
+    r"temperature ([\d.]+) for good": "sapo_temperature_pos",
+    r"([\d.]+) for others": "sapo_temperature_neg",
 }
 
 

@@ -73,6 +73,7 @@ def test_ppo_does_not_train_on_rounding_noise(parameters):
         {"beta": 1.0, "use_peft": True},
         {"beta": 1.0, "use_bias_correction_kl": True},
         {"scale_rewards": "batch"},
+        {"scale_rewards": "batch_centred"},
         {"baseline": "leave_one_out", "num_iterations": 2},
     ],
     ids=str,

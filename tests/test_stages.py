@@ -25,6 +25,7 @@ from grpo_nb.gae import advantages as gae_advantages
 from grpo_nb.gae import whiten
 from grpo_nb.group import advantages as group_box
 from grpo_nb.group import (
+    SCALES,
     group_advantages,
     has_variance,
     informative,
@@ -333,7 +334,7 @@ def test_process_rewards_of_ppo(rollout):
         min_size=6,
         max_size=6,
     ),
-    st.sampled_from(["group", "batch", "none"]),
+    st.sampled_from(list(SCALES)),
     st.sampled_from(["mean", "leave_one_out"]),
 )
 def test_process_advantages_by_definition(steps, scale, baseline):
@@ -355,7 +356,7 @@ def test_dense_steps_are_the_lists():
         G, T = draw.randint(2, 5), draw.randint(1, 9)
         steps = [random_steps(draw, T) for _ in range(10 * G)]
         options = {
-            "scale": draw.choice(["group", "batch", "none"]),
+            "scale": draw.choice(list(SCALES)),
             "baseline": draw.choice(["mean", "leave_one_out"]),
         }
         expected = process_advantages_by_definition(steps, G, T, **options)

@@ -23,7 +23,14 @@ from grpo_nb.figure import boxes
 from grpo_nb.group import BASELINES, SCALES
 from grpo_nb.objective import AGGREGATES, LEVELS, OBJECTIVES
 from grpo_nb.run import dynamic_sampling
-from grpo_nb.run.options import RECIPES, Config, GRPOConfig, PPOConfig, make_config
+from grpo_nb.run.options import (
+    BOUNDS,
+    RECIPES,
+    Config,
+    GRPOConfig,
+    PPOConfig,
+    make_config,
+)
 from helpers import ROOT
 
 NBS = ROOT / "nbs"
@@ -98,7 +105,33 @@ def test_numbers_of_recipes_in_words():
         assert int(n) == len(RECIPES), word
 
 
+def test_numbers_of_papers_in_words():
+    "Settings or recipes from so many papers: those of the table, by their addresses."
+    (table,) = [
+        text
+        for text in sources("2_run/20_options.ipynb", "markdown")
+        if text.startswith("## Recipes")
+    ]
+    papers = re.findall(r"^\| `\w+` \| \[[^]]*\]\(\S+/([\d.]+)\)", table, re.MULTILINE)
+    found = []
+    for path in ("index.ipynb", "experiments/recipes.ipynb"):
+        for text in sources(path, "markdown"):
+            found += re.findall(r"(?:settings|recipes) from (\w+) papers", text)
+    assert len(found) >= 2
+    assert {WORDS.index(word) for word in found} == {len(set(papers))}
+
+
+def test_every_recipe_is_told_by_claim_8():
+    "As one that it ran, or as one that it did not."
+    text = "".join(map("".join, (c["source"] for c in cells(CLAIM_8))))
+    for recipe in RECIPES:
+        assert re.search(rf"[`\"]{recipe}[`\"]", text), recipe
+
+
+CLAIM_8 = "experiments/claims/08_performance.ipynb"
+
 NO_TRL = {  # choices without a row of TRL's, and why
+    "batch_centred": "TRL's standard deviation of the batch is that of raw rewards",
     "leave_one_out": "GRPOTrainer has no baseline but the mean; TRL's RLOOTrainer has",
 }
 NO_MUTANT = {  # choices without a mutant of their own, and why
@@ -116,6 +149,7 @@ SHOWN = {  # choice of an option: its row in the ledger, TRL's, words of a mutan
     "objective": {
         "clip": ("clipped objective", "grpo, TRL", "the clip is inverted"),
         "cispo": ("CISPO", "cispo, TRL", "CISPO: the capped weight"),
+        "sapo": ("SAPO", "sapo, TRL", "SAPO: the factor 4 / tau"),
     },
     "loss_type": {
         "grpo": ("grpo", "grpo, TRL", "GRPO averages over all tokens"),
@@ -135,6 +169,7 @@ SHOWN = {  # choice of an option: its row in the ledger, TRL's, words of a mutan
             "advantage, batch, TRL",
             "the standard deviation of the batch",
         ),
+        "batch_centred": ("std of the centred batch", None, "are not centred before"),
         "none": ("no std", "advantage, none, TRL", None),
     },
     "baseline": {
@@ -171,6 +206,76 @@ def test_every_choice_has_a_row_an_oracle_and_a_mutant(option):
         assert bug is None or any(bug in title for title in titles), choice
 
 
+CHAPTERS = {  # that name every choice of an option but its default
+    "objective": "1_figure/10_objective.ipynb",
+    "loss_type": "1_figure/10_objective.ipynb",
+    "importance_sampling_level": "1_figure/10_objective.ipynb",
+    "scale_rewards": "1_figure/09_group.ipynb",
+    "baseline": "1_figure/09_group.ipynb",
+}
+TESTED = {  # files that try each choice of an option but its default
+    "objective": [
+        "test_equations.py",
+        "test_properties.py",
+        "test_fuzz.py",
+        "test_trl.py",
+        "worker.py",
+    ],
+    "scale_rewards": ["helpers.py", "test_equations.py", "test_rounding.py"],
+}
+
+
+@pytest.mark.parametrize("option", SHOWN)
+def test_every_choice_is_in_its_chapter_and_in_the_tests(option):
+    "By its name, in quotes: in prose, and in each file that has a list of choices."
+    prose = "".join(sources(CHAPTERS[option], "markdown"))
+    places = {CHAPTERS[option]: prose}
+    for file in TESTED.get(option, []):
+        places[file] = (ROOT / "tests" / file).read_text()
+    if option == "objective":
+        places["12_update"] = "".join(sources("1_figure/12_update.ipynb"))
+    default = getattr(make_config(), option)
+    for choice in TABLES[option].keys() - {default}:
+        for place, text in places.items():
+            if choice == "none" and place != CHAPTERS[option]:
+                continue  # what could be wrong in it is in `group`
+            assert f'"{choice}"' in text, (place, choice)
+
+
+def test_objectives_of_trl_are_named_for_those_who_come_from_it():
+    "Its loss types that are objectives here, beside both options."
+    code = "".join(sources("guides/from_trl.ipynb"))
+    meaning = code[code.index('"loss_type": """') :].split('""",')[0]
+    name = code[code.index('"objective": (') :].split("\n")[0]
+    theirs = [check.name for check in TRL_ROWS]
+    for objective in OBJECTIVES:
+        if f"{objective}, TRL" in theirs:
+            assert f'`"{objective}"' in meaning and f'`"{objective}"' in name
+
+
+NO_SYMBOL = {"top_p", "value_learning_rate"}  # the first: in the table of letters
+
+
+def test_every_number_of_a_box_is_in_the_notation():
+    "A symbol for what stands in an equation, with the option's name beside it."
+    text = "".join(sources("notation.ipynb", "markdown"))
+    options = [*fields(GRPOConfig), *fields(PPOConfig)]
+    for option in options:
+        number = option.name in BOUNDS and option.type in (float, float | None)
+        if number and option.name not in NO_SYMBOL:
+            assert f"`{option.name}`" in text, option.name
+
+
+def test_what_the_guide_adds_is_not_the_librarys():
+    "An entry of one's own that has become built in would be no example any more."
+    tables = TABLES | {"recipe": RECIPES}
+    every = {name for table in tables.values() for name in table}
+    code = "\n".join(sources("guides/variants.ipynb"))
+    added = re.findall(r'^(?:[A-Z]+)\["(\w+)"\] = ', code, re.MULTILINE)
+    assert len(added) >= 3
+    assert not every & set(added)
+
+
 def definitions(path, *names):
     "The assignments and functions of a notebook with these names, evaluated."
     space = dict(algorithm=algorithm, gae=gae, group=group, models=models)
@@ -185,6 +290,16 @@ def definitions(path, *names):
             if name in names:
                 exec(ast.unparse(node), space)
     return [space[name] for name in names]
+
+
+@pytest.mark.parametrize("module, half", [(group, "grpo"), (gae, "ppo")])
+def test_claim_5_counts_every_function_of_these_boxes(module, half):
+    "The small ones beneath a public function, too: a new one is not forgotten."
+    (parts,) = definitions("experiments/claims/05_simpler.ipynb", "PARTS")
+    counted = {f.__name__ for of_part in parts[half].values() for f in of_part}
+    for name, thing in vars(module).items():
+        if inspect.isfunction(thing) and thing.__module__ == module.__name__:
+            assert name in counted, name
 
 
 def test_claim_5_counts_what_is_there():

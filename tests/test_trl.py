@@ -24,7 +24,8 @@ from grpo_nb.policy import load_policy
 from grpo_nb.reference import kl
 from grpo_nb.engine.data import load_task
 
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
+OBJECTIVES = {"cispo": ("cispo", "dapo"), "sapo": ("sapo", "grpo")}  # and loss_type
 LEVELS = ("token", "sequence", "sequence_token")
 
 
@@ -63,6 +64,9 @@ settings_of_both = st.fixed_dictionaries(
         "epsilon": st.sampled_from([3e-4, 0.1, 0.2]),
         "epsilon_high": st.sampled_from([None, 4e-4, 0.28, 4.0]),
         "delta": st.sampled_from([None, 0.0, 0.1, 3.0]),  # above 1 + epsilon_high
+        # numbers that float32 holds, since TRL's are
+        "sapo_temperature_pos": st.sampled_from([1.0, 0.5]),
+        "sapo_temperature_neg": st.sampled_from([1.0, 1.25, 4.0]),
     }
 ).map(with_delta)
 
@@ -80,7 +84,7 @@ def our_loss(
 ):
     """policy_loss + beta kl (times rho), aggregated, as `update` composes them; with
     the arguments of TRL, but for the cap of CISPO."""
-    cispo = loss_type == "cispo"
+    objective, aggregated = OBJECTIVES.get(loss_type, ("clip", loss_type))
     loss, statistics = policy_loss(
         b["logprobs"],
         b["old"],
@@ -88,7 +92,7 @@ def our_loss(
         b["mask"],
         **bounds,
         importance_sampling_level=level,
-        objective="cispo" if cispo else "clip",
+        objective=objective,
     )
     if beta:
         loss = loss + beta * kl(b["logprobs"], b["ref"], "k3") * (
@@ -97,7 +101,7 @@ def our_loss(
     return aggregate(
         loss,
         b["mask"],
-        "dapo" if cispo else loss_type,
+        aggregated,
         max_completion_length,
         num_sequences,
         num_tokens,
@@ -208,7 +212,7 @@ def rows(b, index):
     return {name: x[index] for name, x in b.items()}
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo", "sapo"])
 @given(batches(), settings_of_both)
 def test_micro_batches(loss_type, b, settings):
     """Pieces of equal size add up to the step on both sides (TRL's bnpo is the mean

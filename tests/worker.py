@@ -40,6 +40,7 @@ WAYS = [
     dict(loss_type="dapo", mask_truncated_completions=True),
     dict(loss_type="dr_grpo", importance_sampling_level="sequence"),
     dict(objective="cispo", max_tokens_per_micro_batch=1),
+    dict(objective="sapo"),
 ]
 
 

@@ -390,6 +390,13 @@ def _weighted_gain(x, y, A, objective) -> Tensor:
     return weight * A * x
 
 
+def _fading_gain(x, y, A, objective) -> Tensor:
+    "What a token gains by a sigmoid, with the temperatures of the paper."
+    temperature = 1.0 if A > 0 else 1.05
+    distance = temperature * ((x - y).exp() - 1)
+    return A * 2 / temperature * (1 + (distance / 2).tanh())
+
+
 _objective_rows = [
     Check(
         "clipped objective",
@@ -426,6 +433,15 @@ _objective_rows = [
         "objective.policy_loss",
         "definition, weight held fixed",
         partial(_check_objective, _weighted_gain, objective="cispo"),
+    ),
+    Check(
+        "SAPO",
+        r"-\tfrac4\tau\,\sigma\big(\tau(\rho-1)\big)A,"
+        r"\ \tau=1\ \text{or}\ 1.05",
+        "SAPO 2511.20347",
+        "objective.policy_loss",
+        "definition, by the sign of A",
+        partial(_check_objective, _fading_gain, objective="sapo"),
     ),
 ]
 
@@ -849,6 +865,14 @@ def _std_of_batch(group: list[float]) -> float:
     return statistics.stdev(itertools.chain(*_GROUPS)) + 1e-4
 
 
+def _std_of_centred_batch(group: list[float]) -> float:
+    "The same of all groups, each less its mean."
+    centres = [statistics.fmean(group) for group in _GROUPS]
+    pairs = zip(_GROUPS, centres)
+    centred = [[reward - centre for reward in group] for group, centre in pairs]
+    return statistics.stdev(itertools.chain(*centred)) + 1e-4
+
+
 def _one(group: list[float]) -> float:
     "No scale."
     return 1.0
@@ -882,6 +906,15 @@ _group_rows = [
         "group.group_advantages",
         "module statistics",
         partial(_check_group, _std_of_batch, "batch"),
+    ),
+    Check(
+        "std of the centred batch",
+        r"\hat A_i=\frac{r_i-\bar r}{\operatorname{std}_\text{batch}(r-\bar r)"
+        r"+10^{-4}}",
+        "REINFORCE++ 2501.03262",
+        "group.group_advantages",
+        "module statistics",
+        partial(_check_group, _std_of_centred_batch, "batch_centred"),
     ),
     Check(
         "no std",
@@ -998,6 +1031,14 @@ _gradient_rows = [
         "objective.policy_loss",
         "enumeration of 85 answers",
         partial(_check_policy_gradient, _reward_itself, objective="cispo"),
+    ),
+    Check(
+        "policy gradient, SAPO",
+        r"\mathbb E_o\big[\nabla\textstyle\sum_t\ell_t\big]=-\nabla J",
+        "policy gradient theorem",
+        "objective.policy_loss",
+        "enumeration of 85 answers",
+        partial(_check_policy_gradient, _reward_itself, objective="sapo"),
     ),
     Check(
         "policy gradient, leave-one-out",

@@ -92,13 +92,15 @@ def trl_loss(
     ref_logprobs: Float[Tensor, "N T"] | None,  # None only if beta is 0
     advantages: Float[Tensor, "N"] | Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    loss_type: str = "grpo",  # TRL's names, so also "cispo"
+    loss_type: str = "grpo",  # TRL's names, so also "cispo", "sapo"
     importance_sampling_level: str = "token",
     beta: float = 0.0,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,  # for "cispo" the cap itself
     delta: float | None = None,
     use_bias_correction_kl: bool = False,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
     max_completion_length: int | None = None,  # for "dr_grpo"
     num_items: int | None = None,  # tokens of the step; None: those of mask
     num_pieces: int = 1,  # micro-batches of the step, of which this is one
@@ -118,9 +120,13 @@ def trl_loss(
     trainer.epsilon_high = epsilon_high
     trainer.max_completion_length = max_completion_length
     trainer.current_gradient_accumulation_steps = num_pieces
-    trainer.args.steps_per_generation = num_pieces
-    trainer.args.delta = delta
-    trainer.args.use_bias_correction_kl = use_bias_correction_kl
+    trainer.args = SimpleNamespace(
+        steps_per_generation=num_pieces,
+        delta=delta,
+        use_bias_correction_kl=use_bias_correction_kl,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+    )
     ids = mask.long()  # any ids: the log-probs are given
     inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1]}
     inputs["completion_ids"] = ids
@@ -148,7 +154,6 @@ def _loss_stand_in(logprobs: Tensor) -> SimpleNamespace:
     entropy = torch.zeros_like(logprobs)
     trainer._get_per_token_logps_and_entropies = _always((logprobs, entropy, None))
     trainer.model = SimpleNamespace(training=True)
-    trainer.args = SimpleNamespace()
     trainer.accelerator = SimpleNamespace(num_processes=1)
     trainer.accelerator.gather = _same
     trainer.accelerator.reduce = _same
@@ -210,6 +215,8 @@ def _loss_settings(
     levels = ("token", "sequence", "sequence_token")
     penalties = ((0.0, False), (0.1, False), (0.1, True))
     bounds = ({}, {"epsilon_high": 0.28}, {"delta": 1.3})
+    if loss_type == "sapo":
+        bounds = [_temperatures(*pair) for pair in ((1, 1), (1, 1.25), (2, 0.5))]
     advantages = (rollout.advantages, per_token)
     for choice in itertools.product(levels, penalties, bounds, advantages):
         level, (beta, corrected), bound, A = choice
@@ -221,10 +228,17 @@ def _loss_settings(
         yield A, level, beta, shared | bound
 
 
+def _temperatures(pos: float, neg: float) -> dict[str, float]:
+    "Name the two; they must be numbers that float32 holds, since TRL's are."
+    return {"sapo_temperature_pos": pos, "sapo_temperature_neg": neg}
+
+
 def _names_here(loss_type: str) -> dict[str, str]:
     "What TRL's loss type is called in this library."
     if loss_type == "cispo":
         return {"device": "cpu", "loss_type": "dapo", "objective": "cispo"}
+    if loss_type == "sapo":
+        return {"device": "cpu", "loss_type": "grpo", "objective": "sapo"}
     return {"device": "cpu", "loss_type": loss_type}
 
 
@@ -277,6 +291,15 @@ _loss_rows = [
         "update.batch_loss",
         "TRL: _compute_loss, up to 30 settings",
         partial(_check_loss, "cispo"),
+    ),
+    Check(
+        "sapo, TRL",
+        r"-\frac1N\sum_i\frac1{\lvert o_i\rvert}"
+        r"\sum_t\tfrac4\tau\,\sigma\big(\tau(\rho-1)\big)A",
+        "2511.20347",
+        "update.batch_loss",
+        "TRL: _compute_loss, up to 30 settings",
+        partial(_check_loss, "sapo"),
     ),
 ]
 
