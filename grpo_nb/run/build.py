@@ -49,13 +49,18 @@ from ..task import TASKS, Task
 from ..value import ValueModel
 
 # %% ../../nbs/2_run/21_build.ipynb #21b00005
+# what only a table has
+_TABLE = ("heldout_file", "heldout_size", "prompt_column", "answer_column")
+
+
 def open_task(config: Config, task: Task | Sequence[dict] | None = None) -> Task:
     "Open what was passed, a task or rows, or else what the config names."
+    options = {name: getattr(config, name) for name in _TABLE}
     if task is not None:
-        return as_task(task)
+        return as_task(task, **options)
     if config.task in TASKS:  # only the package's own tasks have digits
-        return load_task(config.task, digits=config.digits)
-    return load_task(config.task)
+        options["digits"] = config.digits
+    return load_task(config.task, **options)
 
 # %% ../../nbs/2_run/21_build.ipynb #d3b934de
 # name -> maker, which takes what it needs of: task, policy, tokenizer, longest

@@ -33,6 +33,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from ..engine.data import check_task
+from ..engine.files import check_source
 from ..gae import GAEOptions
 from ..group import GroupOptions
 from ..objective import ObjectiveOptions
@@ -84,6 +85,24 @@ class StartOptions:
     )
     digits: Literal[1, 2, 3] = _option(
         2, "digits of the numbers in a query, of the first four tasks"
+    )
+    prompt_column: str | None = _option(
+        None, "column of the prompt in a table (default: a shape that is recognised)"
+    )
+    answer_column: str | None = _option(
+        None, "column of the right answer in a table; a.b is b in column a"
+    )
+    heldout_file: _Path | None = _option(
+        None, "file or data set whose rows are held out (default: the task's own split)"
+    )
+    heldout_size: NonNegativeInt | None = _option(
+        None,
+        "rows of a table to hold out, by checksum; 0: none (default: its own split, or "
+        "one in five)",
+    )
+    overlong_prompts: Literal["error", "drop"] = _option(
+        "error",
+        "where a prompt leaves no room for a completion: stop, or leave such rows out",
     )
 
 # %% ../../nbs/2_run/20_options.ipynb #2d50fcce
@@ -238,6 +257,7 @@ class Config(
 
     def __post_init__(self):
         check_task(self.task)
+        self._check_heldout()
         resolve_device(self.device)
         self._check_objective()
         self._check_level()
@@ -251,6 +271,17 @@ class Config(
                 "does not correct for the cut",
                 stacklevel=3,
             )
+
+    def _check_heldout(self):
+        "Refuse two ways of holding out, and a file that is not there."
+        if self.heldout_file is None:
+            return
+        if self.heldout_size is not None:
+            raise ValueError(
+                f"heldout_size = {self.heldout_size} and heldout_file = "
+                f"{self.heldout_file!r} both say what is held out: give one"
+            )
+        check_source(self.heldout_file, "heldout_file")
 
     def _check_objective(self):
         "Refuse a bound on the wrong side, or without a use."

@@ -31,11 +31,12 @@ from ..engine.adapters import require_peft
 from ..engine.decoding import lacks_memory, sample
 from ..engine.distributed import gather, join_launch
 from ..engine.distributed import known_to_all, on_main, process
-from ..engine.judging import RewardModel, score
+from ..engine.judging import score
 from ..engine.precision import precision
+from ..engine.prompts import fit_prompts
 from ..group import informative
 from ..models import Models
-from ..policy import check_tokens, encode_prompts, load_policy
+from ..policy import load_policy
 from ..reward import RewardFunction
 from ..rollout import Rollout
 from .build import Trainer, build_models, build_schedulers, check_rules
@@ -49,7 +50,6 @@ from .run_directory import check_passed, claim_directory, find_directory
 from .run_directory import make_record, read_completions, saved_config
 from .run_directory import write_atomically
 from .trackers import check_trackers, open_trackers
-from ..sampling import check_context
 from ..task import Query, TASKS, Task
 
 # %% ../../nbs/2_run/24_training.ipynb #e18aad1a
@@ -326,6 +326,7 @@ def train(
     own_task = task is not None
     reward_funcs = _listed(reward_funcs)
     task = open_task(config, task)
+    _say_about(task)
     _check_call(config, task, reward_funcs)
     functions = _functions(config, advantages, policy_loss)
     record = make_record(config, task, own_task, reward_funcs, functions)
@@ -338,7 +339,7 @@ def train(
         models = build_models(config, task, trainer.bound(reward_funcs))
         models.advantages = advantages or models.advantages
         models.policy_loss = policy_loss or models.policy_loss
-        _check_prompts(config, task, models)
+        task = _fit_prompts(config, task, models)
         schedulers = build_schedulers(config, models)
         if status == "new":
             directory = claim_directory(config, directory, lock)
@@ -461,51 +462,23 @@ def step_queries(
     return task.queries("train", n, seed=seed * 1_000_003 + step)
 
 
-def _check_prompts(config: Config, task: Task, models: Models):
-    """Refuse (`ValueError`) queries that the models cannot read, or a reward model.
+def _fit_prompts(config: Config, task: Task, models: Models) -> Task:
+    """Look at the prompts before anything is written.
 
-    Looks at all rows of a table, else at the first queries of training and evaluation,
-    before anything is written."""
-    if task.sides is not None:
-        queries = [task.query(i) for i in range(task.size)]
-    else:
+    Of a task without rows, at those of the first step and of an evaluation."""
+
+    def first():
         queries = step_queries(task, config.num_prompts, config.seed, 1)
-        queries += task.queries("heldout", config.eval_size)
-    for start in range(0, len(queries), 1000):
-        _check_readable(config, models, queries[start : start + 1000])
+        return queries + task.queries("heldout", config.eval_size)
+
+    return fit_prompts(task, models, config, first)
 
 
-def _check_readable(config: Config, models: Models, queries: list[Query]):
-    "Refuse queries with tokens or of a length that a model does not take."
-    tokenizer, longest = models.tokenizer, config.max_completion_length
-    ids, mask = encode_prompts(tokenizer, queries)
-    for f in models.rewards:
-        f = f.func if isinstance(f, partial) else f
-        if isinstance(f, RewardModel):
-            f.check(queries, longest)
-    check_tokens(models.policy, ids, mask, lambda i: queries[i].where(i), tokenizer)
-    check_context(models.policy, queries, mask.sum(1), longest)
-    if models.value is not None:
-        check_context(models.value.trunk, queries, mask.sum(1), longest)
-    unread = _unread_rows(tokenizer, ids, mask)
-    if unread:
-        query = queries[unread[0]]
-        row = f" ({query.source})" if query.source else ""
-        raise ValueError(
-            f"model {config.model!r} cannot read {query.text[:60]!r}{row}: "
-            "its tokenizer does not know all of these characters"
-        )
-
-
-def _unread_rows(
-    tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor
-) -> list[int]:
-    "Rows with characters for which the tokenizer has no token."
-    unknown = tokenizer.unk_token_id
-    others = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
-    if unknown is None or unknown in others:  # then it stands for something else, too
-        return []
-    return ((ids == unknown) & mask).any(1).nonzero().flatten().tolist()
+def _say_about(task: Task):
+    "Print how a table was read, in the main process."
+    about = getattr(task, "about", "")
+    if about and process()[0] == 0:
+        print(about)
 
 # %% ../../nbs/2_run/24_training.ipynb #e8e992e3
 @contextmanager
