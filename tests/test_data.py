@@ -32,7 +32,6 @@ import pandas as pd
 import pyarrow
 import pytest
 import reasoning_gym
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 

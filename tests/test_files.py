@@ -200,10 +200,22 @@ def test_a_changed_file_is_read_anew_and_nothing_is_left(tmp_path, monkeypatch):
     [
         ({"train.jsonl": 3, "test.jsonl": 1}, 3, 1),
         ({"train.csv": 3, "validation.csv": 1, "test.csv": 2}, 3, 2),
-        ({"data/train-00000-of-00002.parquet": 3, "data/train-00001-of-00002.parquet": 1}, 4, None),
-        ({"train-00000-of-00001-0123ab.parquet": 2, "test-00000-of-00001.parquet": 1}, 2, 1),
-        ({"data/train_sft-00000-of-00001.parquet": 2, "data/test_sft-00000-of-00001.parquet": 1,
-          "data/train_gen-00000-of-00001.parquet": 4, "data/test_gen-00000-of-00001.parquet": 3}, 4, 3),
+        (
+            {"data/train-00000-of-00002.parquet": 3, "data/train-1-of-2.parquet": 1},
+            4,
+            None,
+        ),
+        ({"train-00000-of-00001-0123ab.parquet": 2, "test-0-of-1.parquet": 1}, 2, 1),
+        (
+            {
+                "data/train_sft-00000-of-00001.parquet": 2,
+                "data/test_sft-00000-of-00001.parquet": 1,
+                "data/train_gen-00000-of-00001.parquet": 4,
+                "data/test_gen-00000-of-00001.parquet": 3,
+            },
+            4,
+            3,
+        ),
         ({"train/a.json": 2, "train/b.json": 1, "dev/a.json": 1}, 3, 1),
         ({"gsm8k_train.jsonl.gz": 2, "gsm8k_test.jsonl.gz": 1}, 2, 1),
         ({"Train.CSV": 2, "TEST.CSV": 1}, 2, 1),
@@ -211,7 +223,7 @@ def test_a_changed_file_is_read_anew_and_nothing_is_left(tmp_path, monkeypatch):
         ({"a.jsonl": 3, "b.jsonl": 2}, 5, None),
         ({"train.parquet": 3, "train.json": 1}, 3, None),
     ],
-)  # fmt: skip
+)
 def test_a_folder(tmp_path, files, train, heldout):
     "With a README, a description and hidden files beside the data."
     for name, n in files.items():

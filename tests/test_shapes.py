@@ -8,14 +8,13 @@ import csv
 import json
 import re
 
-import nbformat
 import pandas as pd
-import papermill
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from grpo_nb.engine.data import SHAPES, as_task, load_task, marked_answer, recognise
-from grpo_nb.engine.data import makes_target, task_from_rows
+from grpo_nb.engine.data import as_task, load_task, task_from_rows
+from grpo_nb.engine.shapes import SHAPES, makes_target, marked_answer, recognise
 from grpo_nb.run.command_line import main
 from grpo_nb.run.options import make_config
 from grpo_nb.run.training import open_run, train
@@ -166,22 +165,18 @@ def test_two_steps_from_the_command_line(tmp_path, reader, capsys, name):
 
 def cells_of_train(**parameters):
     "The code of the train notebook with parameters as papermill puts them in."
-    notebook = nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4)
-    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python"}
-    for cell in notebook.cells:
-        cell.metadata.setdefault("tags", [])
+    path = str(ROOT / "nbs/experiments/train.ipynb")
     notebook = parameterize_notebook(
-        papermill.iorw.load_notebook_node(ROOT / "nbs/experiments/train.ipynb"),
-        parameters,
-        kernel_name="python3",
-        language="python",
+        load_notebook_node(path), parameters, kernel_name="python3", language="python"
     )
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_two_steps_from_the_notebook(tmp_path, reader, name, monkeypatch):
-    "Its cells up to the run, in this process: a kernel for each would take minutes."
+    """Its cells up to the run, in this process: a kernel for each would take minutes.
+
+    (test_notebooks.py runs it in a kernel, on such a file.)"""
     task = write(tmp_path, *TABLES[name])
     monkeypatch.setattr("grpo_nb.evidence.plots.LivePlot", contextlib.nullcontext)
     space = {}
@@ -193,24 +188,6 @@ def test_two_steps_from_the_notebook(tmp_path, reader, name, monkeypatch):
     assert space["run"].config.task == task
 
 
-def test_two_steps_by_papermill(tmp_path, reader, monkeypatch):
-    "In a kernel of its own, to the last cell."
-    task = write(tmp_path, *TABLES["verl"])
-    monkeypatch.delenv("MPLBACKEND", raising=False)
-    notebook = papermill.execute_notebook(
-        ROOT / "nbs/experiments/train.ipynb",
-        tmp_path / "out.ipynb",
-        options(reader, task, tmp_path / "run"),
-        cwd=tmp_path,
-        kernel_name="python3",
-        progress_bar=False,
-        log_output=False,
-    )
-    assert len(read_metrics(tmp_path / "run")) == 2
-    shown = str([cell.get("outputs") for cell in notebook.cells])
-    assert "answer from reward_model.ground_truth" in shown
-
-
 # Columns ------------------------------------------------------------------------------
 
 
@@ -220,7 +197,7 @@ def test_two_steps_by_papermill(tmp_path, reader, monkeypatch):
         ({"prompt": "1?", "answer": "#### 2"}, "1?", "#### 2"),  # ours: every letter
         ({"prompt": "1?", "solution": "so \\boxed{2}"}, "1?", "2"),
         ({"Question": "1?", "ANSWER": 2}, "1?", 2),
-        ({"problem": "1?", "solution": "x", "answer": "\\frac{1}{2}"}, "1?", "\\frac{1}{2}"),
+        ({"problem": "1?", "solution": "x", "answer": "\\pi"}, "1?", "\\pi"),
         ({"problem": "1?", "expected_answer": "2"}, "1?", "2"),
         ({"question": "1?", "final_answer": "2", "r1_solution_1": "x"}, "1?", "2"),
         ({"instruction": "1?", "input": None, "output": "2"}, "1?", "2"),
@@ -228,9 +205,13 @@ def test_two_steps_by_papermill(tmp_path, reader, monkeypatch):
         ({"input": "1?", "label": "B"}, "1?", "B"),
         ({"prompt": "1?", "messages": [], "ground_truth": "2"}, "1?", "2"),
         ({"prompt": "1?", "ground_truth": {"target": 2}}, "1?", None),
-        ({"prompt": "1?", "reward_model": {"ground_truth": ["2", "two"]}}, "1?", ["2", "two"]),
+        (
+            {"prompt": "1?", "reward_model": {"ground_truth": ["2", "3"]}},
+            "1?",
+            ["2", "3"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_recognised(row, prompt, answer):
     query = as_task([row]).query(0)
     assert query.prompt == prompt and query.columns.get("answer") == answer
@@ -254,14 +235,14 @@ def test_what_is_recognised(row, prompt, answer):
         ([{"role": "user", "content": "1?"}], ["user"], None),
         (
             [
-                {"role": "user", "content": [{"type": "text", "text": "1?"}], "name": None},
+                {"role": "user", "content": [{"type": "text", "text": "1?"}]},
                 {"role": "assistant", "content": "2", "tool_calls": None},
             ],
             ["user"],
             "2",
         ),
     ],
-)  # fmt: skip
+)
 def test_talks(value, prompt, answer):
     for column in ("messages", "conversations"):
         query = as_task([{column: value}]).query(0)
@@ -292,17 +273,16 @@ def test_talks_that_are_none(wrong, says):
 
 def test_columns_by_name(tmp_path):
     "Of any name, with a dot inside of another; what is not there is refused with all."
-    table = [{"Frage": "1?", "extra info": {"x.y": {"Antwort": 2}}, "prompt": "no"}]
-    table = table * 3
+    table = [{"Frage": "1?", "info": {"A b": {"c": 2}}, "x.y": 3, "prompt": "no"}] * 3
     (tmp_path / "a.json").write_text(json.dumps(table))
-    columns = {"prompt_column": "Frage", "answer_column": "extra info.x.y.Antwort"}
-    with pytest.raises(ValueError, match="no answer|no such"):
-        assert load_task(str(tmp_path / "a.json"), **columns).is_right is None
-        raise ValueError("no answer")  # a dot in a name is not looked into
-    table = [{"Frage": "1?", "info": {"Antwort": 2}, "prompt": "no"}] * 3
-    columns["answer_column"] = "info.Antwort"
-    task = as_task(table, **columns)
-    assert task.query(0).prompt == "1?" and task.is_right("2", task.query(0))
+    for column, right in (("info.A b.c", "2"), ("x.y", "3")):
+        columns = {"prompt_column": "Frage", "answer_column": column}
+        for task in (
+            as_task(table, **columns),
+            load_task(str(tmp_path / "a.json"), **columns),
+        ):
+            assert task.query(0).prompt == "1?"
+            assert task.is_right(right, task.query(0))
     for option in ("prompt_column", "answer_column"):
         with pytest.raises(ValueError, match=rf"{option} = 'frage': .*Frage, info"):
             as_task(table, **{option: "frage"})

@@ -325,8 +325,7 @@ def train(
     join_launch()
     own_task = task is not None
     reward_funcs = _listed(reward_funcs)
-    task = open_task(config, task)
-    _say_about(task)
+    task = _open_task(config, task)
     _check_call(config, task, reward_funcs)
     functions = _functions(config, advantages, policy_loss)
     record = make_record(config, task, own_task, reward_funcs, functions)
@@ -474,11 +473,13 @@ def _fit_prompts(config: Config, task: Task, models: Models) -> Task:
     return fit_prompts(task, models, config, first)
 
 
-def _say_about(task: Task):
-    "Print how a table was read, in the main process."
+def _open_task(config: Config, task: Task | Sequence[dict] | None) -> Task:
+    "Open the task; the main process says how a table was read."
+    task = open_task(config, task)
     about = getattr(task, "about", "")
     if about and process()[0] == 0:
         print(about)
+    return task
 
 # %% ../../nbs/2_run/24_training.ipynb #e8e992e3
 @contextmanager
