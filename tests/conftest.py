@@ -15,6 +15,8 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_nb.policy import load_policy
 from helpers import character_tokenizer, random_model, random_rollout
@@ -66,3 +68,40 @@ def llama():
 def rollout(llama, tokenizer):
     "Three groups of three, every field filled, on the Llama of the same test."
     return random_rollout(llama, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory):
+    "A random model that reads any text: its tokens are bytes. It has a chat template."
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(
+        models.BPE({"<eos>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}, [])
+    )
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=2048,
+            eos_token_id=0,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
+    )
+    path = tmp_path_factory.mktemp("reader")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

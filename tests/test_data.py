@@ -32,11 +32,8 @@ import pandas as pd
 import pyarrow
 import pytest
 import reasoning_gym
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import plot_run
@@ -99,43 +96,6 @@ def write(path, rows):
         pd.DataFrame(rows).to_parquet(path, index=False)
     if not path.suffix:
         datasets.Dataset.from_list(rows).save_to_disk(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    "A random model that reads any text: its tokens are bytes. It has a chat template."
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(
-        models.BPE({"<eos>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}, [])
-    )
-    core.pre_tokenizer, core.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        decoders.ByteLevel(),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=2048,
-            eos_token_id=0,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
-    )
-    path = tmp_path_factory.mktemp("reader")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
     return str(path)
 
 
@@ -347,8 +307,8 @@ def test_columns_reach_the_reward_functions(tmp_path):
         ("a.jsonl", "[" * 100_000, ["line 1"]),
         (
             "a.jsonl",
-            '{"question": "1+1="}\n',
-            ["row 1", "no column prompt", "question"],
+            '{"frage": "1+1="}\n',
+            ["a.jsonl", "row 1", "no column prompt", "frage", "prompt_column"],
         ),
         ("a.jsonl", '{"prompt": "1"}\n{"prompt": ""}\n', ["row 2", "text", "''"]),
         ("a.jsonl", '{"prompt": null}\n', ["row 1", "None"]),
@@ -366,12 +326,14 @@ def test_columns_reach_the_reward_functions(tmp_path):
             ["row 2", "no answer", "all or none"],
         ),
         ("a.jsonl", '{"prompt": "\\ud800"}\n', ["row 1", "surrogates"]),
-        ("a.csv", "prompt,answer\n1+1=,2,3\n", ["row 1", "2 fields"]),
-        ("a.csv", "prompt,answer\n1+1=,2\n1+2=\n", ["row 2", "2 fields"]),
-        ("a.csv", 'prompt\n"1+1=\n', ["a.csv", "end of data"]),
+        ("a.csv", "prompt,answer\n1+1=,2,3\n", ["2 fields", "line 2", "saw 3"]),
+        ("a.csv", "prompt,answer\n1,2\n1+1=,2,3\n", ["2 fields", "line 3", "saw 3"]),
+        ("a.csv", "prompt,answer\n1+1=,2\n1+2=\n", ["row 2", "no answer"]),
+        ("a.csv", "prompt,prompt\n1,2\n", ["two columns", "prompt"]),
+        ("a.csv", 'prompt\n"1+1=\n', ["a.csv", "EOF inside string"]),
         ("a.csv", b"prompt\n\xff\n", ["a.csv", "utf-8"]),
         ("a.parquet", "prompt\n", ["a.parquet"]),
-        ("a.txt", "1+1=\n", ["a.txt", ".jsonl, .csv, .parquet"]),
+        ("a.txt", "1+1=\n", ["a.txt", ".jsonl, .json, .csv, .tsv, .parquet"]),
     ],
 )
 def test_bad_files(tmp_path, name, lines, says):
@@ -428,8 +390,8 @@ def test_a_wrong_name_is_refused_by_the_config(name):
     ):
         with pytest.raises(
             ValueError,
-            match="no such file|add, sums, target, add_chat; a file that ends in "
-            ".jsonl",
+            match="no such file|add, sums, target, add_chat; .*a file that ends in "
+            ".jsonl|task must be one of add, sums, target, add_chat",
         ):
             refused()
 
@@ -454,7 +416,6 @@ def test_the_config_reads_no_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, package, extra",
     [
-        ("owner/name", "datasets", "data"),
         ("gsm8k:{}", "math_verify", "math"),
         ("gym:gcd", "reasoning_gym", "gym"),
     ],
@@ -699,7 +660,7 @@ def test_a_gap_in_a_frame_leaves_integers_alone():
         (["1+1="], "row 1 must be a dict"),
         ([SUMS[0], None], "row 2 must be a dict"),
         ({"prompt": ["1"], "answer": ["2"]}, "split train.*prompt, answer"),
-        (pd.DataFrame({"question": ["1"]}), "no column prompt, but question"),
+        (pd.DataFrame({"frage": ["1"]}), "no column prompt, but frage"),
         (iter(SUMS), "list_iterator"),
         (pd.DataFrame([["1", "2"]], columns=["prompt", "prompt"]), "different names"),
     ],

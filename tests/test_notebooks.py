@@ -193,11 +193,19 @@ def test_the_parameters_of_train_are_the_fields_of_the_configs():
 
 
 def test_train_notebook(tmp_path, monkeypatch):
+    "PPO, on a file of others: `problem` and `solution`, as in MATH."
+    problems = [
+        {"problem": f"{a}+{b}=", "solution": f"It is \\boxed{{{a + b}}}."}
+        for a in range(10)
+        for b in range(10)
+    ]
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
     notebook = run(
         TRAIN,
         tmp_path,
         monkeypatch,
         algorithm="ppo",
+        task=str(tmp_path / "problems.json"),
         max_steps=2,
         num_prompts=8,
         eval_size=10,
@@ -211,6 +219,7 @@ def test_train_notebook(tmp_path, monkeypatch):
     }
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "held-out accuracy after" in shown and "image/png" in shown
+    assert "prompt from problem, answer from solution" in shown
     (live,) = [cell for cell in notebook.cells if "LivePlot()" in cell.source]
     assert (
         sum("image/png" in output.get("data", {}) for output in live.outputs) == 1
