@@ -24,7 +24,7 @@ from numbers import Rational, Real
 import pyarrow.parquet
 
 from ..names import check_name, near, within_reach
-from ..task import TASKS, Query, Task
+from ..task import TASKS, Query, Task, message_text
 
 # %% ../../nbs/3_engine/37_data.ipynb #83b8104c
 def _read_jsonl(path: str) -> list[dict]:
@@ -208,14 +208,22 @@ def _is_text(x) -> bool:
     return isinstance(x, str) and bool(x.strip())
 
 
+_MAY_BE_EMPTY = ("system", "developer", "assistant")  # roles
+
+
 def _is_message(x) -> bool:
-    return (
-        isinstance(x, dict) and _is_text(x.get("role")) and _is_text(x.get("content"))
-    )
+    if not isinstance(x, dict) or not _is_text(x.get("role")):
+        return False
+    content = x.get("content")
+    if not isinstance(content, (str, list, tuple)) and not hasattr(content, "tolist"):
+        return False
+    return _is_text(message_text(content)) or x["role"] in _MAY_BE_EMPTY
 
 
 def _is_chat(x) -> bool:
-    return isinstance(x, list) and bool(x) and all(map(_is_message, x))
+    if not isinstance(x, list) or not all(map(_is_message, x)):
+        return False
+    return any(_is_text(message_text(message["content"])) for message in x)
 
 
 def _query(row: dict) -> Query:

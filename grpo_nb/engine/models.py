@@ -54,6 +54,7 @@ class EngineModels(Models):
             config.top_k,
             self.generator,
             config.max_num_seqs,
+            config.skip_special_tokens,
         )
         exact = num_generations > 1 and config.dtype == "float32"
         if rollout.logprobs is None or not exact:

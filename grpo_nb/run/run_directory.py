@@ -508,6 +508,7 @@ _FREE = {
     "output_dir",
     "eval_steps",
     "save_steps",
+    "save_total_limit",
     "max_tokens_per_micro_batch",
     "max_num_seqs",
     "gradient_checkpointing",
