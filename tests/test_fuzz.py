@@ -1773,9 +1773,9 @@ def test_sampling(queries, data):
         rtol=0,
         atol=1e-8,
     )
-    ids, mask = rollout.completion_ids, rollout.completion_mask
+    drawn, real = rollout.completion_ids, rollout.completion_mask
     eos = [] if len(queries) % 2 else [EOS]
-    for text in decode_completions(TOKENIZER, ids, mask, False, eos=eos):
+    for text in decode_completions(TOKENIZER, drawn, real, False, eos=eos):
         assert not text.endswith(("<eos>", "<pad>"))
     again = outcome(
         as_rollout,
