@@ -51,6 +51,7 @@ class Models:
             config.top_p,
             config.top_k,
             self.generator,
+            config.skip_special_tokens,
         )
         with torch.no_grad():
             rollout.logprobs, _ = self.token_logprobs(rollout, config)

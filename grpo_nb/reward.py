@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .policy import encode_prompts, padding_id
 from .rollout import Rollout
-from .task import Query, Task
+from .task import Query, Task, message_text
 
 # %% ../nbs/1_figure/06_reward.ipynb #35138581
 # f(prompts, completions, completion_ids, **columns) -> for each completion a float,
@@ -34,7 +34,9 @@ RewardFunction = Callable[..., list]
 
 def text_of(completion: str | list[dict]) -> str:
     "Give the text of a plain or chat completion."
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    if isinstance(completion, str):
+        return completion
+    return message_text(completion[-1]["content"])
 
 # %% ../nbs/1_figure/06_reward.ipynb #4593931c
 def _queries(prompts: list, columns: dict) -> list[Query]:
@@ -107,10 +109,11 @@ def overlong_reward(
     return overlong
 
 # %% ../nbs/1_figure/06_reward.ipynb #8ca2d6b5
-def _characters(tokenizer, ids: list[int]) -> list[int]:
-    "Count the characters of a completion up to each of its tokens."
+def _characters(tokenizer, ids: list[int], text: str) -> list[int]:
+    "Count the characters of a completion's text up to each of its tokens."
+    skip = tokenizer.decode(ids, skip_special_tokens=True) == text  # as it was decoded
     beginnings = [ids[: t + 1] for t in range(len(ids))]
-    texts = tokenizer.batch_decode(beginnings, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(beginnings, skip_special_tokens=skip)
     return [len(text) for text in texts]
 
 
@@ -129,7 +132,7 @@ def process_reward(
 
     def in_tokens(steps, text, ids):
         is_inside = any(end < len(text) for end, _ in steps)
-        characters = _characters(tokenizer, ids) if is_inside else []
+        characters = _characters(tokenizer, ids, text) if is_inside else []
 
         def token(end):
             if end >= len(text):

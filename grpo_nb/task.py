@@ -13,12 +13,47 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+# %% ../nbs/1_figure/01_task.ipynb #cc151f3d
+def message_text(content: str | list) -> str:
+    """Join the text parts of a message's content; leave a text as it is.
+
+    Raises: `ValueError` for a part of another type."""
+    if isinstance(content, str) or content is None:
+        return content
+    return "".join(map(_part_text, content))
+
+
+def _part_text(part: str | dict) -> str:
+    "Give the text of a part."
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(
+            f"a message has a part of type {kind!r}; allowed: parts of type 'text' "
+            f"with a text, got {repr(part)[:60]}"
+        )
+    return part["text"]
+
+
+def _with_text(message: dict) -> dict:
+    "The message itself, or with the text of its parts as its content."
+    if not isinstance(message, dict) or not _has_parts(message):
+        return message
+    return message | {"content": message_text(message["content"])}
+
+
+def _has_parts(message: dict) -> bool:
+    content = message.get("content")
+    return isinstance(content, (list, tuple)) or hasattr(content, "tolist")
+
 # %% ../nbs/1_figure/01_task.ipynb #f8650e9b
 @dataclass(frozen=True)
 class Query:
     "Hold one question `q`, with what a reward function needs to judge an answer to it."
 
-    # Plain text, or chat messages `[{"role": ..., "content": ...}]`.
+    # Plain text, or chat messages `[{"role": ..., "content": ...}]`. A content that is
+    # a list of text parts becomes their text.
     prompt: str | list[dict]
     # What reward functions are given beside it, e.g. `answer`.
     columns: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -27,12 +62,18 @@ class Query:
     # Where it comes from, for messages.
     source: str = field(default="", compare=False, repr=False)
 
+    def __post_init__(self):
+        if isinstance(self.prompt, (list, tuple)):
+            messages = [_with_text(message) for message in self.prompt]
+            object.__setattr__(self, "prompt", messages)  # the fields are frozen
+
     @property
     def text(self) -> str:
         "Give the prompt as one string, for people and tables."
         if isinstance(self.prompt, str):
             return self.prompt
-        return "\n".join(message["content"] for message in self.prompt)
+        texts = [message["content"] for message in self.prompt]
+        return "\n".join(text for text in texts if text)
 
     @property
     def is_heldout(self) -> bool:

@@ -1774,7 +1774,13 @@ def test_sampling(queries, data):
         )
     rollout = outcome(
         data.draw(st.sampled_from([sample, simple_sample])),
-        {"model": LLAMA, "tokenizer": TOKENIZER, "queries": queries} | arguments,
+        {
+            "model": LLAMA,
+            "tokenizer": TOKENIZER,
+            "queries": queries,
+            "skip_special_tokens": data.draw(st.booleans()),
+        }
+        | arguments,
         "query",
     )
     readable = bool(queries) and all(
@@ -1795,6 +1801,10 @@ def test_sampling(queries, data):
         rtol=0,
         atol=1e-8,
     )
+    drawn, real = rollout.completion_ids, rollout.completion_mask
+    eos = [] if len(queries) % 2 else [EOS]
+    for text in decode_completions(TOKENIZER, drawn, real, False, eos=eos):
+        assert not text.endswith(("<eos>", "<pad>"))
     again = outcome(
         as_rollout,
         {
@@ -2073,13 +2083,14 @@ def copied(directory, to, damage, name):
             "model/tokenizer.json",
         ]
     ),
+    st.sampled_from([None, None, 1, 3, 7]),
 )
-def test_a_damaged_run(finished, tmp_path_factory, damage, name):
+def test_a_damaged_run(finished, tmp_path_factory, damage, name, step):
     "Opened, or refused with the name of what is wrong."
     directory = tmp_path_factory.getbasetemp() / "damaged"
     copied(finished[0].directory, directory, damage, name)
     try:
-        found = open_run(directory)
+        found = open_run(directory, step=step)
     except (OSError, ValueError) as error:
         assert any(word in str(error) for word in [str(directory), *FIELDS]), error
     else:
@@ -2443,6 +2454,19 @@ EXCEPTIONS = (
         "update.gradient_step": "in `update`, with what `batch_loss` gets, too",
         "run.dynamic_sampling.dynamic_grpo_step": "the stages above, in order",
         "engine.adapters.without_adapters": "takes a model; test_models.py",
+        "engine.adapters.Adapter": "made by `find_adapter`",
+        "engine.adapters.find_adapter": "damaged ones in test_brought_models.py",
+        "engine.adapters.load_model": "damaged ones in test_brought_models.py",
+        "engine.adapters.load_base": "in `load_model`",
+        "engine.adapters.merge_adapter": "in `load_model`",
+        "engine.adapters.can_continue": "takes models; test_brought_models.py",
+        "engine.adapters.continue_adapter": "takes models; test_brought_models.py",
+        "run.build.load_start": "takes a checked config; test_brought_models.py",
+        "run.build.put_adapters": "takes models; test_brought_models.py",
+        "run.checkpoint.load_weights": "in `open_policy`; test_brought_models.py",
+        "run.checkpoint.save_model": "in `train`; test_faults.py",
+        "run.training.open_policy": "in `open_run`",
+        "run.training.export": "takes a run; test_brought_models.py",
         "run.training.evaluate": "`sample` and a task",
         "run.training.peak_memory": "takes a device",
         "run.run_directory.write_atomically": "test_security.py",

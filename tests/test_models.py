@@ -870,11 +870,6 @@ def test_what_adapters_cannot_do_is_refused(directory, tmp_path, monkeypatch):
     ):
         train(small("tiny", tmp_path / "no", **LORA, lora_target_modules=["nothing"]))
     run = train(small("tiny", tmp_path / "run", **LORA), progress=False)
-    for use_peft in (True, False):
-        with pytest.raises(ValueError, match="is a LoRA adapter: merge it"):
-            train(
-                small(str(run.directory / "model"), tmp_path / "no", use_peft=use_peft)
-            )
     with pytest.raises(ValueError, match="adapters"):
         RewardModel.from_policy(run.policy, run.tokenizer)
     with monkeypatch.context() as patched:

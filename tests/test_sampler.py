@@ -46,6 +46,7 @@ def elsewhere(
     top_k=0,
     generator=None,
     max_num_seqs=None,
+    skip_special_tokens=True,
     off=1.3,
 ):
     """A sampler that is wrong on purpose: it draws at another temperature. Its
@@ -61,6 +62,7 @@ def elsewhere(
         top_k,
         generator,
         max_num_seqs,
+        skip_special_tokens,
     )
     return replace(drawn, sampling_logprobs=drawn.logprobs, logprobs=None)
 

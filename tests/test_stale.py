@@ -446,7 +446,6 @@ BY_POSITION = {  # or by a strategy that several tests share
     "ratio mask",
     "resume_arguments arguments",
     "sample generator",
-    "save_checkpoint keep",
     "score reward_funcs",
     "shared_rows hidden",
     "shares_prompt longest",

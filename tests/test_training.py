@@ -633,6 +633,7 @@ SHARED = {
     "temperature": [0.5],
     "top_p": [0.5],
     "top_k": [2],
+    "skip_special_tokens": [False],  # what it shows is in test_brought_models.py
     "learning_rate": [1e-5],
     "lr_scheduler_type": ["constant", "constant_with_warmup", "linear", "cosine"],
     "warmup_steps": [5],
@@ -641,6 +642,7 @@ SHARED = {
     "eval_steps": [1],
     "eval_size": [3],
     "save_steps": [1],
+    "save_total_limit": [0],
     "seed": [1],
     "device": ["auto", "cpu"],
     "dtype": ["float32", "bfloat16"],
@@ -693,6 +695,7 @@ ONCE = {
     "eval_steps",
     "eval_size",
     "save_steps",
+    "save_total_limit",
     "device",
     "report_to",
     "resume",
@@ -714,9 +717,11 @@ TWINS = {"dapo": "bnpo", "constant_with_warmup": "constant"}  # two names of one
 HARMLESS = {
     "algorithm",
     "model",
+    "skip_special_tokens",  # the embedded model has none in an answer
     "eval_steps",
     "eval_size",
     "save_steps",
+    "save_total_limit",
     "device",
     "max_tokens_per_micro_batch",
     "gradient_checkpointing",
