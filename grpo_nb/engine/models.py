@@ -18,7 +18,7 @@ from .micro_batch import in_micro_batches, micro_batches
 from .micro_batch import logprobs_in_micro_batches
 from .packing import sharing_width, token_logprobs, values
 from .adapters import reference_logprobs
-from .judging import score
+from .judging import timed_score
 from ..rollout import Rollout
 from .decoding import Sampler, sample
 from ..task import Query
@@ -79,9 +79,14 @@ class EngineModels(Models):
 
     def score(self, rollout: Rollout, config) -> dict[str, float]:
         "Fill the rollout's rewards; a group that cannot be scored may be dropped."
-        return score(
-            rollout, self.rewards, config.reward_weights, config.on_reward_error
+        means, seconds = timed_score(
+            rollout,
+            self.rewards,
+            config.reward_weights,
+            config.on_reward_error,
+            config.reward_timeout,
         )
+        return means | seconds
 
     def predict_values(self, rollout: Rollout, config) -> Float[Tensor, "N T"]:
         "Predict values without a gradient, in micro-batches."

@@ -133,6 +133,13 @@ def _openrlhf(f: Callable, prompts: list, completions: list, columns: dict) -> d
     return _taken(f, {"queries": queries, "prompts": texts, "labels": labels})
 
 # %% ../../nbs/3_engine/39_rewards.ipynb #39rw000a
+def _calling_trl(f: Callable) -> RewardFunction:
+    def called(**arguments):
+        return f(**_taken(f, arguments))
+
+    return called
+
+
 def _calling_verl(f: Callable) -> RewardFunction:
     def called(prompts, completions, **columns):
         rows = _verl_rows(f, completions, columns)
@@ -178,7 +185,9 @@ def as_reward_function(
     f: Callable,  # written for TRL, verl, DAPO or OpenRLHF
     name: str | None = None,  # for messages and metrics; None: its own
 ) -> RewardFunction:
-    """Make a function one of `prompts`, `completions` and columns; TRL's are left.
+    """Make a function one of `prompts`, `completions` and columns.
+
+    One of TRL's kind is left as it is, or called with what it takes.
 
     Raises: `ValueError` for what is no function, or has another signature."""
     name = name or getattr(f, "__name__", type(f).__name__)
@@ -186,17 +195,24 @@ def as_reward_function(
         kind = "a class" if inspect.isclass(f) else type(f).__name__
         raise ValueError(f"{name} must be a function, got {kind}")
     takes = inspect.signature(f).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    is_known = {
+        "completions",
+        "solution_str",
+        "solution_strs",
+        "queries",
+    } & takes.keys()
     calling = None
-    if "completions" in takes:
+    if takes_all and ("completions" in takes or not is_known):
         return f
-    if "solution_str" in takes:
+    if "completions" in takes:
+        calling = _calling_trl(f)
+    elif "solution_str" in takes:
         calling = _calling_verl(f)
     elif "solution_strs" in takes:
         calling = _calling_verl_batch(f)
     elif "queries" in takes and {"prompts", "labels"} & takes.keys():
         calling = _calling_openrlhf(f)
-    elif any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        return f
     if calling is None:
         raise ValueError(
             f"{name}({', '.join(takes)}) has a signature that is not known; allowed: "

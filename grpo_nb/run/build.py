@@ -38,6 +38,7 @@ from ..engine.models import EngineModels
 from ..models import Models
 from ..loading import resolve_dtype
 from ..policy import load_policy
+from ..engine.answers import choice_reward, math_reward, with_answer_rule
 from ..engine.judging import RewardModel
 from ..reward import RewardFunction, accuracy_reward, brevity_reward
 from ..reward import format_reward, overlong_reward, process_reward
@@ -49,20 +50,30 @@ from ..task import TASKS, Task
 from ..value import ValueModel
 
 # %% ../../nbs/2_run/21_build.ipynb #21b00005
-def open_task(config: Config, task: Task | Sequence[dict] | None = None) -> Task:
-    "Open what was passed, a task or rows, or else what the config names."
+def open_task(
+    config: Config,
+    task: Task | Sequence[dict] | None = None,  # None: what the config names
+    reward_funcs: list[str | RewardFunction] | None = None,  # None: the config's
+) -> Task:
+    """Open what was passed, a task or rows, or else what the config names.
+
+    Where `math` or `choice` is a reward, right is what that says."""
     if task is not None:
-        return as_task(task)
-    if config.task in TASKS:  # only the package's own tasks have digits
-        return load_task(config.task, digits=config.digits)
-    return load_task(config.task)
+        task = as_task(task)
+    elif config.task in TASKS:  # only the package's own tasks have digits
+        task = load_task(config.task, digits=config.digits)
+    else:
+        task = load_task(config.task)
+    return with_answer_rule(task, reward_funcs or config.reward_funcs)
 
 # %% ../../nbs/2_run/21_build.ipynb #d3b934de
-# name -> maker, which takes what it needs of: task, policy, tokenizer, longest
+# name -> maker, which takes what it needs of: task, policy, tokenizer, longest, pattern
 RULES = {
     "accuracy": lambda task, **_: accuracy_reward(task),
+    "math": lambda **_: math_reward(),
+    "choice": lambda task, **_: choice_reward(task),
     "brevity": lambda **_: brevity_reward(),
-    "format": lambda task, **_: format_reward(task.form),
+    "format": lambda task, pattern, **_: format_reward(pattern or task.form),
     "overlong": lambda longest, **_: overlong_reward(longest),
     "process": lambda task, tokenizer, **_: process_reward(task, tokenizer),
     "learned": lambda policy, tokenizer, **_: RewardModel.from_policy(
@@ -71,11 +82,17 @@ RULES = {
 }
 
 
-def check_rules(names: list[str | RewardFunction], task: Task):
+def check_rules(
+    names: list[str | RewardFunction],
+    task: Task,
+    format_pattern: str | None = None,  # for "format"
+):
     """Compare reward functions with what a task can tell.
 
-    Raises: `ValueError` if one is to tell right from wrong, and the task does not."""
-    asks = [name for name in names if name in ("accuracy", "learned")]
+    Raises: `ValueError` if one is to tell right from wrong, and the task does not; if
+    the answers of its rows are no letters; if "format" has no pattern."""
+    _check_form(names, task, format_pattern)
+    asks = [x for x in names if x in ("accuracy", "learned", "math", "choice")]
     if task.steps is None:
         asks += [name for name in names if name == "process"]
     if asks and task.is_right is None:
@@ -83,6 +100,25 @@ def check_rules(names: list[str | RewardFunction], task: Task):
             f"reward_funcs {', '.join(asks)}: task {task.name!r} has no right answers "
             "(no column answer); allowed: brevity, format, overlong, the path of a "
             "reward model, or functions of your own"
+        )
+    if "math" in names:
+        math_reward()
+    if "choice" in names:
+        choice_reward(task)
+
+
+def _check_form(names: list, task: Task, pattern: str | None):
+    "Refuse a form without a pattern, and a pattern without a use."
+    if "format" in names and pattern is None and task.form is None:
+        raise ValueError(
+            f"reward_funcs format: task {task.name!r} has no form of its own; "
+            "format_pattern must be the regular expression of a whole completion, "
+            "such as '.*#### -?[0-9]+', got None"
+        )
+    if pattern is not None and "format" not in names:
+        raise ValueError(
+            f"format_pattern = {pattern!r} does nothing: format is not among "
+            "reward_funcs"
         )
 
 
@@ -93,13 +129,14 @@ def load_rewards(
     policy: PreTrainedModel | None = None,  # for "learned", which starts from it
     tokenizer: PreTrainedTokenizerBase | None = None,  # for "learned" and "process"
     max_completion_length: int = 16,  # for "overlong"
+    format_pattern: str | None = None,  # for "format"; None: the form of the task
 ) -> list[RewardFunction]:
     "Load reward functions by name."
     if not names:
         raise ValueError(
             "reward_funcs must name at least one reward function, got none"
         )
-    check_rules(names, task)
+    check_rules(names, task, format_pattern)
     lacking = [name for name in names if name == "learned" and policy is None]
     if tokenizer is None:
         lacking = [name for name in names if name in ("learned", "process")]
@@ -109,7 +146,7 @@ def load_rewards(
             "got None"
         )
     parts = {"task": task, "policy": policy, "tokenizer": tokenizer}
-    parts["longest"] = max_completion_length
+    parts |= {"longest": max_completion_length, "pattern": format_pattern}
     return [_load_reward(name, device, parts) for name in names]
 
 
@@ -124,8 +161,9 @@ def _load_reward(name: str | RewardFunction, device: str, parts: dict):
         return RewardModel.from_pretrained(name, device)
     except ValueError as error:
         raise ValueError(
-            f"reward_funcs must be of {', '.join(RULES)}, or the path of a reward "
-            f"model; got {name!r}: {error}{near(name, RULES)}"
+            f"reward_funcs must be of {', '.join(RULES)}, a function of a file "
+            f"(file.py:name), or the path of a reward model; got {name!r}: {error}"
+            f"{near(name, RULES)}"
         ) from error
 
 # %% ../../nbs/2_run/21_build.ipynb #5b0c7e12
@@ -257,7 +295,13 @@ def build_models(
     policy, tokenizer = _load_base(config)
     names = reward_funcs or config.reward_funcs
     rewards = load_rewards(
-        names, task, config.device, policy, tokenizer, config.max_completion_length
+        names,
+        task,
+        config.device,
+        policy,
+        tokenizer,
+        config.max_completion_length,
+        config.format_pattern,
     )
     policy.requires_grad_(True)
     reference = _make_reference(config, policy)

@@ -10,6 +10,7 @@ __all__ = ['BOUNDS', 'RECIPES', 'CONFIGS', 'expand_path', 'StartOptions', 'RunOp
 import hashlib
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -56,6 +58,15 @@ def expand_path(path):
 def _as_list(names):
     "Make a list of one name; what is no name stays as it is."
     return [names] if isinstance(names, (str, os.PathLike)) else names
+
+
+def _check_pattern(pattern: str) -> str:
+    "Refuse what is no regular expression."
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return pattern
 
 
 _Share = Annotated[float, Field(gt=0, le=1)]
@@ -180,6 +191,8 @@ BOUNDS: dict[str, Any] = {
     "top_k": NonNegativeInt,
     # reward, reference
     "reward_funcs": Annotated[list[_Path], Field(min_length=1), _OneOrMore],
+    "format_pattern": Annotated[str, AfterValidator(_check_pattern)] | None,
+    "reward_timeout": PositiveFloat | None,
     "beta": NonNegativeFloat,
     # group
     "num_generations": Annotated[int, Field(ge=2)],

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'write_atomically', 'read_json', 'remove_path', 'replace_directory', 'prepare_directory', 'make_directory',
-           'find_directory', 'claim_directory', 'read_completions', 'Completions', 'make_record', 'check_passed',
-           'saved_config', 'read_lines']
+           'find_directory', 'claim_directory', 'read_completions', 'Completions', 'brought_functions', 'make_record',
+           'check_passed', 'named_files', 'check_brought', 'saved_config', 'read_lines']
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #4a2ae78b
 import fcntl
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from ..engine.distributed import on_main, process
 from ..engine.judging import name_of
+from ..engine.rewards import BroughtReward, is_file_function
 from ..reward import RewardFunction
 from .build import RULES
 from .options import CONFIGS, Config, make_config, other_functions
@@ -426,6 +427,17 @@ class Completions:
                 path.unlink()
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a0979105
+def brought_functions(
+    reward_funcs: list[str | RewardFunction] | None,
+) -> dict[str, dict[str, str]]:
+    "Describe the reward functions that were named by their file."
+    described = {}
+    for i, f in enumerate(reward_funcs or []):
+        if isinstance(f, BroughtReward):
+            described[f"reward_funcs[{i}]"] = f.described()
+    return described
+
+
 def make_record(
     config: Config,
     task: Task,
@@ -443,6 +455,7 @@ def make_record(
         record["reward_funcs"] = names
     if own_task:
         passed["task"] = task.name
+    functions = (functions or {}) | brought_functions(reward_funcs)
     if functions:
         passed["functions"] = functions
     if passed:
@@ -465,7 +478,10 @@ def check_passed(
     own = _own_functions(saved)
     if own and not reward_funcs:
         lacking.append(f"reward functions of its own ({', '.join(own)})")
-        shown = [n if n in own else repr(n) for n in saved["reward_funcs"]]
+        files = named_files(saved)
+        objects = [n for n in own if n not in files]
+        names = saved["reward_funcs"]
+        shown = [n if n in objects else repr(files.get(n, n)) for n in names]
         ask.append(f"reward_funcs=[{', '.join(shown)}]")
     if task is None and not _has_loader(saved.get("task")):
         lacking.append(f"a task of its own ({saved.get('task')})")
@@ -475,6 +491,34 @@ def check_passed(
             f"the run was trained with {' and '.join(lacking)}; code is not loaded "
             "because a file names it, so pass it again: "
             f"{call}, {', '.join(ask)})"
+        )
+
+
+def named_files(saved: dict) -> dict[str, str]:
+    "List the names of a run's functions that came from a file, as they were named."
+    functions = saved.get("passed", {}).get("functions", {})
+    found = {}
+    for function in functions.values():
+        if "file" in function:
+            found[function["name"]] = function["file"]
+    return found
+
+
+def check_brought(
+    saved: dict,  # config.json
+    reward_funcs: list[str | RewardFunction] | None,  # of the present call
+):
+    """Compare functions of files with those that a run was trained with.
+
+    Raises: `ValueError` if a file has changed, or another one is named."""
+    of_run = _own(saved)
+    before = {name: of_run[name] for name in of_run if "file" in of_run[name]}
+    other = other_functions(before, brought_functions(reward_funcs))
+    if before and other:
+        files = ", ".join(named_files(saved).values())
+        raise ValueError(
+            f"the run was trained with other reward functions ({'; '.join(other)}); "
+            f"name its own, as they were: {files}"
         )
 
 
@@ -511,6 +555,7 @@ _FREE = {
     "max_tokens_per_micro_batch",
     "max_num_seqs",
     "gradient_checkpointing",
+    "reward_timeout",
     "report_to",
     "passed",
 }
@@ -549,7 +594,8 @@ def _check_same(directory: Path, record: dict):
     own = found.get("passed", {}).keys() - record.get("passed", {}).keys()
     own = (own - {"functions"}) | (_own(found).keys() - _own(record).keys())
     if own:
-        ask = ", ".join(f"{name}=..." for name in sorted(own))
+        asked = {name.partition("[")[0] for name in own}
+        ask = ", ".join(f"{name}=..." for name in sorted(asked))
         hint = f"pass its own to train ({ask}), or give another output_dir"
     raise ValueError(
         f"output_dir {str(directory)!r} holds a run with other settings "
@@ -566,6 +612,12 @@ def saved_config(
     A task of its own, which no name opens, is not among them."""
     saved = read_json(Path(directory) / "config.json")
     saved["output_dir"] = str(directory)
+    named = [f for f in saved.get("reward_funcs", []) if is_file_function(f)]
+    if named and "reward_funcs" not in changes:
+        raise ValueError(
+            f"{Path(directory) / 'config.json'} names code, {', '.join(named)}: it is "
+            "not loaded because a file names it; allowed: reward_funcs that you name"
+        )
     for name in ("num_processes", "passed"):  # of the launch and the call
         saved.pop(name, None)
     if not _has_loader(saved.get("task")):

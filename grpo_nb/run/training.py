@@ -33,6 +33,7 @@ from ..engine.distributed import gather, join_launch
 from ..engine.distributed import known_to_all, on_main, process
 from ..engine.judging import RewardModel, score
 from ..engine.precision import precision
+from ..engine.rewards import bring_rewards, is_file_function
 from ..group import informative
 from ..models import Models
 from ..policy import check_tokens, encode_prompts, load_policy
@@ -45,7 +46,8 @@ from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
 from .options import Config, expand_path, own_functions
 from .run_directory import Completions, read_json
-from .run_directory import check_passed, claim_directory, find_directory
+from .run_directory import check_brought, check_passed, claim_directory
+from .run_directory import find_directory
 from .run_directory import make_record, read_completions, saved_config
 from .run_directory import write_atomically
 from .trackers import check_trackers, open_trackers
@@ -279,17 +281,26 @@ def open_run(
     reward_funcs = _listed(reward_funcs)
     saved = read_json(directory / "config.json")
     check_passed(f"open_run({str(directory)!r}", saved, task, reward_funcs)
+    reward_funcs = reward_funcs and bring_rewards(reward_funcs)
+    check_brought(saved, reward_funcs)
     own_task = "task" in saved.get("passed", {}) or task is not None
     config = saved_config(directory, device=device)
-    task = open_task(config, task)
+    task = open_task(config, task, reward_funcs)
     if (directory / "model" / "adapter_config.json").exists():
         require_peft(f"the adapter in {str(directory)!r}")
     policy, tokenizer = load_policy(str(directory / "model"), device)
     names = Trainer().bound(reward_funcs) or config.reward_funcs
     learned = str(directory / "reward_model")
     names = [learned if name == "learned" else name for name in names]
-    longest = config.max_completion_length
-    rewards = load_rewards(names, task, device, policy, tokenizer, longest)
+    rewards = load_rewards(
+        names,
+        task,
+        device,
+        policy,
+        tokenizer,
+        config.max_completion_length,
+        config.format_pattern,
+    )
     metrics = _read_metrics(directory)
     return Run(directory, config, metrics, policy, tokenizer, task, rewards, own_task)
 
@@ -324,8 +335,8 @@ def train(
     meanwhile."""
     join_launch()
     own_task = task is not None
-    reward_funcs = _listed(reward_funcs)
-    task = open_task(config, task)
+    reward_funcs = _brought(config, _listed(reward_funcs))
+    task = open_task(config, task, reward_funcs)
     _check_call(config, task, reward_funcs)
     functions = _functions(config, advantages, policy_loss)
     record = make_record(config, task, own_task, reward_funcs, functions)
@@ -371,6 +382,14 @@ def _listed(
     return listed
 
 
+def _brought(
+    config: Config, reward_funcs: list[str | RewardFunction] | None
+) -> list[str | RewardFunction] | None:
+    "Import the functions that the call, or its config, names by their files."
+    names = reward_funcs or config.reward_funcs
+    return bring_rewards(names) if any(map(is_file_function, names)) else reward_funcs
+
+
 def _check_call(
     config: Config, task: Task, reward_funcs: list[str | RewardFunction] | None
 ):
@@ -382,7 +401,7 @@ def _check_call(
             f"processes, {world_size}: each takes as many queries of a step"
         )
     functions = reward_funcs or config.reward_funcs
-    check_rules(functions, task)
+    check_rules(functions, task, config.format_pattern)
     weights = config.reward_weights
     if weights is not None and len(weights) != len(functions):
         raise ValueError(
