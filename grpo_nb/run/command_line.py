@@ -18,9 +18,9 @@ from transformers import HfArgumentParser
 
 from ..engine.distributed import process
 from ..engine.hub import fetch_smollm2
+from ..engine.rewards import named_files
 from .options import CONFIGS, Config, expand_path, make_config
-from .run_directory import check_passed, named_files, read_json
-from .run_directory import saved_config
+from .run_directory import check_passed, read_json, saved_config
 from .training import Run, open_run, train
 
 # %% ../../nbs/2_run/28_command_line.ipynb #13b374b9

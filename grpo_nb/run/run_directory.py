@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'write_atomically', 'read_json', 'remove_path', 'replace_directory', 'prepare_directory', 'make_directory',
-           'find_directory', 'claim_directory', 'read_completions', 'Completions', 'brought_functions', 'make_record',
-           'check_passed', 'named_files', 'check_brought', 'saved_config', 'read_lines']
+           'find_directory', 'claim_directory', 'read_completions', 'Completions', 'make_record', 'check_passed',
+           'saved_config', 'read_lines']
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #4a2ae78b
 import fcntl
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from ..engine.distributed import on_main, process
 from ..engine.judging import name_of
-from ..engine.rewards import BroughtReward, is_file_function
+from ..engine.rewards import brought_functions, is_file_function, named_files
 from ..reward import RewardFunction
 from .build import RULES
 from .options import CONFIGS, Config, make_config, other_functions
@@ -427,17 +427,6 @@ class Completions:
                 path.unlink()
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a0979105
-def brought_functions(
-    reward_funcs: list[str | RewardFunction] | None,
-) -> dict[str, dict[str, str]]:
-    "Describe the reward functions that were named by their file."
-    described = {}
-    for i, f in enumerate(reward_funcs or []):
-        if isinstance(f, BroughtReward):
-            described[f"reward_funcs[{i}]"] = f.described()
-    return described
-
-
 def make_record(
     config: Config,
     task: Task,
@@ -491,34 +480,6 @@ def check_passed(
             f"the run was trained with {' and '.join(lacking)}; code is not loaded "
             "because a file names it, so pass it again: "
             f"{call}, {', '.join(ask)})"
-        )
-
-
-def named_files(saved: dict) -> dict[str, str]:
-    "List the names of a run's functions that came from a file, as they were named."
-    functions = saved.get("passed", {}).get("functions", {})
-    found = {}
-    for function in functions.values():
-        if "file" in function:
-            found[function["name"]] = function["file"]
-    return found
-
-
-def check_brought(
-    saved: dict,  # config.json
-    reward_funcs: list[str | RewardFunction] | None,  # of the present call
-):
-    """Compare functions of files with those that a run was trained with.
-
-    Raises: `ValueError` if a file has changed, or another one is named."""
-    of_run = _own(saved)
-    before = {name: of_run[name] for name in of_run if "file" in of_run[name]}
-    other = other_functions(before, brought_functions(reward_funcs))
-    if before and other:
-        files = ", ".join(named_files(saved).values())
-        raise ValueError(
-            f"the run was trained with other reward functions ({'; '.join(other)}); "
-            f"name its own, as they were: {files}"
         )
 
 

@@ -33,7 +33,8 @@ from ..engine.distributed import gather, join_launch
 from ..engine.distributed import known_to_all, on_main, process
 from ..engine.judging import RewardModel, score
 from ..engine.precision import precision
-from ..engine.rewards import bring_rewards, is_file_function
+from ..engine.rewards import bring_rewards, brought_functions
+from ..engine.rewards import is_file_function, named_files
 from ..group import informative
 from ..models import Models
 from ..policy import check_tokens, encode_prompts, load_policy
@@ -44,10 +45,9 @@ from .build import load_rewards, open_task
 from .checkpoint import RunState, noted_on, resume, save, save_models
 from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
-from .options import Config, expand_path, own_functions
+from .options import Config, expand_path, other_functions, own_functions
 from .run_directory import Completions, read_json
-from .run_directory import check_brought, check_passed, claim_directory
-from .run_directory import find_directory
+from .run_directory import check_passed, claim_directory, find_directory
 from .run_directory import make_record, read_completions, saved_config
 from .run_directory import write_atomically
 from .trackers import check_trackers, open_trackers
@@ -282,7 +282,7 @@ def open_run(
     saved = read_json(directory / "config.json")
     check_passed(f"open_run({str(directory)!r}", saved, task, reward_funcs)
     reward_funcs = reward_funcs and bring_rewards(reward_funcs)
-    check_brought(saved, reward_funcs)
+    _check_brought(saved, reward_funcs)
     own_task = "task" in saved.get("passed", {}) or task is not None
     config = saved_config(directory, device=device)
     task = open_task(config, task, reward_funcs)
@@ -388,6 +388,19 @@ def _brought(
     "Import the functions that the call, or its config, names by their files."
     names = reward_funcs or config.reward_funcs
     return bring_rewards(names) if any(map(is_file_function, names)) else reward_funcs
+
+
+def _check_brought(saved: dict, reward_funcs: list[str | RewardFunction] | None):
+    "Refuse (`ValueError`) other functions of files than a run was trained with."
+    functions = saved.get("passed", {}).get("functions", {})
+    before = {name: f for name, f in functions.items() if "file" in f}
+    other = other_functions(before, brought_functions(reward_funcs))
+    if before and other:
+        files = ", ".join(named_files(saved).values())
+        raise ValueError(
+            f"the run was trained with other reward functions ({'; '.join(other)}); "
+            f"name its own, as they were: {files}"
+        )
 
 
 def _check_call(
