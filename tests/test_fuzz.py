@@ -1615,9 +1615,10 @@ ADD = load_task("add")
     st.sampled_from([16, *ODD]),
     st.sampled_from([None, 4, *ODD]),
     st.booleans(),
-    st.sampled_from(["accuracy", "process", "beauty", "learned", ""]),
+    st.sampled_from(["accuracy", "format", "process", "beauty", "learned", ""]),
+    st.sampled_from([None, "[0-9]+"]),
 )
-def test_rules(texts, limit, cache, chat, name):
+def test_rules(texts, limit, cache, chat, name, format_pattern):
     "Rules judge any text: a finite number for each, in their range."
     ids = [
         TOKENIZER(text, add_special_tokens=False)["input_ids"] + [EOS] for text in texts
@@ -1659,9 +1660,17 @@ def test_rules(texts, limit, cache, chat, name):
             and steps[-1][0] == len(row) - 1
         )
     rewards = outcome(
-        load_rewards, {"names": [name], "task": ADD, "device": "cpu"}, "reward_funcs"
+        load_rewards,
+        {
+            "names": [name],
+            "task": ADD,
+            "device": "cpu",
+            "format_pattern": format_pattern,
+        },
+        "reward_funcs",
     )
-    assert (rewards is not None) == (name == "accuracy")
+    is_plain = name == "accuracy" and format_pattern is None
+    assert (rewards is not None) == (is_plain or name == "format")
 
 
 @fuzz(judge, score, plain_score, times=1)
@@ -1695,12 +1704,14 @@ def test_scores(rollout, data):
         data.draw(st.sampled_from(["stop", "drop", "x", None])),
     )
 
+    timeout = data.draw(st.sampled_from([None, None, 60.0]))
+
     def odd(**_):
         return returned
 
     fresh = replace(rollout, rewards=None, scored=None)
     try:
-        metrics = score(fresh, [odd], weights, on_error)
+        metrics = score(fresh, [odd], weights, on_error, timeout=timeout)
     except (TypeError, ValueError) as error:
         assert re.search("reward function 'odd'|reward_weights|on_error", str(error))
         return
@@ -2398,6 +2409,7 @@ EXCEPTIONS = (
         "run.build.load_value_model": "wrong models in test_models.py",
         "run.build.token_classifier": "takes a value model; test_models.py",
         "reward.RewardModel": "takes models; test_reward_models.py",
+        "engine.judging.timed_score": "in `score`",
         "engine.judging.RewardModel": "takes models; wrong ones in test_bad_input.py",
         "engine.micro_batch.logprobs_in_micro_batches": "in `reference_logprobs`",
         "names.within_reach": "asks the hub; test_bad_input.py",
@@ -2425,6 +2437,24 @@ EXCEPTIONS = (
         "engine.prompts.fit_prompts": "test_prompts.py",
         "engine.word_problems.is_gold": "gold answers in test_data.py",
         "engine.word_problems.braced": "`marked_answer` in test_shapes.py",
+        "engine.answers.WrittenAnswer": "made by `read_answer`",
+        "engine.answers.read_answer": "any text in test_answers.py",
+        "engine.answers.same_written": "any text in test_answers.py",
+        "engine.answers.is_right_math": "hostile texts in test_answers.py",
+        "engine.answers.math_reward": "any text in test_answers.py",
+        "engine.answers.read_choice": "any text in test_answers.py",
+        "engine.answers.is_right_choice": "hostile texts in test_answers.py",
+        "engine.answers.choice_reward": "answers that are no letters in "
+        "test_answers.py",
+        "engine.answers.with_answer_rule": "test_answers.py",
+        "engine.rewards.is_file_function": "files in test_rewards_brought.py",
+        "engine.rewards.as_reward_function": "wrong ones in test_rewards_brought.py",
+        "engine.rewards.load_reward_function": "files in test_rewards_brought.py",
+        "engine.rewards.bring_rewards": "in `train`",
+        "engine.rewards.brought_functions": "in `make_record`",
+        "engine.rewards.named_files": "in `open_run`",
+        "engine.rewards.BroughtReward": "made by `load_reward_function`",
+        "run.command_line.ask_for_files": "test_rewards_brought.py",
         "engine.data.task_from_rows": "test_data.py",
         "engine.data.as_task": "rows in memory in test_data.py",
         "engine.shapes.is_same_answer": "any answer in test_data.py",

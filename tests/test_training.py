@@ -119,6 +119,7 @@ def test_metrics_are_one_line_of_json_a_step(finished):
         "reward",
         "reward_std",
         "rewards/accuracy/mean",
+        "rewards/accuracy/seconds",
         "kl",
         "entropy",
         "grad_norm",
@@ -660,6 +661,8 @@ SHARED = {
     "lora_alpha": [(8, LORA)],
     "lora_target_modules": [(["q_proj"], LORA)],  # more of them in test_models.py
     "on_reward_error": ["stop", "drop"],
+    "format_pattern": [("[0-9]{2}", {"reward_funcs": ["format"]})],
+    "reward_timeout": [60.0],  # a shorter one is in test_rewards_brought.py
     "max_skipped_steps": [1],
 }  # what these two do is in test_faults.py
 OPTIONS = {
@@ -703,6 +706,7 @@ ONCE = {
     "vllm_importance_sampling_correction",
     "vllm_importance_sampling_clip_max",
     "on_reward_error",
+    "reward_timeout",
     "max_skipped_steps",
 }  # what no algorithm sees of the run around it: with GRPO alone
 REFUSED = {("ppo", "importance_sampling_level"): ["sequence"]}  # in test_bad_input.py
@@ -728,6 +732,7 @@ HARMLESS = {
     "report_to",
     "resume",
     "on_reward_error",
+    "reward_timeout",
     "max_skipped_steps",
 }  # leave the training as it is
 HARMLESS |= {
