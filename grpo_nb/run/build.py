@@ -34,13 +34,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..engine.adapters import add_adapters, require_peft
 from ..engine.distributed import full, process, shard, sharded
 from ..loading import check_causal, check_weights
-from ..engine.models import EngineModels
 from ..models import Models
 from ..loading import resolve_dtype
 from ..policy import load_policy
 from ..engine.judging import RewardModel
 from ..reward import RewardFunction, accuracy_reward, brevity_reward
 from ..reward import format_reward, overlong_reward, process_reward
+from .diagnostics import ObservedModels
 from .options import Config, PPOConfig
 from ..engine.data import as_task
 from ..names import check_name, hub_options, near
@@ -264,7 +264,7 @@ def build_models(
     value = _make_value_model(config, policy)
     if config.use_peft:
         add_adapters(policy, config)  # last: what was copied has none
-    models = EngineModels(
+    models = ObservedModels(
         policy,
         tokenizer,
         _adam(policy, config.learning_rate),

@@ -119,6 +119,12 @@ class RunOptions:
         25, "evaluate every so many steps, and before the first and after the last"
     )
     eval_size: PositiveInt = _option(200, "held-out queries of an evaluation")
+    log_token_groups: NonNegativeInt = _option(
+        1, "groups of a step (in PPO: completions) whose tokens are kept; 0: none"
+    )
+    gradient_noise: bool = _option(
+        False, "measure signal and noise of the gradient, from two halves of each step"
+    )
     save_steps: NonNegativeInt = _option(50, "checkpoint every so many steps; 0: none")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _option(
         0, "of queries, sampling and initialisation"
@@ -332,6 +338,7 @@ class GRPOConfig(GroupOptions, Config):
 
 # %% ../../nbs/2_run/20_options.ipynb #dc765640
 _LOSS_TYPE = ObjectiveOptions.__dataclass_fields__["loss_type"].metadata
+_LOG_TOKEN_GROUPS = RunOptions.__dataclass_fields__["log_token_groups"].metadata
 
 
 @validated_dataclass(config=_STRICT, kw_only=True)
@@ -340,6 +347,7 @@ class PPOConfig(GAEOptions, ValueOptions, Config):
 
     algorithm: Literal["ppo"] = _option("ppo", "the upper half of the figure")
     num_prompts: PositiveInt = _option(256, "queries a step, one completion each")
+    log_token_groups: NonNegativeInt = _option(16, **_LOG_TOKEN_GROUPS)
     loss_type: str = _option("bnpo", **_LOSS_TYPE)
     kl_target: PositiveFloat | None = _option(
         None, "adaptive beta: nats a completion (default: beta is fixed)"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'write_atomically', 'read_json', 'remove_path', 'replace_directory', 'prepare_directory', 'make_directory',
-           'find_directory', 'claim_directory', 'read_completions', 'Completions', 'make_record', 'check_passed',
-           'saved_config', 'read_lines']
+           'find_directory', 'claim_directory', 'read_completions', 'read_tokens', 'Completions', 'make_record',
+           'check_passed', 'saved_config', 'read_lines']
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #4a2ae78b
 import fcntl
@@ -288,7 +288,9 @@ def claim_directory(config: Config, directory: Path, lock: ExitStack) -> Path:
     return directory
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a1c0b005
-_SCHEMA = pa.schema(
+_IDS = pa.list_(pa.int32())
+_NUMBERS = pa.list_(pa.float32())
+_COLUMNS = pa.schema(
     [
         ("step", pa.int64()),
         ("query", pa.string()),
@@ -299,19 +301,41 @@ _SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
     ]
 )
+_TOKENS = pa.schema(  # of the groups that are recorded; a list a completion
+    [
+        ("prompt_ids", _IDS),
+        ("completion_ids", _IDS),
+        ("logprobs", _NUMBERS),
+        ("ref_logprobs", _NUMBERS),
+        ("entropy", _NUMBERS),
+        ("new_logprobs", _NUMBERS),
+        ("advantages", _NUMBERS),
+        ("values", _NUMBERS),
+        ("returns", _NUMBERS),
+    ]
+)
+_SCHEMA = pa.unify_schemas([_COLUMNS, _TOKENS])
 _ROW_GROUP = 2**14  # rows that are in memory at once
 
 
-def _batches(path: Path) -> Iterator[pa.Table]:
+def _batches(path: Path, schema: pa.Schema = _SCHEMA) -> Iterator[pa.Table]:
     "The rows of a file of completions, a row group at most at a time."
     try:
         with pq.ParquetFile(path) as file:
+            names = [x for x in schema.names if x in file.schema_arrow.names]
             if file.metadata.num_rows:
-                for batch in file.iter_batches(_ROW_GROUP):
-                    rows = pa.Table.from_batches([batch])
-                    yield rows.select(_SCHEMA.names).cast(_SCHEMA)
+                for batch in file.iter_batches(_ROW_GROUP, columns=names):
+                    yield _in_schema(pa.Table.from_batches([batch]), schema)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+def _in_schema(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    "The columns of a schema; token columns that an older run lacks are empty."
+    for column in _TOKENS:
+        if column.name in schema.names and column.name not in rows.column_names:
+            rows = rows.append_column(column, pa.nulls(len(rows), column.type))
+    return rows.select(schema.names).cast(schema)
 
 
 def _write_rows(path: Path, tables: Iterable[pa.Table]):
@@ -359,8 +383,26 @@ def read_completions(
     directory: str | Path,  # of a run, also of one that goes on or was interrupted
 ) -> pd.DataFrame:  # one row a completion, in order of steps
     "Read every completion of a run that is on the disk."
-    tables = chain.from_iterable(map(_batches, _parts(Path(directory))))
-    return pa.concat_tables([_SCHEMA.empty_table(), *tables]).to_pandas()
+    parts = _parts(Path(directory))
+    tables = chain.from_iterable(_batches(path, _COLUMNS) for path in parts)
+    return pa.concat_tables([_COLUMNS.empty_table(), *tables]).to_pandas()
+
+
+def read_tokens(
+    directory: str | Path,  # of a run
+    step: int,
+) -> pd.DataFrame:  # with the token columns, a list a completion
+    "Read the completions of a step whose tokens were recorded."
+    tables = [_SCHEMA.empty_table()]
+    for path in _parts(Path(directory)):
+        try:
+            rows = pq.read_table(path, filters=[("step", "=", step)], partitioning=None)
+            rows = _in_schema(rows, _SCHEMA)
+        except Exception as error:
+            text = f"{type(error).__name__} {error}"
+            raise ValueError(f"{path} is damaged: {text}") from None
+        tables.append(rows.filter(pc.field("completion_ids").is_valid()))
+    return pa.concat_tables(tables).to_pandas()
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a1c0b007
 @dataclass
@@ -380,7 +422,8 @@ class Completions:
         "Put what is in memory on the disk, as a part of its own."
         if self.rows and process()[0] == 0:
             path = self.directory / f"completions-{self.rows[-1]['step']}.parquet"
-            frame = pd.DataFrame(self.rows)
+            frame = pd.DataFrame(self.rows, columns=_SCHEMA.names)
+            frame = frame.astype(dict.fromkeys(_TOKENS.names, object))
             rows = pa.Table.from_pandas(frame, _SCHEMA, preserve_index=False)
             _write_rows(path, [rows.replace_schema_metadata()])
             _sync(self.directory)
@@ -507,6 +550,7 @@ _FREE = {
     "device",
     "output_dir",
     "eval_steps",
+    "log_token_groups",
     "save_steps",
     "max_tokens_per_micro_batch",
     "max_num_seqs",

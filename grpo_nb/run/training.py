@@ -41,13 +41,15 @@ from ..rollout import Rollout
 from .build import Trainer, build_models, build_schedulers, check_rules
 from .build import load_rewards, open_task
 from .checkpoint import RunState, noted_on, resume, save, save_models
+from .diagnostics import StepGroups, explained_variance
+from .diagnostics import groups_from_rows, update_metrics
 from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
-from .options import Config, expand_path, own_functions
+from .options import Config, GRPOConfig, expand_path, own_functions
 from .run_directory import Completions, read_json
 from .run_directory import check_passed, claim_directory, find_directory
-from .run_directory import make_record, read_completions, saved_config
-from .run_directory import write_atomically
+from .run_directory import make_record, read_completions, read_tokens
+from .run_directory import saved_config, write_atomically
 from .trackers import check_trackers, open_trackers
 from ..sampling import check_context
 from ..task import Query, TASKS, Task
@@ -103,6 +105,11 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     if rollout.num_generations > 1:
         metrics["reward_std_within_groups"] = _std_within_groups(rollout)
         metrics["frac_reward_zero_std"] = 1 - informative(rollout).float().mean().item()
+    if rollout.values is not None and rollout.returns is not None:
+        explained = explained_variance(
+            rollout.values, rollout.returns, rollout.loss_mask()
+        )
+        metrics["explained_variance"] = explained
     if rollout.sampling_logprobs is not None and rollout.logprobs is not None:
         metrics |= _mismatch(rollout)
     return metrics
@@ -144,6 +151,7 @@ def peak_memory(device: torch.device) -> float:
 def table(
     rollout: Rollout,
     step: int,  # training step, written into each row
+    groups: StepGroups | None = None,  # its first groups, with what each token has
 ) -> list[dict]:  # a dict per completion: the columns of completions.parquet
     """Lay a rollout out as rows of a table.
 
@@ -162,7 +170,12 @@ def table(
         "tokens": lengths.tolist(),
         "truncated": rollout.truncated.tolist(),
     }
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    if groups is not None:
+        by_token = groups.columns()
+        for row, entries in zip(rows, zip(*by_token.values())):
+            row |= dict(zip(by_token, entries))
+    return rows
 
 
 def _column(x: Tensor | None, n: int) -> list:
@@ -206,6 +219,18 @@ class Run:
     def completions(self) -> pd.DataFrame:
         "Every completion that was trained on."
         return read_completions(self.directory)
+
+    def groups(self, step: int) -> StepGroups:
+        """Open the groups of a step, token by token, as they were in it.
+
+        Raises: `ValueError` if the run recorded none of this step."""
+        rows = read_tokens(self.directory, step)
+        if rows.empty:
+            raise ValueError(_no_tokens(self.directory, step))
+        G = 1
+        if isinstance(self.config, GRPOConfig):
+            G = self.config.num_generations
+        return groups_from_rows(rows, G, self.tokenizer)
 
     def summary(self) -> pd.Series:
         "The short table: accuracy, reward, KL, time, files."
@@ -257,6 +282,17 @@ class Run:
         if self.tokenizer.chat_template:
             return Query([{"role": "user", "content": prompt}])
         return Query(prompt)
+
+# %% ../../nbs/2_run/24_training.ipynb #24t00010
+def _no_tokens(directory: Path, step: int) -> str:
+    "Say why there are no tokens of a step."
+    steps = read_completions(directory)["step"]
+    if step not in set(steps):
+        return f"step must be one of the run's, 1..{steps.max()}; got {step}"
+    return (
+        f"{directory} has no tokens of step {step}: it was trained with "
+        "log_token_groups=0, or by a version that kept none"
+    )
 
 # %% ../../nbs/2_run/24_training.ipynb #67cd4b5a
 def open_run(
@@ -316,7 +352,8 @@ def train(
     """Train as the config says, and leave a run directory behind.
 
     Rows are a list of dicts, a Dataset or a DataFrame; of several processes, the
-    main one calls `on_step`. Functions of one's own are recorded by name and digest,
+    main one calls `on_step`; where that is an object with a method `on_groups`, such
+    as a `LivePlot`, it gets the recorded groups first. Functions of one's own are recorded by name and digest,
     and a run goes on only with the same. If a step raises, what was measured and
     sampled in the steps before it is in the directory, and the newest checkpoint can
     be resumed. Raises: `ValueError` for whatever is wrong with the input, before
@@ -584,7 +621,7 @@ def _or_saved(
 def _take_step(
     state: RunState,
     initial: dict,  # metrics of before the first step, for its line
-) -> tuple[Rollout, dict]:  # and its line of metrics
+) -> tuple[Rollout, StepGroups | None, dict]:  # what was recorded; its metrics
     "A step of the algorithm, in an outer iteration if one is due."
     began = time.perf_counter()
     config, models, step = state.config, state.models, state.step + 1
@@ -599,6 +636,9 @@ def _take_step(
     queries = step_queries(state.task, n, config.seed, step)
     with _or_saved(state, renewed=bool(outer)):
         rollout, metrics = step_of(config)(models, queries, config)
+        groups = models.record(rollout, config, step)
+    if groups is not None:
+        metrics |= update_metrics(groups, config)
     state.num_completions += metrics.pop("num_sampled", len(rollout))
     state.num_completions += outer.get("reward_model/completions", 0)
     line = (
@@ -615,7 +655,7 @@ def _take_step(
     line["num_completions"] = state.num_completions
     line["step_time"] = time.perf_counter() - began
     line["peak_memory"] = peak_memory(models.policy.device)
-    return rollout, line
+    return rollout, groups, line
 
 # %% ../../nbs/2_run/24_training.ipynb #7e9a1004
 def _end_if_due(state: RunState, signals: list[int]):
@@ -698,17 +738,19 @@ def _loop(
         initial = {} if state.step else {f"eval/initial_{what}": _heldout(state)}
         bar = _bar(state, progress)
         for step in bar:
-            rollout, line = _take_step(state, initial)
+            rollout, groups, line = _take_step(state, initial)
             initial = {}
             if step % config.eval_steps == 0 or step == config.max_steps:
                 line[f"eval/{what}"] = _heldout(state)
             line = _finite(line)
-            state.completions.add(table(rollout, step))
+            state.completions.add(table(rollout, step, groups))
             log.write(json.dumps(line) + "\n")
             log.flush()
             state.step = step
             state.skipped = state.skipped + 1 if line["skipped_updates"] else 0
             for hear in listeners:
+                if groups is not None and hasattr(hear, "on_groups"):
+                    hear.on_groups(groups)
                 hear(dict(line))
             if config.save_steps and step % config.save_steps == 0:
                 save(state)
