@@ -159,8 +159,9 @@ class LivePlot:
     """Redraw learning curves and the latest group while a run goes on.
 
     `with LivePlot() as plot: train(config, on_step=plot)`. In a notebook it is one
-    picture and one group, which are replaced; in a terminal, text. Where nobody looks
-    on (papermill, a log file) they are shown once, at the end. One for each run.
+    picture and one group, which are replaced, and under papermill, where nobody looks
+    on, they are shown once, at the end. In a terminal it is text; where the output
+    goes into a file, nothing. One for each run.
 
     Raises: `ValueError`: no metrics, one text in place of several, or a time that is
     not positive."""
@@ -197,7 +198,8 @@ class LivePlot:
         if not self.lines:
             return
         if not _in_a_notebook():
-            tqdm.write(self.text())
+            if _is_watched():
+                tqdm.write(self.text())
             return
         from IPython.display import Image
 
