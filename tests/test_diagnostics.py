@@ -20,7 +20,7 @@ from grpo_nb.reference import token_rewards
 from grpo_nb.run.diagnostics import ObservedModels, StepGroups, explained_variance
 from grpo_nb.run.diagnostics import groups_from_rows, noise_scale, signal_and_noise
 from grpo_nb.run.diagnostics import update_metrics
-from grpo_nb.run.run_directory import read_completions, read_tokens
+from grpo_nb.run.run_directory import Completions, read_completions
 from grpo_nb.run.training import open_run, table, train
 from grpo_nb.update import batch_loss, update
 from helpers import character_tokenizer, random_model, random_rollout
@@ -201,7 +201,8 @@ def test_a_resumed_run_has_the_same_tokens(tmp_path):
         train(other, progress=False, on_step=stop)
     other = replace(other, resume=True, log_token_groups=0)
     directory = train(other, progress=False).directory
-    assert [len(read_tokens(directory, step)) for step in (1, 2, 3)] == [4, 0, 0]
+    rows = Completions(directory)
+    assert [len(rows.tokens(step)) for step in (1, 2, 3)] == [4, 0, 0]
 
 
 def test_a_run_without_tokens_says_so(tmp_path):

@@ -36,6 +36,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -2404,7 +2405,6 @@ EXCEPTIONS = (
         "run.diagnostics.noise_scale": "two means; test_diagnostics.py",
         "run.diagnostics.ObservedModels": "holds models; test_diagnostics.py",
         "run.diagnostics.recorded_groups": "`Rollout.select`",
-        "run.run_directory.read_tokens": "in `Run.groups`; test_diagnostics.py",
         "run.options.expand_path": "any text is a path; test_run_directory.py",
         "run.run_directory.make_directory": "makes what `prepare_directory` chose",
         "models.Models": "holds models",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'write_atomically', 'read_json', 'remove_path', 'replace_directory', 'prepare_directory', 'make_directory',
-           'find_directory', 'claim_directory', 'read_completions', 'read_tokens', 'Completions', 'make_record',
-           'check_passed', 'saved_config', 'read_lines']
+           'find_directory', 'claim_directory', 'read_completions', 'Completions', 'make_record', 'check_passed',
+           'saved_config', 'read_lines']
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #4a2ae78b
 import fcntl
@@ -388,21 +388,13 @@ def read_completions(
     return pa.concat_tables([_COLUMNS.empty_table(), *tables]).to_pandas()
 
 
-def read_tokens(
-    directory: str | Path,  # of a run
-    step: int,
-) -> pd.DataFrame:  # with the token columns, a list a completion
-    "Read the completions of a step whose tokens were recorded."
-    tables = [_SCHEMA.empty_table()]
-    for path in _parts(Path(directory)):
-        try:
-            rows = pq.read_table(path, filters=[("step", "=", step)], partitioning=None)
-            rows = _in_schema(rows, _SCHEMA)
-        except Exception as error:
-            text = f"{type(error).__name__} {error}"
-            raise ValueError(f"{path} is damaged: {text}") from None
-        tables.append(rows.filter(pc.field("completion_ids").is_valid()))
-    return pa.concat_tables(tables).to_pandas()
+def _rows_of_step(path: Path, step: int) -> pa.Table:
+    "The rows of one step in a file, with all their columns."
+    try:
+        rows = pq.read_table(path, filters=[("step", "=", step)], partitioning=None)
+        return _in_schema(rows, _SCHEMA)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a1c0b007
 @dataclass
@@ -440,6 +432,14 @@ class Completions:
         _write_rows(merged, chain.from_iterable(map(_batches, files)))
         for _, path in numbered:
             path.unlink()
+
+    def tokens(self, step: int) -> pd.DataFrame:
+        "Read what is on the disk of a step's tokens: a row a completion, lists in it."
+        tables = [_SCHEMA.empty_table()]
+        for path in _parts(self.directory):
+            rows = _rows_of_step(path, step)
+            tables.append(rows.filter(pc.field("completion_ids").is_valid()))
+        return pa.concat_tables(tables).to_pandas()
 
     def check(self, step: int):
         "Refuse (`ValueError`) a disk without rows of each step up to this one."

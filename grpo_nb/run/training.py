@@ -48,7 +48,7 @@ from .iterative import outer_iteration
 from .options import Config, GRPOConfig, expand_path, own_functions
 from .run_directory import Completions, read_json
 from .run_directory import check_passed, claim_directory, find_directory
-from .run_directory import make_record, read_completions, read_tokens
+from .run_directory import make_record, read_completions
 from .run_directory import saved_config, write_atomically
 from .trackers import check_trackers, open_trackers
 from ..sampling import check_context
@@ -224,7 +224,7 @@ class Run:
         """Open the groups of a step, token by token, as they were in it.
 
         Raises: `ValueError` if the run recorded none of this step."""
-        rows = read_tokens(self.directory, step)
+        rows = Completions(self.directory).tokens(step)
         if rows.empty:
             raise ValueError(_no_tokens(self.directory, step))
         G = 1
@@ -721,6 +721,18 @@ def _bar(state: RunState, progress: bool) -> tqdm:
     )
 
 
+def _tell(
+    listeners: list[Callable[[dict], None]],  # each gets the line of metrics
+    line: dict,
+    groups: StepGroups | None,  # first, for those who want them
+):
+    "What a step has left, to those who listen."
+    for hear in listeners:
+        if groups is not None and hasattr(hear, "on_groups"):
+            hear.on_groups(groups)
+        hear(dict(line))
+
+
 def _loop(
     state: RunState,
     progress: bool,
@@ -748,10 +760,7 @@ def _loop(
             log.flush()
             state.step = step
             state.skipped = state.skipped + 1 if line["skipped_updates"] else 0
-            for hear in listeners:
-                if groups is not None and hasattr(hear, "on_groups"):
-                    hear.on_groups(groups)
-                hear(dict(line))
+            _tell(listeners, line, groups)
             if config.save_steps and step % config.save_steps == 0:
                 save(state)
             shown = {"reward": line["reward"], "kl": line.get("kl")}
