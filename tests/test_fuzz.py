@@ -36,6 +36,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -135,6 +136,7 @@ from grpo_nb.run.build import Trainer, build_models, build_schedulers, load_rewa
 from grpo_nb.run.checkpoint import RunState, checkpoints, is_whole, load_checkpoint
 from grpo_nb.run.checkpoint import resume, save_checkpoint
 from grpo_nb.run.command_line import main, parse_arguments, resume_arguments
+from grpo_nb.run.diagnostics import StepGroups, groups_from_rows, token_numbers
 from grpo_nb.run.iterative import preference_pairs
 from grpo_nb.run.run_directory import prepare_directory, read_completions, read_json
 from grpo_nb.run.training import Run, open_run, rollout_metrics, table, train
@@ -1308,6 +1310,9 @@ def test_importance_weights(f, limit, data):
     next_beta,
     rollout_metrics,
     table,
+    StepGroups,
+    groups_from_rows,
+    token_numbers,
     preference_pairs,
 )
 @given(rollout_fields(), st.data())
@@ -1361,6 +1366,13 @@ def test_stages(f, data):
         all(x is None or math.isfinite(x) for x in metrics.values())
         and [row["tokens"] for row in rows] == rollout.completion_mask.sum(1).tolist()
     )
+    groups = StepGroups(3, rollout, rollout.values)
+    rows = pd.DataFrame(table(rollout, 3, groups))
+    again = groups_from_rows(rows, G)
+    names = token_numbers(rollout, None, rollout.values)
+    assert again.frame().columns.equals(groups.frame().columns)
+    assert names.keys() == groups.numbers.keys() == again.numbers.keys()
+    assert len(again.frame()) == rollout.completion_mask.sum()
     target = data.draw(st.sampled_from([None, 1.0, *ODD]))
     moved = outcome(next_beta, {"beta": 0.1, "rollout": rollout, "kl_target": target})
     assert (moved is None) == (
@@ -2475,6 +2487,13 @@ EXCEPTIONS = (
         "group.GroupOptions": "a part of the configs",
         "objective.ObjectiveOptions": "a part of the configs",
         "update.UpdateOptions": "a part of the configs",
+        "run.diagnostics.explained_variance": "test_diagnostics.py",
+        "run.diagnostics.update_metrics": "of what a run recorded; test_diagnostics.py",
+        "run.diagnostics.Halves": "made by `ObservedModels`",
+        "run.diagnostics.signal_and_noise": "takes gradients; test_diagnostics.py",
+        "run.diagnostics.noise_scale": "two means; test_diagnostics.py",
+        "run.diagnostics.ObservedModels": "holds models; test_diagnostics.py",
+        "run.diagnostics.recorded_groups": "`Rollout.select`",
         "run.options.expand_path": "any text is a path; test_run_directory.py",
         "run.run_directory.make_directory": "makes what `prepare_directory` chose",
         "models.Models": "holds models",

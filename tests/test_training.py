@@ -642,6 +642,8 @@ SHARED = {
     "max_steps": [1],
     "eval_steps": [1],
     "eval_size": [3],
+    "log_token_groups": [0, 99],
+    "gradient_noise": [True],
     "save_steps": [1],
     "save_total_limit": [0],
     "seed": [1],
@@ -724,6 +726,8 @@ HARMLESS = {
     "skip_special_tokens",  # the embedded model has none in an answer
     "eval_steps",
     "eval_size",
+    "log_token_groups",
+    "gradient_noise",
     "save_steps",
     "save_total_limit",
     "device",

@@ -1,6 +1,7 @@
 "Watching a run: trackers, the function that gets every line, and the live plot."
 
 import os
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,11 +24,12 @@ from grpo_nb.run import trackers, training
 from grpo_nb.algorithm import STEPS, ppo_step
 from grpo_nb.run.options import CONFIGS, Config, PPOConfig, make_config
 from grpo_nb.evidence.plots import LivePlot, comparison_table, plot_comparison, plot_run
-from grpo_nb.evidence.plots import trained_parameters
+from grpo_nb.evidence.plots import GroupView, trained_parameters
 from grpo_nb.policy import load_policy
 from grpo_nb.engine.data import load_task
 from grpo_nb.run.command_line import parse_arguments
 from grpo_nb.run.training import Run, train
+from grpo_nb.task import Query
 from grpo_nb.value import ValueModel
 from helpers import ROOT, python, read_metrics, short_config
 
@@ -264,6 +266,7 @@ def notebook(monkeypatch):
 
     monkeypatch.setattr(IPython.display, "display", display)
     monkeypatch.setattr(grpo_nb.evidence.plots, "_in_a_notebook", lambda: True)
+    monkeypatch.setattr(grpo_nb.evidence.plots, "_is_watched", lambda: True)
     monkeypatch.setattr(
         grpo_nb.evidence.plots, "time", SimpleNamespace(monotonic=lambda: clock.now)
     )
@@ -324,6 +327,74 @@ def test_the_live_plot_of_a_run_without_a_step(notebook):
     with LivePlot():
         pass
     assert not notebook[0]
+
+
+class Kernel(SimpleNamespace):
+    "A notebook's kernel, as IPython has one."
+
+
+@pytest.mark.parametrize("takes_input", [True, False])
+def test_who_looks_on(monkeypatch, takes_input):
+    "JupyterLab can answer the kernel; papermill and nbconvert say that they cannot."
+    import IPython
+
+    kernel = Kernel(kernel=SimpleNamespace(_allow_stdin=takes_input))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: kernel)
+    assert grpo_nb.evidence.plots._is_watched() is takes_input
+    monkeypatch.setattr(IPython, "get_ipython", lambda: None)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: takes_input))
+    assert grpo_nb.evidence.plots._is_watched() is takes_input
+
+
+def test_where_nobody_looks_on_the_end_is_shown(notebook, monkeypatch):
+    "One picture and one group, however long the run."
+    shown, clock = notebook
+    monkeypatch.setattr(grpo_nb.evidence.plots, "_is_watched", lambda: False)
+    with LivePlot(seconds=0.1) as plot:
+        for line in LINES:
+            plot(line)
+            clock.now += 1
+    assert [how for how, _ in shown] == ["new"]
+
+
+def test_the_live_plot_has_the_latest_group(tmp_path, notebook):
+    "Beside the curves, in its place; of a large one only the beginning."
+    shown, _ = notebook
+    told = []
+
+    class Listener(LivePlot):
+        def on_groups(self, groups):
+            told.append(groups.step)
+            super().on_groups(groups)
+
+    with Listener(seconds=1e-9) as plot:
+        options = {"max_steps": 2, "num_generations": 12, "num_prompts": 2}
+        config = short_config(output_dir=str(tmp_path / "run"), **options)
+        run = train(config, progress=False, on_step=plot)
+    assert told == [1, 2] and len(shown) % 2 == 0
+    views = [content for _, content in shown if isinstance(content, GroupView)]
+    assert [how for how, _ in shown].count("new") == 2 and len(views) == len(shown) / 2
+    first = run.groups(2).select(0).rollout
+    assert views[-1].text.splitlines()[0] == first.queries[0].text
+    assert "and 4 more" in views[-1].html and len(views[-1].text.splitlines()) == 2 + 8
+    assert views[-1].html.count("<span") == first.completion_mask[:8].sum()
+
+
+def test_the_live_plot_in_a_terminal(tmp_path, monkeypatch, capsys):
+    "Text, now and then; nothing where it goes into a file, or moves the cursor."
+    monkeypatch.setattr(grpo_nb.evidence.plots, "_in_a_notebook", lambda: False)
+    for name, watched in (("terminal", True), ("file", False)):
+        monkeypatch.setattr(grpo_nb.evidence.plots, "_is_watched", lambda: watched)
+        with LivePlot(seconds=1e-9) as plot:
+            config = short_config(output_dir=str(tmp_path / name), max_steps=2)
+            train(config, progress=False, on_step=plot)
+        lines = capsys.readouterr().out.splitlines()
+        steps = [line.split(",")[0] for line in lines if line.startswith("step ")]
+        assert steps == (["step 1", "step 2", "step 2"] if watched else [])
+    escapes = SimpleNamespace(decode=lambda ids, **_: "\x1b[2J" * len(ids))
+    plot.groups.tokenizer = escapes
+    plot.groups.rollout.queries[0] = Query("1+1=\x1b[31m")
+    assert "\x1b" not in plot.text() and "reward" in plot.text()
 
 
 def synthetic(config, metrics, name="mine"):
@@ -463,9 +534,9 @@ def test_the_live_plot_elsewhere(tmp_path):
     script = (
         "import sys; from grpo_nb.evidence.plots import LivePlot\nwith "
         f"LivePlot(seconds=1e-9) as plot:\n    for line in {LINES}: "
-        "plot(line)\nprint(plot._handle, 'IPython' in sys.modules, len(plot.lines))"
+        "plot(line)\nprint(plot._handles, 'IPython' in sys.modules, len(plot.lines))"
     )
     done = python("-c", script, cwd=tmp_path, path=ROOT)
-    assert done.returncode == 0 and done.stdout.split() == ["None", "False", "50"], (
+    assert done.returncode == 0 and done.stdout.split() == ["{}", "False", "50"], (
         done.stderr
     )

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, singledispatch
 from html import escape
 
 import matplotlib.pyplot as plt
@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..run.options import PPOConfig
@@ -30,6 +31,7 @@ from ..engine.packing import token_logprobs
 from ..reference import kl
 from ..rollout import Rollout
 from ..run.build import load_value_model
+from ..run.diagnostics import StepGroups, token_numbers
 from ..run.training import Run
 from ..value import ValueModel
 
@@ -46,6 +48,8 @@ PANELS = {  # title -> metric
     "tokens clipped (share)": "clip_ratio/region_mean",
     "groups all alike (share)": "frac_reward_zero_std",
     "value loss": "value_loss",
+    "value: explained variance": "explained_variance",
+    "KL of a step (nats a token)": "update/kl",
 }
 
 
@@ -142,11 +146,22 @@ def _in_a_notebook() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
+def _is_watched() -> bool:
+    """Whether somebody is looking on: a notebook that takes input, or a terminal.
+
+    papermill and its like tell the kernel that nobody can answer."""
+    if _in_a_notebook():
+        return sys.modules["IPython"].get_ipython().kernel._allow_stdin
+    return sys.stdout.isatty()
+
+
 class LivePlot:
-    """Redraw learning curves while a run goes on.
+    """Redraw learning curves and the latest group while a run goes on.
 
     `with LivePlot() as plot: train(config, on_step=plot)`. In a notebook it is one
-    picture, which is replaced; elsewhere nothing is drawn. One for each run.
+    picture and one group, which are replaced, and under papermill, where nobody looks
+    on, they are shown once, at the end. In a terminal it is text; where the output
+    goes into a file, nothing. One for each run.
 
     Raises: `ValueError`: no metrics, one text in place of several, or a time that is
     not positive."""
@@ -164,28 +179,59 @@ class LivePlot:
         self.panels = {titles.get(name, name): name for name in metrics}
         self.seconds = seconds
         self.lines = []
+        self.groups = None
         self._drawn = -float("inf")
-        self._handle = None
+        self._handles = {}
+
+    def on_groups(self, groups: StepGroups):  # of the step whose line comes next
+        self.groups = groups
 
     def __call__(self, metrics: dict):  # a line of metrics
         self.lines.append(metrics)
-        if time.monotonic() - self._drawn >= self.seconds:
+        due = time.monotonic() - self._drawn >= self.seconds
+        if due and _is_watched():
             self.draw()
 
     def draw(self):
-        "Put the curves so far in the place of the last picture."
+        "Put curves and group as they are now in the place of the last ones."
         self._drawn = time.monotonic()
-        if not self.lines or not _in_a_notebook():
+        if not self.lines:
             return
-        from IPython.display import Image, display
+        if not _in_a_notebook():
+            if _is_watched():
+                tqdm.write(self.text())
+            return
+        from IPython.display import Image
 
         png = io.BytesIO()
         self.figure().savefig(png)
-        picture = Image(png.getvalue())
-        if self._handle:
-            self._handle.update(picture)
+        self._show("curves", Image(png.getvalue()))
+        if self.groups is not None:
+            self._show("group", self.group())
+
+    def _show(self, name: str, content):
+        "Display something, in the place of what had this name."
+        from IPython.display import display
+
+        if name in self._handles:
+            self._handles[name].update(content)
         else:
-            self._handle = display(picture, display_id=True)
+            self._handles[name] = display(content, display_id=True)
+
+    def group(self) -> "GroupView":
+        "Show the first group of the latest step; of a large one the beginning."
+        one = self.groups.select(0)
+        return _view(one.rollout, one.numbers, one.tokenizer, "advantage", _BRIEF)
+
+    def text(self) -> str:
+        "Write the latest line of metrics, and the group."
+        line = self.lines[-1]
+        shown = [f"step {line['step']}"]
+        for name in self.panels.values():
+            if line.get(name) is not None:
+                shown.append(f"{name} {line[name]:.4g}")
+        text = ", ".join(shown)
+        return text if self.groups is None else f"{text}\n{self.group().text}"
 
     def figure(self) -> Figure:
         "Draw the curves so far; faint: every step, strong: mean of the last tenth."
@@ -371,14 +417,18 @@ def _last(metrics: pd.DataFrame, name: str) -> float:
     return metrics[name].tail(10).mean()
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #e0cddff9
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GroupView:
-    "HTML that a notebook shows."
+    "HTML that a notebook shows, and text for where there is none."
 
-    html: str = field(repr=False)
+    html: str
+    text: str
 
     def _repr_html_(self):
         return self.html
+
+    def __repr__(self):
+        return self.text
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #386f6bec
 def _token_texts(
@@ -424,6 +474,12 @@ def _token(
 _CELL = "padding:2px 12px 2px 0;white-space:pre-wrap;color:inherit;background:none"
 
 
+def _line(cells: list[str]) -> str:
+    "The same as a line of text, of which nothing can move a terminal's cursor."
+    reward, advantage, completion = cells
+    return f"{reward:>8}{advantage:>11}  {repr(completion)[1:-1]}"
+
+
 def _row(cells: list[str], tag: str = "td") -> str:
     "One row of the table: reward, advantage, completion."
     html = ""
@@ -436,61 +492,101 @@ def _token_numbers(
     rollout: Rollout, policy: PreTrainedModel | None, temperature: float
 ) -> dict[str, torch.Tensor]:
     "What is known of each token, by name, each [N, T]; with a policy, also of now."
-    known = {"log-prob": rollout.logprobs, "advantage": rollout.advantages}
-    if rollout.advantages is not None and rollout.advantages.dim() == 1:
-        shape = rollout.completion_mask.shape
-        known["advantage"] = rollout.advantages[:, None].expand(shape)
-    now = rollout.logprobs
-    entropy = None
-    if policy is not None:
-        with torch.no_grad():
-            now, entropy = token_logprobs(
-                policy, rollout, temperature, return_entropy=True
-            )
-        if rollout.logprobs is not None:
-            known["ratio"] = (now - rollout.logprobs).exp()
-    if rollout.ref_logprobs is not None and now is not None:
+    if policy is None:
+        return token_numbers(rollout)
+    with torch.no_grad():
+        now, entropy = token_logprobs(policy, rollout, temperature, return_entropy=True)
+    known = token_numbers(rollout, now, entropy)
+    if rollout.ref_logprobs is not None:
         known["KL"] = kl(now, rollout.ref_logprobs)
-    known["entropy"] = entropy
-    known["value"] = rollout.values
-    return {name: x for name, x in known.items() if x is not None}
+    return known
 
 # %% ../../nbs/4_evidence/41_plots.ipynb #bcd43f4c
+@singledispatch
 def show_group(
     rollout: Rollout,  # as far as it has come: what is still None is not shown
     group: int = 0,  # which query
     tokenizer: PreTrainedTokenizerBase | None = None,  # None: token ids are shown
     policy: PreTrainedModel | None = None,  # as it is now; None: KL at sampling
-    color: str = "advantage",  # | "ratio" | "KL" | "entropy" | "value" | "log-prob"
+    # | "ratio" | "KL" | "entropy" | "value" | "return" | "log-prob"
+    color: str = "advantage",
     temperature: float = 1.0,  # the one it was sampled with
 ) -> GroupView:
     """Show one group token by token, without padding.
 
     Blue where the number is positive (a ratio above 1), red where it is negative. The
-    policy is needed for ratio and entropy.
+    policy is needed for ratio and entropy. Of a run: `show_group(run, step, group)`,
+    with everything as it was in that step.
 
     Raises: `ValueError`: a group that is not there, or a colour that the rollout and
     the policy do not tell."""
+    _check_group(rollout, group)
+    r = rollout.select([group])
+    return _view(r, _token_numbers(r, policy, temperature), tokenizer, color)
+
+
+@show_group.register
+def _(run: Run, step: int, group: int = 0, color: str = "advantage") -> GroupView:
+    return show_group(run.groups(step), group, color)
+
+
+@show_group.register
+def _(groups: StepGroups, group: int = 0, color: str = "advantage") -> GroupView:
+    _check_group(groups.rollout, group)
+    one = groups.select(group)
+    return _view(one.rollout, one.numbers, groups.tokenizer, color)
+
+
+def _check_group(rollout: Rollout, group: int):
+    "`ValueError` if the group is not there."
     last = len(rollout.queries) - 1
     if not 0 <= group <= last:
         raise ValueError(f"group must lie in 0..{last}, got {group}")
-    r = rollout.select([group])
-    numbers = _token_numbers(r, policy, temperature)
+
+
+_BRIEF = (8, 100)  # completions, and tokens of each, in a view that is redrawn
+
+
+def _view(
+    r: Rollout,  # of one group
+    numbers: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    color: str,
+    most: tuple[int, int] | None = None,  # completions, and tokens of each; None: all
+) -> GroupView:
+    "The query, and a row for each completion."
     if color not in numbers and color != "advantage":
         raise ValueError(f"color must be one of {', '.join(numbers)}; got {color!r}")
     strengths = _strengths(numbers, color, r.completion_mask)
     columns = ["reward", "advantage", "completion"]
+    lines = [_line(columns)]
     if color != "advantage":
         columns[-1] += f" ({color} below)"
     rows = [_row(columns, "th")]
-    for i, n in enumerate(r.completion_mask.sum(1).tolist()):
-        texts = _token_texts(r.completion_ids[i, :n].tolist(), tokenizer)
+    height, width = most or r.completion_ids.shape
+    for i, n in enumerate(r.completion_mask.sum(1).tolist()[:height]):
+        texts = _token_texts(r.completion_ids[i, : min(n, width)].tolist(), tokenizer)
         of_token = _by_token(numbers, i, n)
-        tokens = _tokens(texts, of_token, strengths[i], color)
-        if r.truncated[i]:
-            tokens += " (truncated)"
-        rows.append(_row([_reward(r, i), _mean_advantage(of_token), tokens]))
-    return GroupView(_page(r.queries[0].text, rows))
+        end = _end(r.truncated[i], n > width)
+        tokens = _tokens(texts, of_token, strengths[i], color) + end
+        cells = [_reward(r, i), _mean_advantage(of_token)]
+        rows.append(_row([*cells, tokens]))
+        lines.append(_line([*cells, "".join(texts) + end]))
+    rows.append(_rest(len(r) - height))
+    query = r.queries[0].text
+    return GroupView(_page(query, rows), "\n".join([repr(query)[1:-1], *lines]))
+
+
+def _end(truncated: bool, cut: bool) -> str:
+    "What stands behind the tokens of a completion."
+    if cut:
+        return " …"
+    return " (truncated)" if truncated else ""
+
+
+def _rest(n: int) -> str:
+    "A row for completions that are not shown."
+    return _row(["", "", f"… and {n} more"]) if n > 0 else ""
 
 
 def _strengths(numbers: dict, color: str, mask: torch.Tensor) -> list[list[float]]:
