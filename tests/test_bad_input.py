@@ -49,7 +49,7 @@ TABLE = torch.ones(4, 3)
             {"num_generations": 1},
             ["num_generations", "1", "greater than or equal to 2"],
         ),
-        ({"algorithm": "dpo"}, ["algorithm", "'dpo'", "grpo, ppo"]),
+        ({"algorithm": "dpo"}, ["algorithm", "'dpo'", '"grpo" or "ppo"']),
         ({"task": "chess"}, ["task", "'chess'", "add, sums, target"]),
         ({"dtype": "float16"}, ["dtype", "'float16'", "'float32' or 'bfloat16'"]),
         ({"device": "cuda:99"}, ["device", "'cuda:99'", '"auto"']),
