@@ -100,13 +100,23 @@ def _by_batch(r, eps):
     return _std(r.view(1, -1)) + eps
 
 
+def _by_centred_batch(r, eps):
+    "Divide by the standard deviation of the step's distances from their groups' means."
+    return _by_batch(r - _mean(r), eps)
+
+
 def _by_nothing(r, eps):
     "Divide by 1."
     return 1.0
 
 
 BASELINES = {"mean": _mean, "leave_one_out": _mean_of_others}
-SCALES = {"group": _by_group, "batch": _by_batch, "none": _by_nothing}
+SCALES = {
+    "group": _by_group,
+    "batch": _by_batch,
+    "batch_centred": _by_centred_batch,
+    "none": _by_nothing,
+}
 
 # %% ../nbs/1_figure/09_group.ipynb #15495eaa
 def group_advantages(

@@ -81,6 +81,7 @@ def _clip(
     low: float,  # 1 - epsilon
     high: float,  # 1 + epsilon_high
     delta: float,  # of the dual clip; infinite: none
+    **others: float,  # options of other objectives
 ) -> tuple:  # loss, clip_low, clip_high; all [N, T]
     "Take the gain from what has moved far enough (PPO 1707.06347, eq. 7)."
     unclipped = rho.clamp(max=delta) * advantages
@@ -98,9 +99,8 @@ def _cispo(
     rho: Tensor,
     advantages: Tensor,
     logprobs: Tensor,
-    low: float,
     high: float,
-    delta: float,
+    **others: float,
 ) -> tuple:  # loss, clip_low, clip_high; all [N, T]
     "Cap the weight and hold it fixed (CISPO 2506.13585, eq. 4, upper bound only)."
     weight = rho.clamp(max=high).detach()
@@ -109,8 +109,26 @@ def _cispo(
     clip_high = rho > high
     return loss, clip_low, clip_high
 
+# %% ../nbs/1_figure/10_objective.ipynb #3eb1fdd7
+def _sapo(
+    rho: Tensor,
+    advantages: Tensor,
+    logprobs: Tensor,
+    sapo_temperature_pos: float,  # where A > 0
+    sapo_temperature_neg: float,  # elsewhere
+    **others: float,
+) -> tuple:  # loss, clip_low, clip_high; all [N, T]
+    "Let the gradient fade with the distance of rho from 1 (SAPO 2511.20347)."
+    pos = rho.new_tensor(sapo_temperature_pos)
+    neg = rho.new_tensor(sapo_temperature_neg)
+    temperature = torch.where(advantages > 0, pos, neg)
+    gate = torch.sigmoid(temperature * (rho - 1)) * 4 / temperature
+    loss = -gate * advantages
+    unbounded = torch.zeros_like(rho, dtype=torch.bool)
+    return loss, unbounded, unbounded
+
 # %% ../nbs/1_figure/10_objective.ipynb #bea2c222
-OBJECTIVES = {"clip": _clip, "cispo": _cispo}
+OBJECTIVES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo}
 
 # %% ../nbs/1_figure/10_objective.ipynb #a703e8ed
 def _bounds(
@@ -133,6 +151,13 @@ def _bounds(
             f"delta must be at least 1 + epsilon_high = {high}, got {delta}"
         )
     return low, high, delta
+
+
+def _check_temperatures(**temperatures: float):
+    "Refuse a temperature that is not positive and finite."
+    for name, temperature in temperatures.items():
+        if not 0 < temperature < torch.inf:
+            raise ValueError(f"{name} must be positive and finite, got {temperature}")
 
 
 def _per_token(
@@ -175,6 +200,8 @@ def policy_loss(
     delta: float | None = None,  # "clip": upper bound on the unclipped rho
     importance_sampling_level: str = "token",  # a key of LEVELS
     objective: str = "clip",  # a key of OBJECTIVES
+    sapo_temperature_pos: float = 1.0,  # "sapo": tau where A > 0
+    sapo_temperature_neg: float = 1.05,  # and elsewhere
 ) -> tuple[Float[Tensor, "N T"], dict[str, Tensor]]:  # (loss, statistics), per token
     """Compute the policy loss of each token, to be minimised; 0 on padding.
 
@@ -183,11 +210,16 @@ def policy_loss(
     the weight).
 
     Raises: `ValueError` for other shapes or dtypes, an unknown choice, a bound on the
-    wrong side of 1, for "clip" a `delta` below 1 + `epsilon_high`, and for "sequence"
-    with advantages that differ within a completion.
+    wrong side of 1, for "clip" a `delta` below 1 + `epsilon_high`, a temperature that
+    is not positive, and for "sequence" with advantages that differ within a completion.
 
-    Source: PPO 1707.06347, eq. 7; CISPO 2506.13585, eq. 4."""
+    Source: PPO 1707.06347, eq. 7; CISPO 2506.13585, eq. 4; SAPO 2511.20347."""
     low, high, delta = _bounds(epsilon, epsilon_high, delta, objective)
+    temperatures = {
+        "sapo_temperature_pos": sapo_temperature_pos,
+        "sapo_temperature_neg": sapo_temperature_neg,
+    }
+    _check_temperatures(**temperatures)
     check_choice("objective", objective, OBJECTIVES)
     loss_of = OBJECTIVES[objective]
     rho = ratio(logprobs, old_logprobs, mask, importance_sampling_level)
@@ -198,7 +230,8 @@ def policy_loss(
     if importance_sampling_level == "sequence":
         _check_one_advantage(advantages, mask)
 
-    loss, clip_low, clip_high = loss_of(rho, advantages, logprobs, low, high, delta)
+    options = {"low": low, "high": high, "delta": delta} | temperatures
+    loss, clip_low, clip_high = loss_of(rho, advantages, logprobs, **options)
     statistics = {
         "rho": rho,
         "token_rho": token_rho,
@@ -309,9 +342,15 @@ class ObjectiveOptions:
     objective: str = field(
         default="clip",
         metadata={
-            "help": "clipped surrogate, or clipped weight",
+            "help": "clipped surrogate, clipped weight, or a gradient that fades",
             "choices": OBJECTIVES,
         },
+    )
+    sapo_temperature_pos: float = field(
+        default=1.0, metadata={"help": "SAPO: how fast it fades where A > 0"}
+    )
+    sapo_temperature_neg: float = field(
+        default=1.05, metadata={"help": "and elsewhere"}
     )
     loss_type: str = field(
         default="grpo",

@@ -315,8 +315,8 @@ class RewardOptions:
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy"],
         metadata={
-            "help": "accuracy, brevity, format, overlong, process, learned, or "
-            "the path of a reward model"
+            "help": "accuracy, math, choice, brevity, format, overlong, process, "
+            "learned, file.py:name, or the path of a reward model"
         },
     )
     reward_weights: list[float] | None = field(
@@ -327,5 +327,19 @@ class RewardOptions:
         metadata={
             "help": "where a reward function raises or returns NaN: stop, with a "
             "checkpoint, or drop that group"
+        },
+    )
+    format_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "of the reward format: regular expression of a whole completion "
+            "(default: the task's form)"
+        },
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "seconds that one call of a reward function may take (default: no "
+            "limit); then on_reward_error decides"
         },
     )

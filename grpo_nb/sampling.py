@@ -7,6 +7,8 @@ __all__ = ['keep_likely', 'draw', 'check_numbers', 'check_context', 'prepare_pro
            'SamplingOptions']
 
 # %% ../nbs/1_figure/04_sampling.ipynb #6fdb276b
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -174,12 +176,25 @@ def decode_completions(
     tokenizer: PreTrainedTokenizerBase,
     ids: Int[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],  # the tokens that belong to the text
+    skip_special_tokens: bool = True,  # False: leave out only what ends a completion
+    eos: Sequence[int] = (),  # ids that end one, beside the tokenizer's own
 ) -> list[str]:  # N
     "Decode completions to text, without EOS and other special tokens."
     ids = ids.cpu()
     mask = mask.cpu()
-    rows = [row[real] for row, real in zip(ids, mask)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    rows = [row[real].tolist() for row, real in zip(ids, mask)]
+    if not skip_special_tokens:
+        ends = {*eos, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        rows = [_without_end(row, ends) for row in rows]
+    return tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)
+
+
+def _without_end(ids: list[int], ends: set[int]) -> list[int]:
+    "Cut EOS and padding off at the end."
+    length = len(ids)
+    while length and ids[length - 1] in ends:
+        length -= 1
+    return ids[:length]
 
 # %% ../nbs/1_figure/04_sampling.ipynb #88f44ae7
 @torch.no_grad()
@@ -193,6 +208,7 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,  # 1: greedy
     generator: torch.Generator | None = None,  # on the model's device; None: the global
+    skip_special_tokens: bool = True,  # in the text of the completions
 ) -> Rollout:  # with `logprobs`; N = B * G rows, groups contiguous
     """Draw `num_generations` completions of each query: q -> o_1 ... o_G.
 
@@ -234,7 +250,9 @@ def sample(
     mask = torch.stack(mask, 1)
     ids = torch.stack(ids, 1).where(mask, padding_id(tokenizer))
     logprobs = torch.cat(logprobs, 1).where(mask, 0.0)
-    completions = decode_completions(tokenizer, ids, mask)
+    completions = decode_completions(
+        tokenizer, ids, mask, skip_special_tokens, eos.tolist()
+    )
     return Rollout(
         queries,
         prompt_ids,
@@ -272,5 +290,12 @@ class SamplingOptions:
         metadata={
             "help": "keep the k likeliest tokens; above 0, rho does not correct "
             "for the cut"
+        },
+    )
+    skip_special_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "leave special tokens out of the text that rewards judge; false: "
+            "keep all but EOS and padding at the end"
         },
     )

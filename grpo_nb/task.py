@@ -96,7 +96,8 @@ class Task:
     is_right: Callable[[str, Query], bool] | None
     solve: Callable[[Query, random.Random], str]  # one right answer
     parse: Callable[[str], Query | None]  # what a person types; None: no query
-    form: str = r".+"  # regular expression of an answer, right or wrong
+    # regular expression of an answer, right or wrong; None: it has no form of its own
+    form: str | None = None
     # (completion, query) -> [(characters up to the end of a step, its score)]
     steps: Callable[[str, Query], list[tuple[int, float]]] | None = None
     # split -> indices, where somebody has split them; None: the checksum decides

@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import lru_cache
 from numbers import Rational, Real
 
-from .data import extract_answer, same_number
+from .word_problems import extract_answer, same_number
 from ..reward import RewardFunction, text_of
 from ..task import Query, Task
 

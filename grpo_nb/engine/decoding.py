@@ -493,6 +493,7 @@ def sample(
     top_k: int = 0,  # 1: greedy
     generator: torch.Generator | None = None,  # on the model's device; None: the global
     max_num_seqs: int | None = None,  # completions decoded at once; None: all
+    skip_special_tokens: bool = True,  # in the text of the completions
 ) -> Rollout:  # with `logprobs`; N = B * G rows, groups contiguous
     """Draw `num_generations` completions of each query, as `grpo_nb.sampling.sample`.
 
@@ -526,7 +527,7 @@ def sample(
         prompt_mask,
         ids.where(mask, padding_id(tokenizer)),
         mask,
-        decode_completions(tokenizer, ids, mask),
+        decode_completions(tokenizer, ids, mask, skip_special_tokens, eos),
         truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1),
         num_generations=num_generations,
         logprobs=all_gather_rows(logprobs),

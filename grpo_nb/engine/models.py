@@ -15,7 +15,7 @@ from torch import Tensor
 from .adapters import reference_logprobs
 from .decoding import Sampler, sample
 from .distributed import all_reduce, all_reduce_gradients, get_world_size
-from .judging import score
+from .judging import timed_score
 from .micro_batch import in_micro_batches, micro_batches
 from .micro_batch import logprobs_in_micro_batches
 from .packing import sharing_width, token_logprobs, values
@@ -54,6 +54,7 @@ class EngineModels(Models):
             config.top_k,
             self.generator,
             config.max_num_seqs,
+            config.skip_special_tokens,
         )
         # exact enough for GRPO in float32; PPO, and bfloat16, need those of one pass
         exact = num_generations > 1 and config.dtype == "float32"
@@ -80,9 +81,14 @@ class EngineModels(Models):
 
     def score(self, rollout: Rollout, config) -> dict[str, float]:
         "Fill the rollout's rewards; a group that cannot be scored may be dropped."
-        return score(
-            rollout, self.rewards, config.reward_weights, config.on_reward_error
+        means, seconds = timed_score(
+            rollout,
+            self.rewards,
+            config.reward_weights,
+            config.on_reward_error,
+            config.reward_timeout,
         )
+        return means | seconds
 
     def predict_values(self, rollout: Rollout, config) -> Float[Tensor, "N T"]:
         "Predict values without a gradient, in micro-batches."

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Seen, look_through
-from .distributed import process
+from .distributed import get_rank
 from .judging import RewardModel
 from ..models import Models
 from ..policy import check_tokens, encode_prompts
@@ -62,8 +62,7 @@ class _Look:
         "Count the tokens of prompts; `ValueError` for one that cannot be read."
         tokenizer = self.models.tokenizer
         ids, mask = encode_prompts(tokenizer, queries)
-        where = [query.where(i) for i, query in enumerate(queries)]
-        check_tokens(self.models.policy, ids, mask, where.__getitem__, tokenizer)
+        check_tokens(self.models.policy, tokenizer, queries, ids, mask)
         check_readable(tokenizer, self.config.model, queries, ids, mask)
         return mask.sum(1).tolist()
 
@@ -155,7 +154,7 @@ def fit_prompts(
 
 def _without(task: Task, dropped: list[int]) -> Task:
     "Leave rows out, and say how many."
-    if process()[0] == 0:
+    if get_rank() == 0:
         first = task.query(dropped[0]).where(dropped[0])
         print(
             f"overlong_prompts: {len(dropped)} of {task.size} prompts are too long and "

@@ -16,7 +16,7 @@ from numbers import Rational, Real
 
 from .files import is_gap
 from .word_problems import braced
-from ..task import Query
+from ..task import Query, message_text
 
 # %% ../../nbs/3_engine/37_shapes.ipynb #37da0021
 _ROLES = {  # in `conversations` -> in a chat
@@ -35,15 +35,20 @@ def is_text(x) -> bool:
     return isinstance(x, str) and bool(x.strip())
 
 
+_MAY_BE_EMPTY = ("system", "developer", "assistant")  # roles
+
+
 def _is_message(x) -> bool:
     if not isinstance(x, dict) or not is_text(x.get("role")):
         return False
     content = x.get("content")
-    return is_text(content) or (content == "" and x["role"] == "system")
+    return is_text(content) or (content == "" and x["role"] in _MAY_BE_EMPTY)
 
 
 def _is_chat(x) -> bool:
-    return isinstance(x, list) and bool(x) and all(map(_is_message, x))
+    if not isinstance(x, list) or not all(map(_is_message, x)):
+        return False
+    return any(is_text(message["content"]) for message in x)
 
 
 def _message(turn):
@@ -55,13 +60,9 @@ def _message(turn):
         role = _ROLES.get(str(turn["from"]).lower())
         turn = {"role": role, "content": turn["value"]}
     content = turn.get("content")
-    if isinstance(content, list) and all(map(_is_text_part, content)):
-        turn["content"] = "".join(part["text"] for part in content)
+    if isinstance(content, (list, tuple)):
+        turn["content"] = message_text(content)
     return turn
-
-
-def _is_text_part(part) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
 def _turns(value):

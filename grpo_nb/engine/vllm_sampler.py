@@ -172,6 +172,7 @@ class VLLMSampler:
         top_k: int = 0,
         generator: torch.Generator | None = None,
         max_num_seqs: int | None = None,  # of the config, which the engine has
+        skip_special_tokens: bool = True,  # in the text of the completions
     ) -> Rollout:  # `sampling_logprobs` are of the distribution drawn from
         """Draw as `sample` does.
 
@@ -207,7 +208,7 @@ class VLLMSampler:
             prompt_mask,
             ids.masked_fill(~mask, padding_id(tokenizer)),
             mask,
-            decode_completions(tokenizer, ids, mask),
+            decode_completions(tokenizer, ids, mask, skip_special_tokens, eos),
             num_generations=num_generations,
             truncated=~torch.isin(ids, ids.new_tensor(eos)).any(1),
             sampling_logprobs=logprobs,

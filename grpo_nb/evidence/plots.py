@@ -12,7 +12,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, singledispatch
 from html import escape
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..engine.distributed import add_up, full
+from ..engine.distributed import all_reduce, full_tensor
 from ..engine.micro_batch import in_micro_batches, logprobs_in_micro_batches
 from ..engine.models import EngineModels
 from ..engine.packing import sharing_width, token_logprobs
@@ -224,8 +224,8 @@ def signal_and_noise(
     for half, both in zip(first, total):
         g1 = half * (B / b1)  # a mean over its own groups
         g2 = (both - half) * (B / b2)
-        dot += full((g1 * g2).sum()).item()
-        distance += full((g1 - g2).square().sum()).item()
+        dot += full_tensor((g1 * g2).sum()).item()
+        distance += full_tensor((g1 - g2).square().sum()).item()
     return {"gradient/signal": dot, "gradient/noise": distance / (1 / b1 + 1 / b2)}
 
 
@@ -275,7 +275,7 @@ class ObservedModels(EngineModels):
             return sums
         first = self.halves.first
         if not hasattr(first[0], "full_tensor"):  # else FSDP2 has added them up
-            first = [add_up(x) for x in first]
+            first = [all_reduce(x) for x in first]
         noise = signal_and_noise(first, self._gradients(), self.halves.sizes)
         self.halves.first = None
         return sums | noise

@@ -145,6 +145,7 @@ def _fresh_pairs(
             config.temperature,
             generator=generator,
             max_num_seqs=config.max_num_seqs,
+            skip_special_tokens=config.skip_special_tokens,
         )
         pairs += preference_pairs(rollout, task.is_right)
     return pairs

@@ -10,6 +10,7 @@ __all__ = ['BOUNDS', 'RECIPES', 'CONFIGS', 'expand_path', 'StartOptions', 'RunOp
 import hashlib
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -34,6 +36,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from ..checks import alternatives, check_choice
 from ..engine.data import check_task
+from ..engine.files import check_source
 from ..gae import GAEOptions
 from ..group import GroupOptions
 from ..objective import ObjectiveOptions
@@ -59,6 +62,15 @@ def _as_list(names):
     return [names] if isinstance(names, (str, os.PathLike)) else names
 
 
+def _check_pattern(pattern: str) -> str:
+    "Refuse what is no regular expression."
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return pattern
+
+
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Path = Annotated[str, BeforeValidator(expand_path)]
 _OneOrMore = BeforeValidator(_as_list)
@@ -77,7 +89,9 @@ class StartOptions:
     recipe: str | None = _option(
         None, "start from the settings of a paper, see RECIPES"
     )
-    model: _Path = _option("tiny", "policy: tiny, smollm2, a directory or a hub id")
+    model: _Path = _option(
+        "tiny", "policy: tiny, smollm2, a directory or a hub id, also of a LoRA adapter"
+    )
     task: _Path = _option(
         "add",
         "add, sums, target, add_chat, a file, a data set, gsm8k:... or gym:..., "
@@ -85,6 +99,24 @@ class StartOptions:
     )
     digits: Literal[1, 2, 3] = _option(
         2, "digits of the numbers in a query, of the first four tasks"
+    )
+    prompt_column: str | None = _option(
+        None, "column of the prompt in a table (default: a shape that is recognised)"
+    )
+    answer_column: str | None = _option(
+        None, "column of the right answer in a table; a.b is b in column a"
+    )
+    heldout_file: _Path | None = _option(
+        None, "file or data set whose rows are held out (default: the task's own split)"
+    )
+    heldout_size: NonNegativeInt | None = _option(
+        None,
+        "rows of a table to hold out, by checksum; 0: none (default: its own split, or "
+        "one in five)",
+    )
+    overlong_prompts: Literal["error", "drop"] = _option(
+        "error",
+        "where a prompt leaves no room for a completion: stop, or leave such rows out",
     )
 
 # %% ../../nbs/2_run/20_options.ipynb #2d50fcce
@@ -120,7 +152,16 @@ class RunOptions:
         25, "evaluate every so many steps, and before the first and after the last"
     )
     eval_size: PositiveInt = _option(200, "held-out queries of an evaluation")
+    log_token_groups: NonNegativeInt = _option(
+        1, "groups of a step (in PPO: completions) whose tokens are kept; 0: none"
+    )
+    gradient_noise: bool = _option(
+        False, "measure signal and noise of the gradient, from two halves of each step"
+    )
     save_steps: NonNegativeInt = _option(50, "checkpoint every so many steps; 0: none")
+    save_total_limit: NonNegativeInt = _option(
+        2, "how many checkpoints are kept, the newest; 0: all"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _option(
         0, "of queries, sampling and initialisation"
     )
@@ -181,6 +222,8 @@ BOUNDS: dict[str, Any] = {
     "top_k": NonNegativeInt,
     # reward, reference
     "reward_funcs": Annotated[list[_Path], Field(min_length=1), _OneOrMore],
+    "format_pattern": Annotated[str, AfterValidator(_check_pattern)] | None,
+    "reward_timeout": PositiveFloat | None,
     "beta": NonNegativeFloat,
     # group
     "num_generations": Annotated[int, Field(ge=2)],
@@ -195,6 +238,8 @@ BOUNDS: dict[str, Any] = {
     "epsilon": _Share,
     "epsilon_high": PositiveFloat | None,
     "delta": Annotated[float, Field(gt=1)] | None,
+    "sapo_temperature_pos": PositiveFloat,
+    "sapo_temperature_neg": PositiveFloat,
     "entropy_coef": NonNegativeFloat,
     # update
     "num_iterations": PositiveInt,
@@ -205,6 +250,10 @@ _BOUNDED = {name: TypeAdapter(kind) for name, kind in BOUNDS.items()}
 
 # %% ../../nbs/2_run/20_options.ipynb #078f47eb
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_WITHOUT = {  # objective: bounds that it does not use
+    "cispo": ["delta"],
+    "sapo": ["delta", "epsilon_high"],
+}
 
 
 @validated_dataclass(config=_STRICT, kw_only=True)
@@ -239,6 +288,7 @@ class Config(
 
     def __post_init__(self):
         check_task(self.task)
+        self._check_heldout()
         resolve_device(self.device)
         self._check_objective()
         self._check_level()
@@ -253,15 +303,28 @@ class Config(
                 stacklevel=3,
             )
 
+    def _check_heldout(self):
+        "Refuse two ways of holding out, and a file that is not there."
+        if self.heldout_file is None:
+            return
+        if self.heldout_size is not None:
+            raise ValueError(
+                f"heldout_size = {self.heldout_size} and heldout_file = "
+                f"{self.heldout_file!r} both say what is held out: give one"
+            )
+        check_source(self.heldout_file, "heldout_file")
+
     def _check_objective(self):
         "Refuse a bound on the wrong side, or without a use."
+        for name in _WITHOUT.get(self.objective, []):
+            bound = getattr(self, name)
+            if bound is not None:
+                raise ValueError(
+                    f"{name} = {bound} does nothing with objective = "
+                    f'"{self.objective}"; {name} must be None'
+                )
         if self.delta is None:
             return
-        if self.objective == "cispo":
-            raise ValueError(
-                f'delta = {self.delta} does nothing with objective = "cispo", whose '
-                "bound is 1 + epsilon_high; delta must be None"
-            )
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.delta < 1 + high:
             raise ValueError(
@@ -333,6 +396,7 @@ class GRPOConfig(GroupOptions, Config):
 
 # %% ../../nbs/2_run/20_options.ipynb #dc765640
 _LOSS_TYPE = ObjectiveOptions.__dataclass_fields__["loss_type"].metadata
+_LOG_TOKEN_GROUPS = RunOptions.__dataclass_fields__["log_token_groups"].metadata
 
 
 @validated_dataclass(config=_STRICT, kw_only=True)
@@ -341,6 +405,7 @@ class PPOConfig(GAEOptions, ValueOptions, Config):
 
     algorithm: Literal["ppo"] = _option("ppo", "the upper half of the figure")
     num_prompts: PositiveInt = _option(256, "queries a step, one completion each")
+    log_token_groups: NonNegativeInt = _option(16, **_LOG_TOKEN_GROUPS)
     loss_type: str = _option("bnpo", **_LOSS_TYPE)
     kl_target: PositiveFloat | None = _option(
         None, "adaptive beta: nats a completion (default: beta is fixed)"
@@ -406,6 +471,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epsilon_high": 4.0,
         "beta": 0.0,
     },  # 2506.13585; the cap of 5 that TRL recommends
+    "sapo": {
+        "algorithm": "grpo",
+        "objective": "sapo",
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
+        "beta": 0.0,
+    },  # 2511.20347; both temperatures are the paper's
+    "reinforce_pp_baseline": {
+        "algorithm": "grpo",
+        "scale_rewards": "batch_centred",
+    },  # 2501.03262
     "rloo": {
         "algorithm": "grpo",
         "baseline": "leave_one_out",

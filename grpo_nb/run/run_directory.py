@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from ..engine.distributed import broadcast_object, get_rank, get_world_size
 from ..engine.judging import name_of
+from ..engine.rewards import brought_functions, is_file_function, named_files
 from ..reward import RewardFunction
 from .build import RULES
 from .options import CONFIGS, Config, make_config, other_functions
@@ -288,7 +289,9 @@ def claim_directory(config: Config, directory: Path, lock: ExitStack) -> Path:
     return directory
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a1c0b005
-_SCHEMA = pa.schema(
+_IDS = pa.list_(pa.int32())
+_NUMBERS = pa.list_(pa.float32())
+_COLUMNS = pa.schema(
     [
         ("step", pa.int64()),
         ("query", pa.string()),
@@ -299,19 +302,41 @@ _SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
     ]
 )
+_TOKENS = pa.schema(  # of the groups that are recorded; a list a completion
+    [
+        ("prompt_ids", _IDS),
+        ("completion_ids", _IDS),
+        ("logprobs", _NUMBERS),
+        ("ref_logprobs", _NUMBERS),
+        ("entropy", _NUMBERS),
+        ("new_logprobs", _NUMBERS),
+        ("advantages", _NUMBERS),
+        ("values", _NUMBERS),
+        ("returns", _NUMBERS),
+    ]
+)
+_SCHEMA = pa.unify_schemas([_COLUMNS, _TOKENS])
 _ROW_GROUP = 2**14  # rows that are in memory at once
 
 
-def _batches(path: Path) -> Iterator[pa.Table]:
+def _batches(path: Path, schema: pa.Schema = _SCHEMA) -> Iterator[pa.Table]:
     "The rows of a file of completions, a row group at most at a time."
     try:
         with pq.ParquetFile(path) as file:
+            names = [x for x in schema.names if x in file.schema_arrow.names]
             if file.metadata.num_rows:
-                for batch in file.iter_batches(_ROW_GROUP):
-                    rows = pa.Table.from_batches([batch])
-                    yield rows.select(_SCHEMA.names).cast(_SCHEMA)
+                for batch in file.iter_batches(_ROW_GROUP, columns=names):
+                    yield _in_schema(pa.Table.from_batches([batch]), schema)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+def _in_schema(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    "The columns of a schema; token columns that an older run lacks are empty."
+    for column in _TOKENS:
+        if column.name in schema.names and column.name not in rows.column_names:
+            rows = rows.append_column(column, pa.nulls(len(rows), column.type))
+    return rows.select(schema.names).cast(schema)
 
 
 def _write_rows(path: Path, tables: Iterable[pa.Table]):
@@ -359,8 +384,18 @@ def read_completions(
     directory: str | Path,  # of a run, also of one that goes on or was interrupted
 ) -> pd.DataFrame:  # one row a completion, in order of steps
     "Read every completion of a run that is on the disk."
-    tables = chain.from_iterable(map(_batches, _parts(Path(directory))))
-    return pa.concat_tables([_SCHEMA.empty_table(), *tables]).to_pandas()
+    parts = _parts(Path(directory))
+    tables = chain.from_iterable(_batches(path, _COLUMNS) for path in parts)
+    return pa.concat_tables([_COLUMNS.empty_table(), *tables]).to_pandas()
+
+
+def _rows_of_step(path: Path, step: int) -> pa.Table:
+    "The rows of one step in a file, with all their columns."
+    try:
+        rows = pq.read_table(path, filters=[("step", "=", step)], partitioning=None)
+        return _in_schema(rows, _SCHEMA)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #a1c0b007
 @dataclass
@@ -380,7 +415,8 @@ class Completions:
         "Put what is in memory on the disk, as a part of its own."
         if self.rows and get_rank() == 0:
             path = self.directory / f"completions-{self.rows[-1]['step']}.parquet"
-            frame = pd.DataFrame(self.rows)
+            frame = pd.DataFrame(self.rows, columns=_SCHEMA.names)
+            frame = frame.astype(dict.fromkeys(_TOKENS.names, object))
             rows = pa.Table.from_pandas(frame, _SCHEMA, preserve_index=False)
             _write_rows(path, [rows.replace_schema_metadata()])
             _sync(self.directory)
@@ -397,6 +433,14 @@ class Completions:
         _write_rows(merged, chain.from_iterable(map(_batches, files)))
         for _, path in numbered:
             path.unlink()
+
+    def tokens(self, step: int) -> pd.DataFrame:
+        "Read what is on the disk of a step's tokens: a row a completion, lists in it."
+        tables = [_SCHEMA.empty_table()]
+        for path in _parts(self.directory):
+            rows = _rows_of_step(path, step)
+            tables.append(rows.filter(pc.field("completion_ids").is_valid()))
+        return pa.concat_tables(tables).to_pandas()
 
     def check(self, step: int):
         "Refuse (`ValueError`) a disk without rows of each step up to this one."
@@ -443,6 +487,7 @@ def make_record(
         record["reward_funcs"] = names
     if own_task:
         passed["task"] = task.name
+    functions = (functions or {}) | brought_functions(reward_funcs)
     if functions:
         passed["functions"] = functions
     if passed:
@@ -465,7 +510,10 @@ def check_passed(
     own = _own_functions(saved)
     if own and not reward_funcs:
         lacking.append(f"reward functions of its own ({', '.join(own)})")
-        shown = [n if n in own else repr(n) for n in saved["reward_funcs"]]
+        files = named_files(saved)
+        objects = [n for n in own if n not in files]
+        names = saved["reward_funcs"]
+        shown = [n if n in objects else repr(files.get(n, n)) for n in names]
         ask.append(f"reward_funcs=[{', '.join(shown)}]")
     if task is None and not _has_loader(saved.get("task")):
         lacking.append(f"a task of its own ({saved.get('task')})")
@@ -507,10 +555,13 @@ _FREE = {
     "device",
     "output_dir",
     "eval_steps",
+    "log_token_groups",
     "save_steps",
+    "save_total_limit",
     "max_tokens_per_micro_batch",
     "max_num_seqs",
     "gradient_checkpointing",
+    "reward_timeout",
     "report_to",
     "passed",
 }
@@ -549,7 +600,8 @@ def _check_same(directory: Path, record: dict):
     own = found.get("passed", {}).keys() - record.get("passed", {}).keys()
     own = (own - {"functions"}) | (_own(found).keys() - _own(record).keys())
     if own:
-        ask = ", ".join(f"{name}=..." for name in sorted(own))
+        asked = {name.partition("[")[0] for name in own}
+        ask = ", ".join(f"{name}=..." for name in sorted(asked))
         hint = f"pass its own to train ({ask}), or give another output_dir"
     raise ValueError(
         f"output_dir {str(directory)!r} holds a run with other settings "
@@ -566,6 +618,12 @@ def saved_config(
     A task of its own, which no name opens, is not among them."""
     saved = read_json(Path(directory) / "config.json")
     saved["output_dir"] = str(directory)
+    named = [f for f in saved.get("reward_funcs", []) if is_file_function(f)]
+    if named and "reward_funcs" not in changes:
+        raise ValueError(
+            f"{Path(directory) / 'config.json'} names code, {', '.join(named)}: it is "
+            "not loaded because a file names it; allowed: reward_funcs that you name"
+        )
     for name in ("num_processes", "passed"):  # of the launch and the call
         saved.pop(name, None)
     if not _has_loader(saved.get("task")):
