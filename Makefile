@@ -4,7 +4,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
-EXTRAS := notebooks,smollm2,data,math,gym,peft,test,dev
+EXTRAS := notebooks,smollm2,math,gym,peft,test,dev
 VLLM_TRANSFORMERS := transformers==5.20.2
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
@@ -57,8 +57,8 @@ test-vllm: .venv-vllm/.installed ## run tests/test_vllm.py with vLLM on the CPU,
 # Both ends of the ranges in settings.ini, for the library alone: what needs papermill, Jupyter, pages or tools is left out.
 # The newest transformers may want a PEFT that is not out yet: what trains adapters is tested in .venv and .venv-oldest.
 ENDS_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bad_input bench evidence mutants notebooks package pictures security sweep tools vllm watching),$(wildcard tests/test_*.py))
-OLDEST := smollm2,data,math,gym,peft,test
-NEWEST := smollm2,data,math,gym,test
+OLDEST := smollm2,math,gym,peft,test
+NEWEST := smollm2,math,gym,test
 NO_PEFT := -k "not adapter and not peft and not lora and not wrong_value_models and not comparison_counts"
 define test_end
 @[ -x .venv-$(1)/bin/python ] || $(PYTHON) -m venv .venv-$(1)

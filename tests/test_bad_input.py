@@ -310,11 +310,11 @@ def test_config(options, words):
         (lambda: load_policy("tiny", "cuda:99"), ["device", "'cuda:99'", '"cpu"']),
         (
             lambda: load_policy("tiny", "cpu", "int3"),
-            ["dtype", "'int3'", "float32, bfloat16"],
+            ["dtype", "'int3'", '"float32", "bfloat16" or'],
         ),
         (
             lambda: load_rewards(["beauty"], load_task("add")),
-            ["reward_funcs", "'beauty'", "accuracy, brevity"],
+            ["reward_funcs", "'beauty'", "accuracy, math, choice, brevity"],
         ),
         (lambda: load_rewards([], load_task("add")), ["reward_funcs", "at least one"]),
         (

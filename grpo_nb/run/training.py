@@ -292,6 +292,17 @@ class Run:
             return Query([{"role": "user", "content": prompt}])
         return Query(prompt)
 
+# %% ../../nbs/2_run/24_training.ipynb #24t00011
+def _no_tokens(directory: Path, step: int) -> str:
+    "Say why there are no tokens of a step."
+    steps = read_completions(directory)["step"]
+    if step not in set(steps):
+        return f"step must be one of the run's, 1..{steps.max()}; got {step}"
+    return (
+        f"{directory} has no tokens of step {step}: it was trained with "
+        "log_token_groups=0, or by a version that kept none"
+    )
+
 # %% ../../nbs/2_run/24_training.ipynb #67cd4b5a
 def open_run(
     directory: str | Path,
