@@ -1979,6 +1979,7 @@ def test_rewards_of_a_step():
         scored=~rewards.isnan(),
         step_rewards=None,
         sampling_logprobs=None,
+        values=None,
         num_generations=3,
         completion_mask=torch.ones(12, 4, dtype=torch.bool),
         truncated=torch.arange(12) < 3,

@@ -307,7 +307,7 @@ def test_the_verb_asks_the_sampler_for_what_the_config_says(tiny):
         device="cpu", max_completion_length=5, temperature=0.5, max_num_seqs=2
     )
     EngineModels(*tiny, generator=generator, sampler=noted).sample(queries, 3, config)
-    assert asked == [(*tiny, queries, 3, 5, 0.5, 1.0, 0, generator, 2)]
+    assert asked == [(*tiny, queries, 3, 5, 0.5, 1.0, 0, generator, 2, True)]
 
 
 # In a run -----------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def test_talks(value, prompt, answer):
         ([{"from": "alien", "value": "1?"}], "role, content"),
         ([], "role, content"),
         (None, "got None"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "role, content"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a part of type 'image'"),
         ("1?", None),
     ],
 )

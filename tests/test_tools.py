@@ -387,7 +387,7 @@ def test_preview_serves_the_site_and_stops_at_an_interrupt(tmp_path):
                 for line in server.stdout
                 if line.startswith("http://127.0.0.1:")
             )
-            with urlopen(address + "gae.html") as page:
+            with urlopen(address + "figure/gae.html") as page:
                 assert b"<h1" in page.read()
             (folder,) = tmp_path.glob("grpo_nb_preview_*/site")
             first, second = contents(folder), contents(built(tmp_path / "other"))

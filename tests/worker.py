@@ -118,7 +118,7 @@ def close(a, b, what):
     apart = max(
         (gradient - g).abs().max().item() / gradient.abs().max().item(),
         (logprobs - p).abs().max().item(),
-        *(abs(metrics[k] - m[k]) for k in m),
+        *(abs(metrics[k] - m[k]) for k in m if not k.endswith("seconds")),
     )
     assert apart < 1e-9, (what, apart, metrics, m)
     return apart

@@ -60,7 +60,7 @@ def _message(turn):
         role = _ROLES.get(str(turn["from"]).lower())
         turn = {"role": role, "content": turn["value"]}
     content = turn.get("content")
-    if isinstance(content, (list, tuple)):
+    if isinstance(content, (list, tuple)) or hasattr(content, "tolist"):
         turn["content"] = message_text(content)
     return turn
 

@@ -47,7 +47,9 @@ def test_a_picture_is_alive_and_fits_a_telephone(open_page, page):
 
 def test_only_pages_with_a_picture_load_the_scripts(site):
     loading = {
-        page.name for page in site.rglob("*.html") if "vega.min.js" in page.read_text()
+        page.relative_to(site).as_posix()
+        for page in site.rglob("*.html")
+        if "vega.min.js" in page.read_text()
     }
     assert loading == set(PAGES)
 
