@@ -304,7 +304,7 @@ def test_columns_reach_the_reward_functions(tmp_path):
         ("a.csv", "prompt,answer\n", ["must have a row"]),
         ("a.jsonl", '{"prompt": "1+1="}\n{"prompt": \n', ["a.jsonl", "line 2", "JSON"]),
         ("a.jsonl", '"1+1="\n', ["line 1", "object", "str"]),
-        ("a.jsonl", "[" * 100_000, ["line 1"]),
+        ("a.jsonl", "[" * 100_000, ["item 1 is not JSON"]),
         (
             "a.jsonl",
             '{"frage": "1+1="}\n',

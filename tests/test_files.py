@@ -121,6 +121,26 @@ def test_splits_in_one_json_file(tmp_path):
     assert list(rows) == ROWS and list(heldout) == ROWS[:1]
 
 
+def test_an_array_may_call_itself_lines(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf\n" + written(".json", ROWS))
+    assert list(read_rows(str(tmp_path / "rows.jsonl"))[0]) == ROWS
+
+
+@pytest.mark.parametrize(
+    "text, rows",
+    [
+        ('prompt;answer\n1+1=;"2;5"\n', [{"prompt": "1+1=", "answer": "2;5"}]),
+        ("prompt;answer\n1+1=;2,5\n", [{"prompt": "1+1=", "answer": "2,5"}]),
+        ("prompt,answer\na;b,c;d\n", [{"prompt": "a;b", "answer": "c;d"}]),
+        ("prompt\n1;2\n", [{"prompt": "1;2"}]),
+        ('"a;b",prompt\n1,2\n', [{"a;b": "1", "prompt": "2"}]),
+    ],
+)
+def test_semicolons_of_a_spreadsheet(tmp_path, text, rows):
+    (tmp_path / "rows.csv").write_text(text)
+    assert list(read_rows(str(tmp_path / "rows.csv"))[0]) == rows
+
+
 @pytest.mark.parametrize(
     "text, says",
     [

@@ -109,10 +109,18 @@ def _parse_line(line: str, number: int) -> dict:
     return row
 
 
-def _read_csv(path: str, cache: str, sep: str = ",") -> Sequence[dict]:
+def _separator(path: str) -> str:
+    "Tell by the header what stands between cells: a comma, or else a semicolon."
+    with open(path, encoding="utf-8-sig") as text:
+        header = text.readline()
+    return ";" if ";" in header and "," not in header else ","
+
+
+def _read_csv(path: str, cache: str, sep: str | None = None) -> Sequence[dict]:
     "Read a table of texts: nothing in it is taken for a number, a date or a gap."
     import datasets
 
+    sep = sep or _separator(path)
     options = {"sep": sep, "keep_default_na": False, "encoding": "utf-8-sig"}
     try:
         head = pd.read_csv(path, header=None, nrows=2, dtype=str, **options)
@@ -179,6 +187,13 @@ def _read_array(path: str, cache: str) -> Sequence[dict]:
     return _read_lines(lines, cache)
 
 
+def _read_jsonl(path: str, cache: str) -> Sequence[dict]:
+    "Read JSON lines, or an array under that name."
+    with open(path, encoding="utf-8-sig") as text:
+        is_array = text.read(_CHUNK).lstrip().startswith("[")
+    return _read_array(path, cache) if is_array else _read_lines(path, cache)
+
+
 def _read_items(text) -> Iterator:
     "Read an array's items, and say of which one is no JSON."
     i = 0
@@ -222,7 +237,7 @@ def _is_chat(rows: list[dict]) -> bool:
 
 
 FORMATS = {  # how a file's name ends, in any case, perhaps with .gz behind it
-    ".jsonl": _read_lines,
+    ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
