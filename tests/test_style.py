@@ -92,10 +92,19 @@ def sources():
                     yield f"{path.name} {cell['id']}", "".join(cell["source"])
 
 
+def docstrings(text):
+    "Lines within a docstring."
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    found = [node.body[0] for node in nodes if ast.get_docstring(node) is not None]
+    return {line for x in found for line in range(x.lineno, x.end_lineno + 1)}
+
+
 def text_of_others(text):
     "Lines within a string of several lines: a script, a page, a model card."
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        written_for_readers = docstrings(text)
     except (tokenize.TokenError, SyntaxError):  # a magic
         return set()
     return {
@@ -103,7 +112,7 @@ def text_of_others(text):
         for token in tokens
         if token.type == tokenize.STRING and token.start[0] < token.end[0]
         for line in range(token.start[0], token.end[0] + 1)
-    }
+    } - written_for_readers
 
 
 def test_no_line_is_wide():

@@ -455,14 +455,14 @@ def train(
 ) -> Run:
     """Train as the config says, and leave a run directory behind.
 
-    Rows are a list of dicts, a Dataset or a DataFrame; of several processes, the
-    main one calls `on_step`; where that is an object with a method `on_groups`, such
-    as a `LivePlot`, it gets the recorded groups first. Functions of one's own are recorded by name and digest,
-    and a run goes on only with the same. If a step raises, what was measured and
-    sampled in the steps before it is in the directory, and the newest checkpoint can
-    be resumed. Raises: `ValueError` for whatever is wrong with the input, before
-    anything is written, and if another run has the directory, which is locked
-    meanwhile."""
+    Rows are a list of dicts, a Dataset or a DataFrame; of several processes, the main
+    one calls `on_step`; where that is an object with a method `on_groups`, such as a
+    `LivePlot`, it gets the recorded groups first. Functions of one's own are recorded
+    by name and digest, and a run goes on only with the same. If a step raises, what was
+    measured and sampled in the steps before it is in the directory, and the newest
+    checkpoint can be resumed. Raises: `ValueError` for whatever is wrong with the
+    input, before anything is written, and if another run has the directory, which is
+    locked meanwhile."""
     init_distributed()
     own_task = task is not None
     reward_funcs = _brought(config, _listed(reward_funcs))
