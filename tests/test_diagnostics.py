@@ -327,6 +327,39 @@ def test_halves_of_an_update(limit, loss_type):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("limit", [10**6, 1])
+def test_the_entropy_is_that_of_the_updates_own_pass(limit, noise):
+    """Before any step of several iterations, in micro-batches of any order, and of
+    the rollout that is asked for where a step updates on two; no pass is added."""
+    prompts = ("1+2=", "3+4=", "5+6=", "78+9=", "1=")
+    options = {"max_tokens_per_micro_batch": limit, "gradient_noise": noise}
+    passes = {}
+    for recorded in (0, 2):
+        model = random_model(dropout=0.0)
+        first = random_rollout(model, character_tokenizer(), prompts=prompts)
+        other = random_rollout(model, character_tokenizer(), seed=1)
+        with torch.no_grad():
+            _, truth = token_logprobs(model, first, 1.0, return_entropy=True)
+        calls = []
+        model.get_input_embeddings().register_forward_hook(
+            lambda *arguments, calls=calls: calls.append(1)
+        )
+        config = short_config(num_iterations=2, log_token_groups=recorded, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        models = ObservedModels(model, None, optimizer)
+        update(models, first, config)
+        update(models, other, config)
+        passes[recorded] = len(calls)
+        groups = models.record(first, config, 1)
+    assert passes[0] == passes[2] > 0
+    mask = groups.rollout.completion_mask
+    rows, length = mask.shape
+    expected = truth[:rows, :length]
+    torch.testing.assert_close(groups.entropy[mask], expected[mask])
+    assert models.passes == []
+
+
 def test_one_group_has_no_halves():
     "And a step in which one group alone carries loss: it is taken, not measured."
     model = random_model(dropout=0.0)

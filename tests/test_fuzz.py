@@ -2490,6 +2490,7 @@ EXCEPTIONS = (
         "run.diagnostics.explained_variance": "test_diagnostics.py",
         "run.diagnostics.update_metrics": "of what a run recorded; test_diagnostics.py",
         "run.diagnostics.Halves": "made by `ObservedModels`",
+        "engine.models.micro_batch_of": "in `EngineModels.micro_batches`",
         "run.diagnostics.signal_and_noise": "takes gradients; test_diagnostics.py",
         "run.diagnostics.noise_scale": "two means; test_diagnostics.py",
         "run.diagnostics.ObservedModels": "holds models; test_diagnostics.py",

@@ -7,7 +7,7 @@ __all__ = ['explained_variance', 'token_numbers', 'StepGroups', 'groups_from_row
            'signal_and_noise', 'noise_scale', 'ObservedModels', 'recorded_groups']
 
 # %% ../../nbs/2_run/29_diagnostics.ipynb #29d00006
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.distributed import all_reduce, full_tensor
-from ..engine.micro_batch import in_micro_batches, logprobs_in_micro_batches
-from ..engine.models import EngineModels
-from ..engine.packing import sharing_width, token_logprobs
+from ..engine.micro_batch import in_order, logprobs_in_micro_batches
+from ..engine.models import EngineModels, micro_batch_of
 from ..objective import ratio
 from ..reference import kl
 from ..rollout import Rollout
@@ -238,27 +237,49 @@ def noise_scale(
 
 # %% ../../nbs/2_run/29_diagnostics.ipynb #29d00023
 @dataclass
+class _FirstPass:
+    "Hold what the first pass of an update computes: the entropy, before any step."
+
+    rollout: Rollout
+    dealt: list[list[int]]  # groups of each micro-batch
+    entropies: list[Tensor] = field(default_factory=list)  # of those so far
+
+    def add(self, entropy: Tensor):
+        if len(self.entropies) < len(self.dealt):
+            self.entropies.append(entropy.detach())
+
+    def entropy(self) -> Float[Tensor, "N T"]:
+        return in_order(self.entropies, self.dealt, self.rollout)
+
+
+@dataclass
 class ObservedModels(EngineModels):
     "The boxes of a run, and what is noted of an update while it goes on."
 
-    entropy: Float[Tensor, "n t"] | None = None  # of the recorded groups, before it
+    passes: list[_FirstPass] = field(default_factory=list)  # of a step's updates
     halves: Halves | None = None
 
     def micro_batches(self, rollout: Rollout, config) -> list[Rollout]:
         "Cut a step as the engine does; in two halves where gradients are compared."
-        recorded = recorded_groups(rollout, config)
-        if recorded is not None:
-            self.entropy = self._entropy(recorded, config)
         parts = _halves(rollout, config) if config.gradient_noise else None
         self.halves = None
         if parts is None:
-            return super().micro_batches(rollout, config)
-        first, second = (rollout.select(groups) for groups in parts)
-        before = super().micro_batches(first, config)
-        behind = super().micro_batches(second, config)
-        carrying = _carrying(second, config).sum().item()
-        self.halves = Halves(behind[0], (len(parts[0]), carrying))
-        return before + behind
+            dealt = self.dealt(rollout, config)
+        else:
+            first, second = (self._dealt_of(rollout, part, config) for part in parts)
+            dealt = first + second
+        batches = [micro_batch_of(rollout, groups) for groups in dealt]
+        if parts is not None:
+            carrying = _carrying(rollout, config)[parts[1]].sum().item()
+            self.halves = Halves(batches[len(first)], (len(parts[0]), carrying))
+        if config.log_token_groups:
+            self.passes.append(_FirstPass(rollout, dealt))
+        return batches
+
+    def _dealt_of(self, rollout: Rollout, part: list[int], config) -> list[list[int]]:
+        "Deal out some of the groups, which keep their numbers."
+        dealt = self.dealt(rollout.select(part), config)
+        return [[part[i] for i in groups] for groups in dealt]
 
     def token_logprobs(
         self, batch: Rollout, config
@@ -266,7 +287,10 @@ class ObservedModels(EngineModels):
         "Score as the engine does; where the second half begins, keep the gradient."
         if self.halves is not None and batch is self.halves.begins:
             self.halves.first = [x.clone() for x in self._gradients()]
-        return super().token_logprobs(batch, config)
+        logprobs, entropy = super().token_logprobs(batch, config)
+        if self.passes:
+            self.passes[-1].add(entropy)
+        return logprobs, entropy
 
     def reduce(self, sums: dict[str, float]) -> dict[str, float]:
         "Add up as the engine does, and compare the halves."
@@ -282,26 +306,19 @@ class ObservedModels(EngineModels):
 
     def record(self, rollout: Rollout, config, step: int) -> StepGroups | None:
         "Score the recorded groups once more, after the update; None if there are none."
+        passes, self.passes = self.passes, []
         recorded = recorded_groups(rollout, config)
         if recorded is None:
             return None
+        entropy = None
+        for first in passes:
+            if first.rollout is rollout:
+                rows, length = recorded.completion_ids.shape
+                entropy = first.entropy()[:rows, :length]
         new = logprobs_in_micro_batches(
             self.policy, recorded, config.temperature, config.max_tokens_per_micro_batch
         )
-        entropy, self.entropy = self.entropy, None
         return StepGroups(step, recorded, entropy, new, self.tokenizer)
-
-    def _entropy(self, rollout: Rollout, config) -> Float[Tensor, "n t"]:
-        "The entropy at each token, without a gradient."
-
-        def compute(batch):
-            return token_logprobs(
-                self.policy, batch, config.temperature, return_entropy=True
-            )[1]
-
-        width = sharing_width(self.policy, rollout)
-        limit = config.max_tokens_per_micro_batch
-        return in_micro_batches(compute, rollout, limit, width)
 
     def _gradients(self) -> list[Tensor]:
         "Of each trained weight of the policy; 0 where nothing has reached it."
