@@ -36,7 +36,7 @@ def _part_text(part: str | dict) -> str:
     return part["text"]
 
 
-def _with_text(message: dict) -> dict:
+def with_text(message: dict) -> dict:
     "The message itself, or with the text of its parts as its content."
     if not isinstance(message, dict) or not _has_parts(message):
         return message
@@ -64,7 +64,7 @@ class Query:
 
     def __post_init__(self):
         if isinstance(self.prompt, (list, tuple)):
-            messages = [_with_text(message) for message in self.prompt]
+            messages = [with_text(message) for message in self.prompt]
             object.__setattr__(self, "prompt", messages)  # the fields are frozen
 
     @property

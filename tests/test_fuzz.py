@@ -2511,6 +2511,7 @@ EXCEPTIONS = (
         "engine.adapters.merge_adapter": "in `load_model`",
         "engine.adapters.can_continue": "takes models; test_brought_models.py",
         "engine.adapters.continue_adapter": "takes models; test_brought_models.py",
+        "run.build.load_rewards_of": "`load_rewards` with a checked config",
         "run.build.load_start": "takes a checked config; test_brought_models.py",
         "run.build.put_adapters": "takes models; test_brought_models.py",
         "run.checkpoint.load_weights": "in `open_policy`; test_brought_models.py",

@@ -80,8 +80,8 @@ def _scores_in(results) -> list:
     return [_score_in(result) for result in results]
 
 # %% ../../nbs/3_engine/39_rewards.ipynb #39rw0008
-def _taken(f: Callable, offered: dict) -> dict:
-    "Leave of the arguments what a function takes."
+def accepted_arguments(f: Callable, offered: dict) -> dict:
+    "Leave of the arguments those that a function takes; with `**kwargs`, all."
     takes = inspect.signature(f).parameters
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         return offered
@@ -118,7 +118,7 @@ def _verl_rows(f: Callable, completions: list, columns: dict) -> list[dict]:
         }
         if truths is not None:
             offered["ground_truth"] = truths[i]
-        rows.append(_taken(f, offered))
+        rows.append(accepted_arguments(f, offered))
     return rows
 
 
@@ -131,12 +131,14 @@ def _openrlhf(f: Callable, prompts: list, completions: list, columns: dict) -> d
         between = "" if isinstance(prompt, str) else "\n"
         queries.append(text + between + text_of(completion))
     labels = _ground_truths(columns, n) or [None] * n
-    return _taken(f, {"queries": queries, "prompts": texts, "labels": labels})
+    return accepted_arguments(
+        f, {"queries": queries, "prompts": texts, "labels": labels}
+    )
 
 # %% ../../nbs/3_engine/39_rewards.ipynb #39rw000a
 def _calling_trl(f: Callable) -> RewardFunction:
     def called(**arguments):
-        return f(**_taken(f, arguments))
+        return f(**accepted_arguments(f, arguments))
 
     return called
 
@@ -156,10 +158,14 @@ def _calling_verl(f: Callable) -> RewardFunction:
 
 def _calling_verl_batch(f: Callable) -> RewardFunction:
     def called(prompts, completions, **columns):
-        return _scores_in(f(**_taken(f, _verl_batch(f, completions, columns))))
+        return _scores_in(
+            f(**accepted_arguments(f, _verl_batch(f, completions, columns)))
+        )
 
     async def awaited(prompts, completions, **columns):
-        return _scores_in(await f(**_taken(f, _verl_batch(f, completions, columns))))
+        return _scores_in(
+            await f(**accepted_arguments(f, _verl_batch(f, completions, columns)))
+        )
 
     return awaited if _is_async(f) else called
 

@@ -16,7 +16,7 @@ from numbers import Rational, Real
 
 from .files import is_gap
 from .word_problems import braced
-from ..task import Query, message_text
+from ..task import Query, with_text
 
 # %% ../../nbs/3_engine/37_shapes.ipynb #37da0021
 _ROLES = {  # in `conversations` -> in a chat
@@ -59,10 +59,7 @@ def _message(turn):
     if "from" in turn and "value" in turn and "role" not in turn:
         role = _ROLES.get(str(turn["from"]).lower())
         turn = {"role": role, "content": turn["value"]}
-    content = turn.get("content")
-    if isinstance(content, (list, tuple)) or hasattr(content, "tolist"):
-        turn["content"] = message_text(content)
-    return turn
+    return with_text(turn)
 
 
 def _turns(value):

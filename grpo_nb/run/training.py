@@ -44,7 +44,7 @@ from ..models import Models
 from ..reward import RewardFunction
 from ..rollout import Rollout
 from .build import Trainer, build_models, build_schedulers, check_rules
-from .build import load_rewards, load_start, open_task, put_adapters
+from .build import load_rewards_of, load_start, open_task, put_adapters
 from .checkpoint import RunState, checkpoints, load_weights, noted_on
 from .checkpoint import resume, save, save_model, save_models
 from .diagnostics import StepGroups, explained_variance
@@ -391,15 +391,7 @@ def _open_rewards(
         start, *_ = load_start(config)  # for its shapes
     learned = "learned" if start is not None else str(saved)
     named = [learned if f == "learned" else f for f in names]
-    rewards = load_rewards(
-        named,
-        task,
-        config.device,
-        start,
-        tokenizer,
-        config.max_completion_length,
-        config.format_pattern,
-    )
+    rewards = load_rewards_of(config, named, task, start, tokenizer)
     if step is not None and "learned" in names:
         model = rewards[names.index("learned")].model
         load_weights(directory / f"checkpoint-{step}", {"reward": model})
