@@ -95,12 +95,13 @@ claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and 
 mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--random 40 --seed 1", "--jobs 2")
 	$(BIN)/python tools/mutants.py $(ARGS)
 
-lab: setup ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+lab: setup ## open the notebooks in JupyterLab, the start page first
+	$(BIN)/jupyter lab --notebook-dir=nbs nbs/index.ipynb $(ARGS)
 
 export: setup ## write the library and README.md from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/collapse.py
 	$(BIN)/python -c 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()'
 	$(BIN)/python tools/readme.py
 
@@ -110,6 +111,7 @@ format: setup ## lay the code out: notebooks, tests/, tools/, benchmarks/ (88 co
 check: setup ## are the library, README.md and the notebooks in sync, and laid out by `make format`?
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/check_sync.py
+	$(BIN)/python tools/collapse.py --check
 	$(BIN)/python tools/readme.py --check
 
 docs: setup ## build the documentation site in docs/ and check its links, formulas and pictures

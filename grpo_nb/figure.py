@@ -8,8 +8,11 @@ __all__ = ['Box', 'boxes', 'Figure', 'draw_figure']
 # %% ../nbs/1_figure/00_figure.ipynb #efaaa819
 from dataclasses import dataclass, field, replace
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from zlib import crc32
+
+from PIL import Image
 
 # %% ../nbs/1_figure/00_figure.ipynb #25040191
 @dataclass(frozen=True)
@@ -561,9 +564,29 @@ def _mark(kind: str, x: int) -> str:
     return _tag("rect", x=x, y=17, **size, fill=paint.fill, stroke=paint.stroke)
 
 # %% ../nbs/1_figure/00_figure.ipynb #de2ef483
+_SCALE = 1.5  # pixels of the PNG for one of the page: sharp on a fine screen, too
+_COLOURS = 64  # a sixth of the bytes, and no eye sees it
+
+
+def _to_png(svg: str) -> tuple[bytes, dict] | None:
+    "Draw an SVG as a PNG, with the size to show it at; None without `vl-convert`."
+    try:
+        import vl_convert  # of the extra `notebooks`
+    except ImportError:
+        return None
+    picture = Image.open(BytesIO(vl_convert.svg_to_png(svg, scale=_SCALE)))
+    buffer = BytesIO()
+    picture.quantize(_COLOURS).save(buffer, "PNG", optimize=True)
+    width, height = (round(pixels / _SCALE) for pixels in picture.size)
+    return buffer.getvalue(), {"width": width, "height": height}
+
+
 @dataclass(frozen=True)
 class Figure:
-    "A drawn figure: shows itself in a notebook; `str(figure)` is its SVG."
+    """A drawn figure: shows itself in a notebook; `str(figure)` is its SVG.
+
+    It shows itself twice: JupyterLab draws no SVG of a notebook that it does not trust,
+    which is every one that was run elsewhere, and takes the PNG."""
 
     name: str
     svg: str = field(repr=False)
@@ -573,6 +596,9 @@ class Figure:
 
     def _repr_svg_(self):
         return self.svg
+
+    def _repr_png_(self):
+        return _to_png(self.svg)
 
     def save(self, path: str):  # of the SVG file to write
         "Write the figure to a file."

@@ -1,0 +1,195 @@
+"""Every notebook as a reader meets it: in JupyterLab, saved on another machine, and so
+not trusted, in both themes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = Path(__file__).with_name("lab.js").read_text(encoding="utf-8")
+NOTEBOOKS = sorted(
+    path.relative_to(ROOT / "nbs").as_posix()
+    for path in (ROOT / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts
+)
+# in dark, a third of the notebooks each time
+TURN = int(os.environ.get("GRPO_NB_TURN", time.time() // 86400)) % 3
+SHOTS = os.environ.get("GRPO_NB_SCREENSHOTS")
+# the whole notebook is there, not only what is in sight; no news, no updates
+SETTINGS = {
+    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension:notification": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+    },
+}
+# Without a kernel JupyterLab asks a session that is not there, and says that a newer
+# Vega-Lite than its own has written a picture.
+NO_MATTER = ("reading 'kernel'", "The input spec uses Vega-Lite")
+OPEN = """async (path) => {
+  const panel = await window.jupyterapp.commands.execute("docmanager:open", {
+    path, factory: "Notebook", kernelPreference: {shouldStart: false, canStart: false},
+  });
+  await panel.context.ready;
+  await panel.revealed;
+  window.notebook = panel;
+}"""
+# Markdown is drawn, formulas are set and pictures are decoded
+DRAWN = """() => {
+  const cells = window.notebook.content.widgets;
+  const images = [...window.notebook.content.node.querySelectorAll("img")];
+  return cells.length === window.notebook.model.cells.length
+    && cells.every((c) => c.model.type !== "markdown" || c.node.querySelector(".jp-MarkdownOutput:not(.lm-mod-hidden) *"))
+    && images.every((image) => image.complete);
+}"""
+CLOSE = """() => {
+  window.notebook.context.model.dirty = false;
+  window.notebook.dispose();
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    "JupyterLab with the notebooks, on a machine that has run none of them."
+    pytest.importorskip("jupyterlab")
+    home = tmp_path_factory.mktemp("home")
+    (home / "app").mkdir()
+    (home / "app/overrides.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
+    folders = {
+        f"JUPYTER_{kind}_DIR": str(home / kind.lower())
+        for kind in ("DATA", "CONFIG", "RUNTIME")
+    }
+    log = home / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                "--expose-app-in-browser",
+                "--ServerApp.port=0",
+                "--IdentityProvider.token=t",
+                f"--ServerApp.root_dir={ROOT / 'nbs'}",
+                f"--LabApp.app_settings_dir={home / 'app'}",
+                f"--LabApp.user_settings_dir={home / 'user'}",
+                f"--LabApp.workspaces_dir={home / 'workspaces'}",
+            ],
+            env=os.environ | folders | {"IPYTHONDIR": str(home / "ipython")},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield _address(process, home / "runtime", log)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _address(process, runtime: Path, log: Path) -> str:
+    "Where the server answers, once it does."
+    for _ in range(240):
+        time.sleep(0.5)
+        if process.poll() is not None:
+            break
+        for file in runtime.glob("jpserver-*.json"):
+            try:
+                address = json.loads(file.read_text())["url"]
+                urlopen(f"{address}api?token=t")
+                return address
+            except (URLError, ValueError):
+                continue
+    raise RuntimeError(log.read_text()[-2000:])
+
+
+@pytest.fixture(scope="module")
+def lab(browser, server):
+    "One window with JupyterLab, and the list of what it complains about."
+    context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    page = context.new_page()
+    complaints = []
+
+    def complain(kind: str, text: str):
+        if not any(words in text for words in NO_MATTER):
+            complaints.append(f"{kind}: {text}")
+
+    page.on(
+        "console",
+        lambda message: (
+            message.type in ("error", "warning") and complain("console", message.text)
+        ),
+    )
+    page.on("pageerror", lambda error: complain("page error", str(error)))
+    page.goto(f"{server}lab?token=t")
+    page.wait_for_function("window.jupyterapp")
+    page.evaluate("() => window.jupyterapp.restored")
+    page.evaluate(f"() => {{ window.checks = {CHECKS}; }}")
+    yield page, complaints
+    context.close()
+
+
+def change_theme(page, theme: str):
+    change = "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
+    page.evaluate(change, f"JupyterLab {theme}")
+    page.wait_for_function(
+        f"document.body.dataset.jpThemeLight === '{str(theme == 'Light').lower()}'"
+    )
+
+
+def wrong(page, checks: list[str]) -> dict[str, list[str]]:
+    "What is wrong with the open notebook, by check."
+    found = {
+        check: page.evaluate(f"() => checks.{check}(notebook)") for check in checks
+    }
+    return {check: where for check, where in found.items() if where}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_notebook_is_shown_untrusted(lab, path):
+    """Pictures, tables and formulas are there, none of the site's syntax is, and no
+    line of code is cut off at a width of 1500 pixels."""
+    page, complaints = lab
+    complaints.clear()
+    change_theme(page, "Light")
+    page.evaluate(OPEN, path)
+    page.wait_for_function(DRAWN)
+    page.wait_for_timeout(300)
+    outputs = page.evaluate(
+        "() => notebook.content.widgets.some((c) => c.outputArea?.widgets.length)"
+    )
+    trusted = page.evaluate("() => [...notebook.model.cells].every((c) => c.trusted)")
+    checks = ["plainText", "rawSyntax", "wideCode", "badPictures", "faintText"]
+    found = wrong(page, checks)
+    _picture(page, path, "light")
+    if NOTEBOOKS.index(path) % 3 == TURN or SHOTS:
+        change_theme(page, "Dark")
+        page.wait_for_timeout(300)
+        if dark := wrong(page, ["badPictures", "faintText"]):
+            found["dark"] = dark
+        _picture(page, path, "dark")
+    page.evaluate(CLOSE)
+    assert not (outputs and trusted)
+    assert not found
+    assert not complaints
+
+
+def _picture(page, path: str, theme: str):
+    "A picture of the whole notebook in GRPO_NB_SCREENSHOTS, if that is set."
+    if not SHOTS:
+        return
+    height = page.evaluate(
+        "() => notebook.content.node.querySelector('.jp-WindowedPanel-viewport, .jp-WindowedPanel-inner').scrollHeight"
+    )
+    page.set_viewport_size({"width": 1500, "height": min(height + 150, 16000)})
+    target = Path(SHOTS) / f"lab-{path.replace('/', '-')}-{theme}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=target)
+    page.set_viewport_size({"width": 1500, "height": 1000})
