@@ -1,9 +1,12 @@
 "Package metadata. Everything is read from settings.ini, so a name, version or requirement is written once."
 
+import json
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters="=")
 root = Path(__file__).resolve().parent
@@ -27,6 +30,41 @@ statuses = [
     "6 - Mature",
     "7 - Inactive",
 ]
+
+
+class build_with_notebooks(build_py):
+    """Builds the package with the notebooks in it, without their outputs, and with the
+    tables that they read: `grpo_nb notebooks DIR` lays them out."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # they are beside the package
+            return
+        target = Path(self.build_lib) / lib / "notebooks"
+        shutil.rmtree(target, ignore_errors=True)
+        for path in self.notebooks():
+            copy = target / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".ipynb":
+                copy.write_text(without_outputs(path), encoding="utf-8")
+            else:
+                shutil.copy(path, copy)
+
+    def notebooks(self):
+        "Notebooks and tables of the repository; none of JupyterLab's own copies."
+        patterns = ["nbs/**/*.ipynb", "benchmarks/claims/*", "benchmarks/results/*"]
+        found = [path for pattern in patterns for path in root.glob(pattern)]
+        return [path for path in found if ".ipynb_checkpoints" not in path.parts]
+
+
+def without_outputs(path):
+    "A notebook as text, not run."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
 
 setup(
     name=name,
@@ -65,5 +103,6 @@ setup(
         # how nbdev finds the names that become links in the documentation
         "nbdev": [f"{lib}={lib}._modidx:d"],
     },
+    cmdclass={"build_py": build_with_notebooks},
     zip_safe=False,
 )

@@ -208,7 +208,7 @@ def test_the_metrics_of_a_sweep(tmp_path):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     "A folder that looks like a checkout."
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "benchmarks/claims").mkdir(parents=True)
     (tmp_path / "nbs").mkdir()
     monkeypatch.chdir(tmp_path / "nbs")
     return tmp_path
@@ -315,7 +315,7 @@ def test_a_failed_cell_is_fatal_in_a_smoke_run_only(checkout, monkeypatch):
 
 def test_outside_a_checkout_there_is_nowhere_to_keep_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if any((folder / "settings.ini").exists() for folder in tmp_path.parents):
+    if any((folder / "benchmarks/claims").exists() for folder in tmp_path.parents):
         pytest.skip("the temporary folder lies in a checkout")
-    with pytest.raises(ValueError, match="settings.ini"):
+    with pytest.raises(ValueError, match="no benchmarks/claims"):
         Claim("01_x", "x")

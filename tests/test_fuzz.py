@@ -2495,6 +2495,8 @@ EXCEPTIONS = (
         "run.diagnostics.noise_scale": "two means; test_diagnostics.py",
         "run.diagnostics.ObservedModels": "holds models; test_diagnostics.py",
         "run.diagnostics.recorded_groups": "`Rollout.select`",
+        "run.options.free_directory": "a path of the disk; test_brought_models.py",
+        "run.command_line.copy_notebooks": "copies files; test_package.py",
         "run.options.expand_path": "any text is a path; test_run_directory.py",
         "run.run_directory.make_directory": "makes what `prepare_directory` chose",
         "models.Models": "holds models",

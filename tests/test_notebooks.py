@@ -77,6 +77,17 @@ def test_no_saved_output_is_an_error(path):
             )
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_no_saved_picture_is_svg_alone(path):
+    """JupyterLab draws no SVG of a notebook that it does not trust, and it trusts
+    none that was run elsewhere."""
+    for cell in nbformat.read(path, 4).cells:
+        for output in cell.get("outputs", []):
+            saved = set(output.get("data", {}))
+            drawn = {"image/png", "application/vnd.vegalite.v5+json"} & saved
+            assert "image/svg+xml" not in saved or drawn, cell.source
+
+
 def code_of(path):
     "The cells of code that are not empty."
     cells = nbformat.read(path, 4).cells
@@ -346,7 +357,7 @@ def test_a_claim_in_miniature(tmp_path, monkeypatch):
     """In a checkout of its own: it runs, keeps nothing, and says what it says. All
     ten: make claims SMOKE=1."""
     name = "03_parameters"
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "benchmarks/claims").mkdir(parents=True)
     shutil.copytree(EXPERIMENTS, tmp_path / "nbs/experiments")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -12,6 +12,8 @@ import warnings
 import zipfile
 from graphlib import TopologicalSorter
 
+import nbformat
+import papermill
 import pytest
 
 import grpo_nb
@@ -185,6 +187,8 @@ def wheel(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, source)
+    for folder in ("nbs", "benchmarks"):
+        shutil.copytree(ROOT / folder, source / folder)
     built = python(
         "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, source, cwd=dist
     )
@@ -203,7 +207,8 @@ def test_the_wheel_holds_the_package_and_the_model(wheel):
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert files == {name for name in sizes if ".dist-info/" not in name}
+    notebooks = {name for name in sizes if name.startswith("grpo_nb/notebooks/")}
+    assert files == {name for name in sizes if ".dist-info/" not in name} - notebooks
     model = {
         name: size
         for name, size in sizes.items()
@@ -220,9 +225,10 @@ def test_the_wheel_holds_the_package_and_the_model(wheel):
     assert sum(model.values()) <= 4 * 2**20
 
 
-def test_the_wheel_trains(wheel, tmp_path):
-    """Installed elsewhere, without the repository: the embedded model is found, and
-    takes a step."""
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    "The wheel, installed into a folder of its own."
+    folder = tmp_path_factory.mktemp("installed") / "site"
     installed = python(
         "-m",
         "pip",
@@ -231,13 +237,49 @@ def test_the_wheel_trains(wheel, tmp_path):
         "--no-deps",
         "--disable-pip-version-check",
         "--target",
-        tmp_path / "site",
+        folder,
         wheel,
-        cwd=tmp_path,
+        cwd=folder.parent,
     )
     assert installed.returncode == 0, installed.stderr
-    trained = python("-c", TRAIN, cwd=tmp_path, path=tmp_path / "site")
+    return folder
+
+
+def test_the_wheel_trains(site, tmp_path):
+    """Installed elsewhere, without the repository: the embedded model is found, and
+    takes a step."""
+    trained = python("-c", TRAIN, cwd=tmp_path, path=site)
     assert trained.returncode == 0, trained.stderr
     where, steps = trained.stdout.split()[-2:]
-    assert where.startswith(str(tmp_path / "site")) and steps == "1"
+    assert where.startswith(str(site)) and steps == "1"
     assert grpo_nb.__file__ != where
+
+
+def test_the_wheel_holds_the_notebooks(site, tmp_path):
+    """All of them, without outputs, in the repository's folders; and one that reads
+    committed tables runs where they were laid out."""
+    command = ["-m", "grpo_nb", "notebooks", "book"]
+    laid_out = python(*command, cwd=tmp_path, path=site)
+    assert laid_out.returncode == 0, laid_out.stderr
+    assert "jupyter lab" in laid_out.stdout
+    names = {
+        str(path.relative_to(ROOT))
+        for folder, suffix in [("nbs", "ipynb"), ("benchmarks/claims", "csv")]
+        for path in (ROOT / folder).rglob(f"*.{suffix}")
+        if ".ipynb_checkpoints" not in path.parts
+    }
+    book = tmp_path / "book"
+    copied = {str(path.relative_to(book)) for path in book.rglob("*") if path.is_file()}
+    assert names <= copied
+    for path in book.rglob("*.ipynb"):
+        cells = nbformat.read(path, 4).cells
+        assert not any(cell.get("outputs") for cell in cells)
+    papermill.execute_notebook(
+        book / "nbs/experiments/claims/index.ipynb",
+        tmp_path / "out.ipynb",
+        cwd=book / "nbs/experiments/claims",
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    again = python(*command, cwd=tmp_path, path=site)
+    assert again.returncode == 1 and "'book' is taken" in again.stderr

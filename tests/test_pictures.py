@@ -2,12 +2,17 @@
 what the library computes, at several slider positions."""
 
 import copy
+import io
 import json
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from grpo_nb.figure import draw_figure
 from grpo_nb.gae import gae
 from grpo_nb.group import group_advantages
 from grpo_nb.objective import policy_loss
@@ -188,3 +193,28 @@ def test_kl(moved, version):
         assert (
             abs((low + high) / 2 - mean) < 1e-9 and abs((high - low) / 2 - std) < 1e-9
         )
+
+
+@pytest.mark.parametrize("algorithm", [None, "ppo", "grpo"])
+def test_the_figure_is_drawn_as_png(algorithm):
+    """As large as the SVG says, with its colours: the boxes of trained and of frozen
+    models are yellow and blue."""
+    figure = draw_figure(algorithm)
+    data, shown = figure._repr_png_()
+    assert data == figure._repr_png_()[0]
+    assert f'width="{shown["width"]}" height="{shown["height"]}"' in str(figure)
+    picture = Image.open(io.BytesIO(data))
+    assert picture.width > 1.4 * shown["width"] and len(data) < 60_000
+    pixels = np.asarray(picture.convert("RGB"), dtype=int).reshape(-1, 3)
+    for fill in re.findall(
+        r'class="(?:trained|frozen)"><rect[^>]*fill="#(\w+)"', str(figure)
+    )[:2]:
+        colour = [int(fill[i : i + 2], 16) for i in (0, 2, 4)]
+        assert (np.abs(pixels - colour).max(1) < 6).mean() > 0.005
+
+
+def test_the_figure_needs_no_drawer(monkeypatch):
+    "Without vl-convert, which only the notebooks need, the SVG is left."
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    assert draw_figure()._repr_png_() is None
+    assert draw_figure()._repr_svg_().startswith("<svg")

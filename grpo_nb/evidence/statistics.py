@@ -336,14 +336,14 @@ class Claim:
 
 
 def _checkout() -> Path:
-    "The root of the repository that this process runs in."
+    "The root of the repository, or of `grpo_nb notebooks`, that this runs in."
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "settings.ini").exists():
+        if (folder / "benchmarks" / "claims").is_dir():
             return folder
     raise ValueError(
-        f"no settings.ini in {here} or above it: run this inside a checkout of the "
-        f"repository"
+        f"no benchmarks/claims in {here} or above it: run this inside a clone of the "
+        f"repository, or inside what `grpo_nb notebooks DIR` has written"
     )
 
 

@@ -51,7 +51,8 @@ from .diagnostics import StepGroups, explained_variance
 from .diagnostics import groups_from_rows, update_metrics
 from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
-from .options import Config, GRPOConfig, expand_path, other_functions
+from .options import Config, GRPOConfig, expand_path, free_directory
+from .options import other_functions
 from .options import own_functions
 from .run_directory import Completions, read_json, read_lines
 from .run_directory import check_passed, claim_directory, find_directory
@@ -420,12 +421,7 @@ def export(
 
     transformers alone opens it. Raises: `ValueError`: the target is not empty; no such
     run or checkpoint."""
-    place = Path(expand_path(target)).resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(
-            f"target {str(target)!r} is taken; allowed: a path that is free, or an "
-            "empty directory"
-        )
+    place = free_directory(target)
     policy, tokenizer = open_policy(directory, step)
     if hasattr(policy, "peft_config"):
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,5 +1,76 @@
 // What test_lab.py asks of a notebook that is open in JupyterLab (`notebook`, its panel).
 ({
+  // Opens a notebook, with a kernel or without; from then on it is `notebook`.
+  async open(path, withKernel) {
+    const kernelPreference = { shouldStart: withKernel, canStart: withKernel, autoStartDefault: withKernel };
+    const options = { path, factory: "Notebook", kernelPreference };
+    window.notebook = await window.jupyterapp.commands.execute("docmanager:open", options);
+    await window.notebook.context.ready;
+    await window.notebook.revealed;
+    if (withKernel) await window.notebook.sessionContext.ready;
+  },
+
+  // "Run all" of the menu; how far it has come is in `progress`.
+  runAll(notebook) {
+    window.progress = { done: false, pictures: 0 };
+    const showing = () => notebook.content.node.querySelectorAll(".jp-OutputArea-output img").length;
+    const look = setInterval(() => { window.progress.pictures = Math.max(window.progress.pictures, showing()); }, 200);
+    window.jupyterapp.commands.execute("notebook:run-all-cells").finally(() => {
+      clearInterval(look);
+      window.progress.done = true;
+    });
+  },
+
+  // Cells that raised, and cells that were not run.
+  failures(notebook) {
+    return notebook.content.widgets.flatMap((cell, i) => {
+      if (cell.model.type !== "code") return [];
+      const error = [...Array(cell.outputArea.model.length).keys()].map((j) => cell.outputArea.model.get(j).toJSON()).find((o) => o.output_type === "error");
+      if (error) return [`cell ${i}: ${error.ename}: ${error.evalue}`];
+      return cell.model.executionCount || !cell.model.sharedModel.source.trim() ? [] : [`cell ${i} was not run`];
+    });
+  },
+
+  // Whether all cells are there, Markdown is drawn, and pictures are decoded.
+  isDrawn(notebook) {
+    const { model, widgets, node } = notebook.content;
+    const isProse = (cell) => cell.model.type === "markdown";
+    const hasProse = (cell) => cell.node.querySelector(".jp-MarkdownOutput:not(.lm-mod-hidden) *");
+    return widgets.length === model.cells.length
+      && widgets.every((cell) => !isProse(cell) || hasProse(cell))
+      && [...node.querySelectorAll("img")].every((image) => image.complete);
+  },
+
+  // Whether JupyterLab trusts what is shown; a notebook without outputs it always does.
+  isTrusted(notebook) {
+    const shown = notebook.content.widgets.filter((cell) => cell.outputArea?.widgets.length);
+    return shown.length > 0 && shown.every((cell) => cell.model.trusted);
+  },
+
+  // Takes away what was saved.
+  clear(notebook) {
+    return window.jupyterapp.commands.execute("notebook:clear-all-cell-outputs");
+  },
+
+  // Adds a line to the cell with this tag.
+  appendTo(notebook, tag, text) {
+    const cell = [...notebook.model.cells].find((model) => (model.getMetadata("tags") ?? []).includes(tag));
+    cell.sharedModel.setSource(`${cell.sharedModel.source}\n${text}`);
+  },
+
+  close(notebook) {
+    notebook.context.model.dirty = false;
+    notebook.dispose();
+  },
+
+  changeTheme(theme) {
+    return window.jupyterapp.commands.execute("apputils:change-theme", { theme: `JupyterLab ${theme}` });
+  },
+
+  height(notebook) {
+    return notebook.content.node.querySelector(".jp-WindowedPanel-viewport, .jp-WindowedPanel-inner").scrollHeight;
+  },
+
   // Outputs of which a plain text is shown although the notebook has a picture or a page of it.
   plainText(notebook) {
     const found = [];
@@ -9,7 +80,9 @@
         const shown = [...output.node.querySelectorAll("[data-mime-type]")].map((e) => e.dataset.mimeType);
         const richer = saved.filter((type) => /^image\/|html$|vegalite|markdown$|latex$/.test(type));
         if (richer.length && shown.includes("text/plain")) found.push(`cell ${i}: ${richer} shown as text`);
-        if (!shown.length && !output.node.querySelector(".vega-embed")) found.push(`cell ${i}: ${saved} not shown`);
+        // a picture that moves draws itself, and a bar of progress goes when it is full
+        const isAlive = saved.some((type) => /vegalite|widget-view/.test(type));
+        if (!shown.length && !isAlive) found.push(`cell ${i}: ${saved} not shown`);
       });
     });
     return found;
@@ -49,7 +122,7 @@
     return found;
   },
 
-  // Words of outputs and of prose that are too faint for their ground: a contrast below 4.5, or 3 if large.
+  // Words of outputs and of prose (code in it has JupyterLab's own colours) that are too faint for their ground: a contrast below 4.5, or 3 if large.
   faintText(notebook) {
     const parse = (colour) => {
       const n = (colour.match(/[\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
@@ -70,7 +143,7 @@
       const walk = document.createTreeWalker(area, NodeFilter.SHOW_TEXT);
       while (walk.nextNode()) {
         const e = walk.currentNode.parentElement, text = walk.currentNode.data.trim();
-        if (!text || e.closest("svg, script, style, mjx-assistive-mml, .jp-InternalAnchorLink")) continue;
+        if (!text || e.closest(".jp-MarkdownOutput pre, svg, script, style, mjx-assistive-mml, .jp-InternalAnchorLink")) continue;
         const style = getComputedStyle(e), ground = behind(e);
         if (parse(style.color)[3] === 0) continue;
         const [a, b] = [luminance(over(parse(style.color), ground)), luminance(ground)];

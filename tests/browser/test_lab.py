@@ -12,6 +12,8 @@ from urllib.request import urlopen
 
 import pytest
 
+from grpo_nb.run.command_line import copy_notebooks
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = Path(__file__).with_name("lab.js").read_text(encoding="utf-8")
 NOTEBOOKS = sorted(
@@ -33,33 +35,14 @@ SETTINGS = {
 # Without a kernel JupyterLab asks a session that is not there, and says that a newer
 # Vega-Lite than its own has written a picture.
 NO_MATTER = ("reading 'kernel'", "The input spec uses Vega-Lite")
-OPEN = """async (path) => {
-  const panel = await window.jupyterapp.commands.execute("docmanager:open", {
-    path, factory: "Notebook", kernelPreference: {shouldStart: false, canStart: false},
-  });
-  await panel.context.ready;
-  await panel.revealed;
-  window.notebook = panel;
-}"""
-# Markdown is drawn, formulas are set and pictures are decoded
-DRAWN = """() => {
-  const cells = window.notebook.content.widgets;
-  const images = [...window.notebook.content.node.querySelectorAll("img")];
-  return cells.length === window.notebook.model.cells.length
-    && cells.every((c) => c.model.type !== "markdown" || c.node.querySelector(".jp-MarkdownOutput:not(.lm-mod-hidden) *"))
-    && images.every((image) => image.complete);
-}"""
-CLOSE = """() => {
-  window.notebook.context.model.dirty = false;
-  window.notebook.dispose();
-}"""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    "JupyterLab with the notebooks, on a machine that has run none of them."
+    "JupyterLab with a copy of the notebooks, on a machine that has run none of them."
     pytest.importorskip("jupyterlab")
     home = tmp_path_factory.mktemp("home")
+    book = copy_notebooks(home / "book")
     (home / "app").mkdir()
     (home / "app/overrides.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
     folders = {
@@ -78,7 +61,7 @@ def server(tmp_path_factory):
                 "--expose-app-in-browser",
                 "--ServerApp.port=0",
                 "--IdentityProvider.token=t",
-                f"--ServerApp.root_dir={ROOT / 'nbs'}",
+                f"--ServerApp.root_dir={book / 'nbs'}",
                 f"--LabApp.app_settings_dir={home / 'app'}",
                 f"--LabApp.user_settings_dir={home / 'user'}",
                 f"--LabApp.workspaces_dir={home / 'workspaces'}",
@@ -137,11 +120,9 @@ def lab(browser, server):
 
 
 def change_theme(page, theme: str):
-    change = "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
-    page.evaluate(change, f"JupyterLab {theme}")
-    page.wait_for_function(
-        f"document.body.dataset.jpThemeLight === '{str(theme == 'Light').lower()}'"
-    )
+    page.evaluate("(theme) => checks.changeTheme(theme)", theme)
+    is_light = str(theme == "Light").lower()
+    page.wait_for_function(f"document.body.dataset.jpThemeLight === '{is_light}'")
 
 
 def wrong(page, checks: list[str]) -> dict[str, list[str]]:
@@ -159,24 +140,57 @@ def test_notebook_is_shown_untrusted(lab, path):
     page, complaints = lab
     complaints.clear()
     change_theme(page, "Light")
-    page.evaluate(OPEN, path)
-    page.wait_for_function(DRAWN)
+    page.evaluate("(path) => checks.open(path, false)", path)
+    page.wait_for_function("checks.isDrawn(notebook)")
     page.wait_for_timeout(300)
-    outputs = page.evaluate(
-        "() => notebook.content.widgets.some((c) => c.outputArea?.widgets.length)"
-    )
-    trusted = page.evaluate("() => [...notebook.model.cells].every((c) => c.trusted)")
+    trusted = page.evaluate("() => checks.isTrusted(notebook)")
     checks = ["plainText", "rawSyntax", "wideCode", "badPictures", "faintText"]
     found = wrong(page, checks)
     _picture(page, path, "light")
     if NOTEBOOKS.index(path) % 3 == TURN or SHOTS:
         change_theme(page, "Dark")
-        page.wait_for_timeout(300)
         if dark := wrong(page, ["badPictures", "faintText"]):
             found["dark"] = dark
         _picture(page, path, "dark")
-    page.evaluate(CLOSE)
-    assert not (outputs and trusted)
+    page.evaluate("() => checks.close(notebook)")
+    assert not trusted
+    assert not found
+    assert not complaints
+
+
+# what a run of train takes by default is for a reader's patience, not for a test's
+SHORT = "max_steps = 3"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "1_figure/05_reference.ipynb",
+        "1_figure/09_group.ipynb",
+        "1_figure/02_rollout.ipynb",
+        "experiments/train.ipynb",
+    ],
+)
+def test_run_all(lab, path):
+    """In a fresh kernel each cell runs, and what it shows is shown; in `train` the
+    curves are there while it trains."""
+    page, complaints = lab
+    complaints.clear()
+    change_theme(page, "Light")
+    page.evaluate("(path) => checks.open(path, true)", path)
+    page.wait_for_function("checks.isDrawn(notebook)")
+    if path.endswith("train.ipynb"):
+        page.evaluate("(text) => checks.appendTo(notebook, 'parameters', text)", SHORT)
+    page.evaluate("() => checks.clear(notebook)")
+    page.evaluate("() => checks.runAll(notebook)")
+    if path.endswith("train.ipynb"):
+        page.wait_for_function("progress.pictures > 0", timeout=240_000)
+        assert not page.evaluate("progress.done")
+    page.wait_for_function("progress.done", timeout=240_000)
+    found = wrong(page, ["failures", "plainText", "wideCode", "badPictures"])
+    _picture(page, path, "run")
+    page.evaluate("() => notebook.sessionContext.shutdown()")
+    page.evaluate("() => checks.close(notebook)")
     assert not found
     assert not complaints
 
@@ -185,9 +199,7 @@ def _picture(page, path: str, theme: str):
     "A picture of the whole notebook in GRPO_NB_SCREENSHOTS, if that is set."
     if not SHOTS:
         return
-    height = page.evaluate(
-        "() => notebook.content.node.querySelector('.jp-WindowedPanel-viewport, .jp-WindowedPanel-inner').scrollHeight"
-    )
+    height = page.evaluate("() => checks.height(notebook)")
     page.set_viewport_size({"width": 1500, "height": min(height + 150, 16000)})
     target = Path(SHOTS) / f"lab-{path.replace('/', '-')}-{theme}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
