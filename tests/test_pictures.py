@@ -205,7 +205,9 @@ def test_the_figure_is_drawn_as_png(algorithm):
     assert f'width="{shown["width"]}" height="{shown["height"]}"' in str(figure)
     picture = Image.open(io.BytesIO(data))
     assert picture.width > 1.4 * shown["width"] and len(data) < 60_000
-    pixels = np.asarray(picture.convert("RGB"), dtype=int).reshape(-1, 3)
+    pixels = np.asarray(picture.convert("RGBA").convert("RGB"), dtype=int).reshape(
+        -1, 3
+    )
     for fill in re.findall(
         r'class="(?:trained|frozen)"><rect[^>]*fill="#(\w+)"', str(figure)
     )[:2]:
