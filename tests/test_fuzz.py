@@ -1925,7 +1925,7 @@ TRAIN = [
     cell.source
     for cell in nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4).cells
     if cell.cell_type == "code"
-][:4]
+][:5]  # imports, what is there before, the parameters in two cells, the config
 
 
 @fuzz(make_config, times=1)
@@ -1945,10 +1945,10 @@ def test_parameters_of_the_notebook(parameters):
 
     def notebook():
         names = {}
-        for source in TRAIN[:2]:
+        for source in TRAIN[:4]:
             exec(source, names)
         names |= parameters
-        for source in TRAIN[2:]:
+        for source in TRAIN[4:]:
             exec(source, names)
         return names["config"]
 

@@ -11,7 +11,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from grpo_nb.run.options import CONFIGS
+from grpo_nb.run.options import CONFIGS, make_config
 from helpers import ROOT, read_metrics
 
 NOTEBOOKS = sorted(
@@ -34,16 +34,17 @@ def name_of(path):
     return str(path.relative_to(ROOT / "nbs"))
 
 
-def parameters_of(path):
-    "The source of the one cell tagged `parameters`, and what it sets."
-    cells = [
-        cell["source"]
-        for cell in nbformat.read(path, 4).cells
+def parameters_of(path, cells_above=0):
+    "What the one cell tagged `parameters` sets, with so many cells above it."
+    cells = nbformat.read(path, 4).cells
+    (tagged,) = [
+        i
+        for i, cell in enumerate(cells)
         if "parameters" in cell.metadata.get("tags", [])
     ]
-    assert len(cells) == 1
     values = {}
-    exec(cells[0], {}, values)
+    for cell in cells[tagged - cells_above : tagged + 1]:
+        exec(cell["source"], {}, values)
     return values
 
 
@@ -196,11 +197,14 @@ def test_api_reference_is_up_to_date():
 
 
 def test_the_parameters_of_train_are_the_fields_of_the_configs():
-    "One parameter for each option of either algorithm, all None: not given."
+    """One parameter for each option of either algorithm, all of them None or their
+    default; papermill knows each."""
     fields = {
         name for config in CONFIGS.values() for name in config.__dataclass_fields__
     }
-    assert parameters_of(TRAIN) == dict.fromkeys(fields)
+    values = parameters_of(TRAIN, cells_above=1)
+    assert values.keys() == fields == papermill.inspect_notebook(TRAIN).keys()
+    assert make_config(**values) == make_config()
 
 
 def test_train_notebook(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Options stand beside their box, are put together in one place, and each choice is
 spelled once: in its table."""
 
+import ast
 import dataclasses
 import functools
 import json
@@ -16,7 +17,7 @@ from grpo_nb import gae, group, objective, reference, reward, sampling, update, 
 from grpo_nb.checks import alternatives
 from grpo_nb.run import options
 from grpo_nb.run.command_line import main, parse_arguments
-from grpo_nb.run.options import BOUNDS, CONFIGS, Config, make_config
+from grpo_nb.run.options import BOUNDS, CONFIGS, RECIPES, Config, make_config
 from grpo_nb.run.options import other_functions, own_functions
 from grpo_nb.run.training import train
 
@@ -174,34 +175,78 @@ def test_functions_of_ones_own(monkeypatch):
 
 
 def comments_of(source):
-    "The comment of each `name = None`: beside it, or in the lines above."
+    "The value and the comment of each option: beside it, or in the lines above."
     found = {}
     above = []
     for line in source.splitlines():
-        name, assigned, beside = line.partition(" = None")
-        if assigned:
-            words = [*above, beside.removeprefix("  # ")]
-            found[name] = " ".join(filter(None, words))
+        if match := re.match(r"(\w+) = (.+?)(?:  # (.*))?$", line):
+            name, value, beside = match.groups()
+            words = " ".join(filter(None, [*above, beside]))
+            if name != value:  # named in the cell above
+                found[name] = ast.literal_eval(value), words
         above = above + [line[2:]] if line.startswith("# ") else []
     return found
 
 
+def defaults_of(name):
+    "The defaults of an option, by algorithm."
+    return {
+        algorithm: getattr(config(), name)
+        for algorithm, config in CONFIGS.items()
+        if name in config.__dataclass_fields__
+    }
+
+
+def first_of_train(name, field):
+    """How an option stands in the first cell: with its default, or with None and the
+    default in words where a recipe or an algorithm has another."""
+    defaults = defaults_of(name)
+    values = list(defaults.values())
+    told = field.metadata["help"] + choices_in_brackets(field)
+    if name == "algorithm":
+        return None, f"{told}; default: grpo"
+    if values[0] is None or "default:" in told:
+        return None, told
+    if values == values[:1] * len(values):
+        if not any(name in recipe for recipe in RECIPES.values()):
+            return values[0], told
+        default = values[0]
+        words = ", ".join(default) if isinstance(default, list) else str(default)
+        return None, f"{told}; default: {words}"
+    words = ", ".join(f"{x} in {name.upper()}" for name, x in defaults.items())
+    return None, f"{told}; default: {words}"
+
+
+def choices_in_brackets(field):
+    choices = ", ".join(map(str, choices_of(field)))
+    return f" ({choices})" if choices else ""
+
+
 def test_the_comments_of_the_train_notebook():
-    "Each parameter is explained by its help text and its choices, as they are now."
+    """Each parameter is explained by its help text and its choices, as they are now;
+    those of the first cell have their defaults."""
     notebook = nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4)
-    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    (k,) = [
+        k
+        for k, cell in enumerate(notebook.cells)
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
+    first, rest = (comments_of(notebook.cells[i].source) for i in (k - 1, k))
     fields = {}
     for config in (*CONFIGS.values(), Config):
         fields |= config.__dataclass_fields__
+    assert first.keys() | rest.keys() == fields.keys()
+    assert first == {name: first_of_train(name, fields[name]) for name in first}
     expected = {}
-    for name, field in fields.items():
-        choices = ", ".join(map(str, choices_of(field)))
-        suffix = f" ({choices})" if choices else ""
-        expected[name] = field.metadata["help"] + suffix
-    assert comments_of(cell.source) == expected, textwrap.dedent(
+    for name in rest:
+        told = fields[name].metadata["help"] + choices_in_brackets(fields[name])
+        expected[name] = None, told
+    assert rest == expected, textwrap.dedent(
         """the comment beside a parameter, or above it where both do not fit into 88
         columns, is its help text with its choices in brackets"""
     )
+    for name in first:  # papermill knows the tagged cell alone
+        assert f"\n{name} = {name}\n" in notebook.cells[k].source
 
 
 def twice(rollout, config):
