@@ -147,7 +147,7 @@ def _mismatch(rollout: Rollout) -> dict[str, float]:
 
 # %% ../../nbs/2_run/24_training.ipynb #27909b8e
 def peak_memory(device: torch.device) -> float | None:
-    """Measure the peak memory in MiB: of a device's allocator; on a CPU, of the process.
+    """Measure the peak memory in MiB: of an accelerator, or of this process on a CPU.
 
     None where the allocator does not count."""
     if device.type != "cpu":
