@@ -31,6 +31,7 @@ if os.environ.get("GRPO_NB_DEVICE") == "standin":
 else:
     collect_ignore.append(str(STANDIN))
 
+from grpo_nb.loading import resolve_device
 from grpo_nb.policy import load_policy
 from helpers import character_tokenizer, random_model, random_rollout
 
@@ -43,15 +44,15 @@ settings.load_profile("quick")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device, or the stand-in")
+    config.addinivalue_line("markers", "gpu: needs an accelerator, or the stand-in")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available() or "standin" in sys.modules:
+    if resolve_device("auto").type != "cpu":
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+            item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,11 @@ from grpo_nb.run.training import train
 from helpers import read_metrics, short_config
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda" if torch.cuda.is_available() else "standin"
+DEVICE = resolve_device("auto").type
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="auto knows the stand-in not yet")
 def test_auto_finds_the_gpu():
-    assert resolve_device("auto").type == DEVICE
+    assert DEVICE == torch.accelerator.current_accelerator().type != "cpu"
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3}], ids=str)

@@ -150,3 +150,5 @@ def test_memory_is_counted():
     del a
     assert torch.accelerator.memory_allocated() == already
     assert torch.accelerator.max_memory_allocated() >= already + 2**20
+    free, total = torch.accelerator.get_memory_info()
+    assert total - free == torch.accelerator.memory_allocated()
