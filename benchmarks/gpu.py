@@ -44,7 +44,6 @@ from vs_trl import (
     SETTINGS,
     Meter,
     commit,
-    machine,
     make_queries,
     matmul_rate,
     measure,

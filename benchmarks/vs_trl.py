@@ -872,7 +872,8 @@ def measure_setting(name, device, arguments):
         )
         gc.collect()
         if device.type != "cpu":
-            torch.accelerator.empty_cache()  # the processes that measure memory need the room
+            # the processes that measure memory need the room
+            torch.accelerator.empty_cache()
         return found | (
             {}
             if arguments.skip_memory

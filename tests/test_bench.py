@@ -2,7 +2,6 @@
 same work, and the files that they write. No time is judged."""
 
 import json
-import os
 import sys
 import textwrap
 import time
@@ -381,6 +380,12 @@ def test_tests_are_counted_as_they_end(tmp_path):
     assert failed.endswith("test_x[b]")
     with pytest.raises(RuntimeError, match="pytest ended with status 4"):
         gpu.run_tests(reports.append, str(tmp_path / "nowhere.py"))
+
+
+@pytest.mark.skipif(not gpu.RESULTS.exists(), reason="no GPU has run this yet")
+def test_the_words_of_the_results_are_those_of_their_numbers():
+    record = json.loads(gpu.RESULTS.read_text())
+    assert record["text"] == gpu.text_of(record)
 
 
 def test_what_a_gpu_has_to_say_in_words():
