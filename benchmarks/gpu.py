@@ -64,15 +64,16 @@ SECONDS = 480  # of the whole run
 LEAST = 15  # seconds: with less a part is not begun
 PARTS = {  # seconds at most; what matters most comes first
     "tests": 100,
-    "d": 120,
+    "d": 140,
     "sampler": 60,
     "b": 45,
     "a": 35,
-    "c": 50,
-    "c_bf16": 50,
+    "c": 60,
     "vllm": 120,
+    "c_bf16": 60,
 }
 PAIRS, WARMUP = 5, 1
+FEW = {"d": 3}  # pairs of settings whose steps are long
 TESTS = "tests/test_gpu.py"
 SMALL = {"qwen": "qwen_small", "smollm2": "tiny_1024"}  # models in miniature
 
@@ -118,7 +119,7 @@ def run_tests(report, tests=TESTS):
 def run_setting(name, device, report, small=False):
     "Steps of both sides in turn; then the memory of each alone."
     setting = miniature(SETTINGS[name]) if small else SETTINGS[name]
-    pairs, warmup = (1, 0) if small else (PAIRS, WARMUP)
+    pairs, warmup = (1, 0) if small else (FEW.get(name, PAIRS), WARMUP)
     rate = matmul_rate(device, setting.dtype, 64 if small else None)
     with tempfile.TemporaryDirectory() as scratch:
         directory = save_model(setting.model, scratch, device)

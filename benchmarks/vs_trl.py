@@ -193,7 +193,7 @@ QWEN_SHAPES = {
         "vocab_size": 151936,
     },
     "qwen_small": {  # for tests
-        "hidden_size": 32,
+        "hidden_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
