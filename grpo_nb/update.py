@@ -142,13 +142,15 @@ def gradient_step(
     for batch in batches:
         loss, sums = batch_loss(models, batch, config, beta, totals)
         loss.backward()
-        metrics["loss"] += loss.item()
-        for name, x in sums.items():
-            metrics[name] += (x / totals["num_tokens"]).item()
+        computed = {"loss": loss}
+        computed |= {name: x / totals["num_tokens"] for name, x in sums.items()}
         if models.value is not None:
-            loss = _critic_loss(models, batch, config, totals)
-            (config.vf_coef * loss).backward()
-            metrics["value_loss"] += loss.item()
+            computed["value_loss"] = _critic_loss(models, batch, config, totals)
+            (config.vf_coef * computed["value_loss"]).backward()
+        # one transfer for all: each would wait for the device
+        numbers = torch.stack([*computed.values()]).tolist()
+        for name, x in zip(computed, numbers):
+            metrics[name] += x
     metrics = models.reduce(metrics)
 
     # 2. Clip the gradient of each model, and step, unless one is not finite.

@@ -98,8 +98,8 @@ def value_loss(
 
 def _finite(loss: Tensor, returns: Tensor) -> Tensor:
     "Refuse a loss that is infinite because the squares of the returns are."
-    too_large = returns.isfinite().all() and returns.square().sum().isinf()
-    if loss.isinf() and too_large:
+    too_large = returns.isfinite().all() & returns.square().sum().isinf()
+    if loss.isinf() & too_large:
         largest = returns.abs().max().item()
         raise ValueError(
             f"returns are too large for {returns.dtype} to hold the sum of their "

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .distributed import all_gather_rows, local_slice, unsharded
-from .packing import shares_prompt, takes_padding
+from .packing import shares_prompt, takes_padding, to_device
 from .precision import autocast_as_it_is
 from ..policy import eos_token_ids, padding_id, position_ids
 from ..rollout import Rollout
@@ -366,7 +366,7 @@ def _decode(
     batch = _Batch(prompt_ids, prompt_mask, G, T, dtype)
     if not len(prompt_ids):  # a process without a query
         return batch.ids[:, :1], batch.logprobs[:, :1]
-    eos = prompt_ids.new_tensor(options.eos)
+    eos = to_device(torch.tensor(options.eos, dtype=torch.long), prompt_ids.device)
 
     # 1. Prefill: read each prompt once.
     logits, forward = _start(model, prompt_ids, prompt_mask, G, batch)
@@ -379,7 +379,7 @@ def _decode(
         batch.record(token, distribution)
 
         # 3. Stop at the limit, or when every row has ended.
-        ended = torch.isin(token, eos).nonzero().squeeze(1).tolist()
+        ended = [i for i, end in enumerate(torch.isin(token, eos).tolist()) if end]
         if batch.length == T or len(ended) == len(batch.alive):
             return batch.ids[:, : batch.length], batch.logprobs[:, : batch.length]
 
@@ -396,9 +396,9 @@ def _leave(batch: _Batch, forward: _Cached | _Uncached, ended: list[int]) -> Ten
     "Take rows out of batch and cache: which of the old rows stands in each place."
     N = len(batch.alive)
     gaps, movers = _fill_gaps(N, ended)
-    gaps = batch.alive.new_tensor(gaps)
-    movers = batch.alive.new_tensor(movers)
-    stay = torch.arange(N - len(ended), device=batch.alive.device)
+    device = batch.alive.device
+    gaps, movers = to_device(torch.tensor([gaps, movers], dtype=torch.long), device)
+    stay = torch.arange(N - len(ended), device=device)
     stay = stay.index_copy(0, gaps, movers)
     batch.alive = batch.alive[stay]
     forward.drop(gaps, movers, stay)
