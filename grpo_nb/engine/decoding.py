@@ -137,10 +137,12 @@ def _fill_gaps(N: int, ended: list[int]) -> tuple[list[int], list[int]]:
 
 # %% ../../nbs/3_engine/32_decoding.ipynb #06629cbc
 def _read(
-    model: PreTrainedModel, ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]
+    model: PreTrainedModel,
+    ids: Int[Tensor, "B P"],
+    mask: Bool[Tensor, "B P"],
+    width: int,  # tokens of the longest
 ) -> tuple[Float[Tensor, "B V"], DynamicCache]:
     "Read prompts in one pass, as wide as the longest: logits of the next token, cache."
-    width = int(mask.sum(1).max())
     seen = mask[:, -width:]
     cache = DynamicCache(config=model.config)
     logits = model(
@@ -165,18 +167,21 @@ def _prefill(
     layers = DynamicCache(config=model.config).layers
     if not all(hasattr(layer, "keys") for layer in layers):
         return None
-    passes = [list(range(len(prompt_ids)))]
+    lengths = prompt_mask.sum(1).tolist()
+    passes = [list(range(len(lengths)))]
     if all(type(layer) is DynamicLayer for layer in layers):  # no sliding window
-        passes = _by_length(prompt_mask.sum(1).tolist())
+        passes = _by_length(lengths)
     logits, caches = [], []
     for prompts in passes:
-        next_logits, cache = _read(model, prompt_ids[prompts], prompt_mask[prompts])
-        if cache.get_seq_length() != prompt_mask[prompts].sum(1).max():
+        index = to_device(torch.tensor(prompts), prompt_ids.device)
+        width = max(lengths[i] for i in prompts)
+        next_logits, cache = _read(model, prompt_ids[index], prompt_mask[index], width)
+        if cache.get_seq_length() != width:
             return None
         logits.append(next_logits)
         caches.append(cache)
-    order = torch.tensor(sum(passes, []), device=prompt_ids.device)
-    logits = torch.cat(logits)[order.argsort()].repeat_interleave(G, 0)
+    order = to_device(torch.tensor(sum(passes, [])).argsort(), prompt_ids.device)
+    logits = torch.cat(logits)[order].repeat_interleave(G, 0)
     return logits, _expand(passes, caches, G, prompt_ids.shape[1], T)
 
 
@@ -190,14 +195,16 @@ def _expand(
     "Copy the cache of each prompt for its group, with room for T more tokens."
     cache = caches[-1]
     device = cache.layers[0].keys.device
-    rows = torch.arange(G * sum(map(len, passes)), device=device).view(-1, G)
+    rows = torch.arange(G * sum(map(len, passes))).view(-1, G)
+    of_passes = [to_device(rows[prompts].flatten(), device) for prompts in passes]
+    prompt_of = to_device(rows.flatten() // G, device)
     for i, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:  # read in one pass
-            layer.reorder_cache(rows.flatten() // G)
+            layer.reorder_cache(prompt_of)
             continue
         roomy = _PreallocatedLayer(layer, rows.numel(), P, T)
-        for prompts, part in zip(passes, caches):
-            roomy.fill(rows[prompts].flatten(), part.layers[i])
+        for places, part in zip(of_passes, caches):
+            roomy.fill(places, part.layers[i])
         cache.layers[i] = roomy
     return cache
 
