@@ -1,0 +1,151 @@
+"""Take each `device=…`, `.to(device)` and `to_device(…)` out of the library, one at a
+time: does a run on the stand-in notice?
+
+python tests/standin/mutate.py                     # all of them, some minutes
+python tests/standin/mutate.py --sample 3 --seed 0
+python tests/standin/mutate.py --list
+
+Each mutant runs in a forked child over its own copy of the library. The exit status is
+1 if fewer than nine in ten are noticed."""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["TQDM_DISABLE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import accelerate  # noqa: F401  all that the library imports, once for every child
+import jaxtyping  # noqa: F401
+import pandas  # noqa: F401
+import peft  # noqa: F401
+import pydantic  # noqa: F401
+import standin  # noqa: F401
+import torch
+from transformers import LlamaForCausalLM  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+# needs several processes or vLLM, is about the CPU, or is no code of a run
+LEFT_OUT = {"distributed", "vllm_sampler", "ledger", "oracles", "trl_oracles"}
+NAME = r"(?:self\.)?[\w.]+"
+PATTERNS = {  # of what is taken out: what stands there then
+    rf", device={NAME}(?=[,)])": "",
+    rf"\.to\((?:{NAME}\.)?device\)": "",
+    rf"\.to\({NAME}\.device, ": ".to(",
+    r"\.to\(resolve_device\(device\)\)": "",
+    rf"(?<=torch\.Generator\(){NAME}(?=\))": "",
+    r"(?<!def )\bto_device\(": "(lambda x, _: x)(",
+}
+
+
+@dataclass
+class Mutant:
+    "A place of the library, and what is taken out there."
+
+    path: Path
+    start: int
+    end: int
+    instead: str
+
+    def __str__(self):
+        text = self.path.read_text()
+        line = text.count("\n", 0, self.start) + 1
+        name = self.path.relative_to(ROOT / "grpo_nb")
+        return f"{name}:{line} {text[self.start : self.end]}"
+
+    def apply(self, root: Path):
+        "Write it into the copy of the library in `root`."
+        text = self.path.read_text()
+        text = text[: self.start] + self.instead + text[self.end :]
+        (root / self.path.relative_to(ROOT)).write_text(text)
+
+
+def mutants() -> list[Mutant]:
+    "Find every place, in the order of files and lines."
+    found = []
+    for path in sorted((ROOT / "grpo_nb").rglob("[a-z]*.py")):
+        if path.stem in LEFT_OUT:
+            continue
+        text = path.read_text()
+        for pattern, instead in PATTERNS.items():
+            for match in re.finditer(pattern, text):
+                begin = text.rfind("\n", 0, match.start()) + 1
+                if text[begin:].lstrip().startswith(("def ", "#", "from ")):
+                    continue
+                found.append(Mutant(path, match.start(), match.end(), instead))
+    return sorted(found, key=lambda mutant: (mutant.path, mutant.start))
+
+
+def attempt(root: Path) -> str | None:
+    "In a child, work with the library in `root`; what it raised, None: nothing."
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        outcome = "-"
+        try:
+            sys.path.insert(0, str(root))
+            from work import work
+
+            work("standin")
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+        os.write(writer, outcome.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    outcome = os.read(reader, 4096).decode(errors="replace")
+    os.close(reader)
+    os.waitpid(child, 0)
+    if outcome == "-":
+        return None
+    return " ".join(outcome.split())[:100] or "the process died"
+
+
+def noticed(mutant: Mutant | None) -> str | None:
+    "Run one mutant (None: the library as it is); what was raised."
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "grpo_nb", Path(folder, "grpo_nb"))
+        if mutant is not None:
+            mutant.apply(Path(folder))
+        return attempt(Path(folder))
+
+
+def main():
+    "Run the mutants of the command line."
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--sample", type=int, help="only so many, drawn by the seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="those whose place contains this text")
+    arguments = parser.parse_args()
+    chosen = mutants()
+    if arguments.only:
+        chosen = [x for x in chosen if arguments.only in str(x)]
+    if arguments.sample:
+        chosen = random.Random(arguments.seed).sample(chosen, arguments.sample)
+    if arguments.list:
+        print(*chosen, sep="\n")
+        return
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    outcome = noticed(None)
+    assert outcome is None, f"the library as it is: {outcome}"
+    caught = 0
+    for mutant in chosen:
+        outcome = noticed(mutant)
+        caught += outcome is not None
+        print(f"{mutant}: {outcome or 'NOT NOTICED'}", flush=True)
+    print(f"noticed: {caught} of {len(chosen)}")
+    sys.exit(caught < 0.9 * len(chosen))
+
+
+if __name__ == "__main__":
+    main()
