@@ -80,7 +80,9 @@ def _visible(
 
 
 def _predicted_at(
-    rollout: Rollout, real: Bool[Tensor, "R W"], k: int
+    rollout: Rollout,  # on the host
+    real: Bool[Tensor, "R W"],
+    k: int,
 ) -> Int[Tensor, "M"]:
     "Find the place in the flattened rows whose output predicts each completion token."
     N, T = rollout.completion_ids.shape
@@ -96,7 +98,7 @@ def _predicted_at(
 
     # 3. From rows and columns to places in the flattened rows.
     L = int(real.sum(1).max())
-    row = torch.arange(N, device=real.device) // k
+    row = torch.arange(N) // k
     return (before + L * row[:, None])[rollout.completion_mask]
 
 # %% ../../nbs/3_engine/30_packing.ipynb #24e6b93f
@@ -114,7 +116,7 @@ def to_host(tensors: list[Tensor]) -> list[Tensor]:
 
 def on_host(
     rollout: Rollout,
-    only_tokens: bool = False,  # leave out what a rollout may lack: rewards, log-probs…
+    only_tokens: bool = False,  # leave out what a rollout may lack: rewards, log-probs, …
 ) -> Rollout:
     "Copy a rollout to the host, in a single transfer; return itself if it is there."
     if rollout.completion_ids.device.type == "cpu":

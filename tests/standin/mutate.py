@@ -1,5 +1,5 @@
 """Take each `device=…`, `.to(device)` and `to_device(…)` out of the library, one at a
-time: does a run on the stand-in notice?
+time: does a run on the stand-in notice? It does if it raises, or waits more often.
 
 python tests/standin/mutate.py                     # all of them, some minutes
 python tests/standin/mutate.py --sample 3 --seed 0
@@ -9,6 +9,7 @@ Each mutant runs in a forked child over its own copy of the library. The exit st
 1 if fewer than nine in ten are noticed."""
 
 import argparse
+import json
 import os
 import random
 import re
@@ -84,33 +85,31 @@ def mutants() -> list[Mutant]:
     return sorted(found, key=lambda mutant: (mutant.path, mutant.start))
 
 
-def attempt(root: Path) -> str | None:
-    "In a child, work with the library in `root`; what it raised, None: nothing."
+def attempt(root: Path) -> tuple[str, int]:
+    "In a child, work with the library in `root`: what it raised, and the waits."
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        outcome = "-"
+        error = ""
         try:
             sys.path.insert(0, str(root))
             from work import work
 
             work("standin")
-        except BaseException as error:
-            outcome = f"{type(error).__name__}: {error}"
-        os.write(writer, outcome.encode()[:4000])
+        except BaseException as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        os.write(writer, json.dumps([error[:2000], standin.syncs()]).encode())
         os._exit(0)
     os.close(writer)
-    outcome = os.read(reader, 4096).decode(errors="replace")
+    outcome = os.read(reader, 8192)
     os.close(reader)
     os.waitpid(child, 0)
-    if outcome == "-":
-        return None
-    return " ".join(outcome.split())[:100] or "the process died"
+    return json.loads(outcome) if outcome else ("the process died", 0)
 
 
-def noticed(mutant: Mutant | None) -> str | None:
-    "Run one mutant (None: the library as it is); what was raised."
+def outcome_of(mutant: Mutant | None) -> tuple[str, int]:
+    "Run one mutant (None: the library as it is)."
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "grpo_nb", Path(folder, "grpo_nb"))
         if mutant is not None:
@@ -136,13 +135,16 @@ def main():
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    outcome = noticed(None)
-    assert outcome is None, f"the library as it is: {outcome}"
+    error, expected = outcome_of(None)
+    assert not error, f"the library as it is: {error}"
     caught = 0
     for mutant in chosen:
-        outcome = noticed(mutant)
-        caught += outcome is not None
-        print(f"{mutant}: {outcome or 'NOT NOTICED'}", flush=True)
+        error, waits = outcome_of(mutant)
+        if not error and waits > expected:
+            error = f"{waits - expected} more waits"
+        caught += bool(error)
+        shown = " ".join(error.split())[:100] or "NOT NOTICED"
+        print(f"{mutant}: {shown}", flush=True)
     print(f"noticed: {caught} of {len(chosen)}")
     sys.exit(caught < 0.9 * len(chosen))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_nb import reward
 from grpo_nb.algorithm import STEPS
 from grpo_nb.engine import decoding, judging, packing
-from grpo_nb.evidence.statistics import answer_statistics
+from grpo_nb.evidence.statistics import probe
 from grpo_nb.loading import load_policy
 from grpo_nb.models import Models
 from grpo_nb.objective import aggregate
@@ -87,7 +87,7 @@ def check_formulas(device: str):
     check_device(packing.shared_rows(rollout, 10**6)[1], device)
     scores = torch.ones(4, 2, device=device)
     check_device(judging.combine(scores, [0.5, 2.0]), device)
-    answer_statistics(policy, tokenizer, load_task("add"), n=2, k=4)
+    probe(policy, tokenizer, load_task("add"), n=2, k=4)
 
 
 def check_samplers(device: str):
