@@ -117,7 +117,7 @@ class Rollout:
         return replace(rollouts[0], **joined)
 
     def _indices(self, groups: list[int] | Int[Tensor, "K"]) -> Int[Tensor, "K"]:
-        "Turn indices of groups into a tensor of the CPU; refuse those that are not there."
+        "Turn indices into a tensor on the CPU, and refuse those that are not there."
         B = len(self.queries)
         groups = torch.as_tensor(groups).cpu()
         right = groups.dim() == 1 and groups.dtype == torch.long

@@ -140,16 +140,7 @@ def gradient_step(
     # 1. Gradients add up over the micro-batches, and so do the sums of the metrics.
     metrics = defaultdict(float)
     for batch in batches:
-        loss, sums = batch_loss(models, batch, config, beta, totals)
-        loss.backward()
-        computed = {"loss": loss}
-        computed |= {name: x / totals["num_tokens"] for name, x in sums.items()}
-        if models.value is not None:
-            computed["value_loss"] = _critic_loss(models, batch, config, totals)
-            (config.vf_coef * computed["value_loss"]).backward()
-        # one transfer for all: each would wait for the device
-        numbers = torch.stack([*computed.values()]).tolist()
-        for name, x in zip(computed, numbers):
+        for name, x in _backward(models, batch, config, beta, totals).items():
             metrics[name] += x
     metrics = models.reduce(metrics)
 
@@ -163,6 +154,24 @@ def gradient_step(
         for _, optimizer in trained.values():
             optimizer.step()
     return metrics
+
+
+def _backward(
+    models: Models, batch: Rollout, config, beta: float, totals: dict[str, Tensor]
+) -> dict[str, float]:
+    "Add a micro-batch's gradients to the others'; return its part of the metrics."
+    loss, sums = batch_loss(models, batch, config, beta, totals)
+    loss.backward()
+    computed = {"loss": loss}
+    for name, x in sums.items():
+        computed[name] = x / totals["num_tokens"]
+    if models.value is not None:
+        loss = _critic_loss(models, batch, config, totals)
+        (config.vf_coef * loss).backward()
+        computed["value_loss"] = loss
+    # one transfer for all of them: the device has to be waited for once
+    numbers = torch.stack([*computed.values()]).tolist()
+    return dict(zip(computed, numbers))
 
 
 def _critic_loss(

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .distributed import all_gather_rows, local_slice, unsharded
-from .packing import shares_prompt, takes_padding, to_device
+from .packing import shares_prompt, takes_padding
 from .precision import autocast_as_it_is
 from ..policy import eos_token_ids, padding_id, position_ids
 from ..rollout import Rollout
@@ -167,20 +167,21 @@ def _prefill(
     layers = DynamicCache(config=model.config).layers
     if not all(hasattr(layer, "keys") for layer in layers):
         return None
+    device = prompt_ids.device
     lengths = prompt_mask.sum(1).tolist()
     passes = [list(range(len(lengths)))]
     if all(type(layer) is DynamicLayer for layer in layers):  # no sliding window
         passes = _by_length(lengths)
     logits, caches = [], []
     for prompts in passes:
-        index = to_device(torch.tensor(prompts), prompt_ids.device)
+        index = torch.tensor(prompts).to(device, non_blocking=True)
         width = max(lengths[i] for i in prompts)
         next_logits, cache = _read(model, prompt_ids[index], prompt_mask[index], width)
         if cache.get_seq_length() != width:
             return None
         logits.append(next_logits)
         caches.append(cache)
-    order = to_device(torch.tensor(sum(passes, [])).argsort(), prompt_ids.device)
+    order = torch.tensor(sum(passes, [])).argsort().to(device, non_blocking=True)
     logits = torch.cat(logits)[order].repeat_interleave(G, 0)
     return logits, _expand(passes, caches, G, prompt_ids.shape[1], T)
 
@@ -196,15 +197,15 @@ def _expand(
     cache = caches[-1]
     device = cache.layers[0].keys.device
     rows = torch.arange(G * sum(map(len, passes))).view(-1, G)
-    of_passes = [to_device(rows[prompts].flatten(), device) for prompts in passes]
-    prompt_of = to_device(rows.flatten() // G, device)
+    places = [rows[x].flatten().to(device, non_blocking=True) for x in passes]
+    prompt_of = (rows.flatten() // G).to(device, non_blocking=True)
     for i, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:  # read in one pass
             layer.reorder_cache(prompt_of)
             continue
         roomy = _PreallocatedLayer(layer, rows.numel(), P, T)
-        for places, part in zip(of_passes, caches):
-            roomy.fill(places, part.layers[i])
+        for of_pass, part in zip(places, caches):
+            roomy.fill(of_pass, part.layers[i])
         cache.layers[i] = roomy
     return cache
 
@@ -373,7 +374,8 @@ def _decode(
     batch = _Batch(prompt_ids, prompt_mask, G, T, dtype)
     if not len(prompt_ids):  # a process without a query
         return batch.ids[:, :1], batch.logprobs[:, :1]
-    eos = to_device(torch.tensor(options.eos, dtype=torch.long), prompt_ids.device)
+    eos = torch.tensor(options.eos, dtype=torch.long)
+    eos = eos.to(prompt_ids.device, non_blocking=True)
 
     # 1. Prefill: read each prompt once.
     logits, forward = _start(model, prompt_ids, prompt_mask, G, batch)
@@ -404,7 +406,8 @@ def _leave(batch: _Batch, forward: _Cached | _Uncached, ended: list[int]) -> Ten
     N = len(batch.alive)
     gaps, movers = _fill_gaps(N, ended)
     device = batch.alive.device
-    gaps, movers = to_device(torch.tensor([gaps, movers], dtype=torch.long), device)
+    moves = torch.tensor([gaps, movers], dtype=torch.long)
+    gaps, movers = moves.to(device, non_blocking=True)
     stay = torch.arange(N - len(ended), device=device)
     stay = stay.index_copy(0, gaps, movers)
     batch.alive = batch.alive[stay]

@@ -34,7 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..names import hub_options, near
 from .distributed import all_gather_object, get_rank, local_slice
-from .packing import on_host, to_device
+from .packing import on_host
 from ..loading import resolve_device
 from ..policy import encode_prompts, position_ids
 from ..reward import RewardFunction, combine_steps, reward_arguments, total_of
@@ -430,12 +430,12 @@ def timed_score(
     rollout.step_rewards = None
     if any(isinstance(x, list) for x in chain(*judged)):
         steps = _step_rewards(tokens, judged, weights, names)
-        rollout.step_rewards = to_device(steps, device)
+        rollout.step_rewards = steps.to(device, non_blocking=True)
         has_token = tokens.completion_mask.any(1)
         rewards = rewards.where(has_token, math.nan)  # without a token, no step
     scored = ~rewards.isnan()
-    rollout.rewards = to_device(rewards, device)
-    rollout.scored = to_device(scored, device)
+    rollout.rewards = rewards.to(device, non_blocking=True)
+    rollout.scored = scored.to(device, non_blocking=True)
     if not scored.any() and get_rank() == 0:
         warnings.warn(
             f"reward functions {', '.join(names)} judged no completion of a step "

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .distributed import all_reduce, get_rank, get_world_size
 from .packing import completions_per_row, on_host, sharing_width
-from .packing import to_device, to_host, token_logprobs
+from .packing import to_host, token_logprobs
 from .precision import autocast_as_it_is
 from ..rollout import Rollout
 
@@ -90,7 +90,8 @@ def in_order(
     by_group = ordered.unflatten(0, (-1, G))
     for result, groups in zip(results, batches):
         computed = result.unflatten(0, (-1, G))[: len(groups)]  # none where it had none
-        place = to_device(torch.tensor(groups, dtype=torch.long), ordered.device)
+        place = torch.tensor(groups, dtype=torch.long)
+        place = place.to(ordered.device, non_blocking=True)
         by_group[place, :, : result.shape[1]] = computed
     return all_reduce(ordered)
 

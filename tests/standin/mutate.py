@@ -1,5 +1,5 @@
-"""Take each `device=…`, `.to(device)` and `to_device(…)` out of the library, one at a
-time: does a run on the stand-in notice? It does if it raises, or waits more often.
+"""Take each `device=…` and `.to(device)` out of the library, one at a time: does a run
+on the stand-in notice? It does if it raises, or waits more often.
 
 python tests/standin/mutate.py                     # all of them, some minutes
 python tests/standin/mutate.py --sample 3 --seed 0
@@ -31,7 +31,7 @@ import peft  # noqa: F401
 import pydantic  # noqa: F401
 import standin  # noqa: F401
 import torch
-from transformers import LlamaForCausalLM  # noqa: F401
+from transformers import LlamaForCausalLM, MistralForCausalLM  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 # needs several processes or vLLM, is about the CPU, or is no code of a run
@@ -43,7 +43,7 @@ PATTERNS = {  # of what is taken out: what stands there then
     rf"\.to\({NAME}\.device, ": ".to(",
     r"\.to\(resolve_device\(device\)\)": "",
     rf"(?<=torch\.Generator\(){NAME}(?=\))": "",
-    r"(?<!def )\bto_device\(": "(lambda x, _: x)(",
+    rf"\.to\((?:{NAME}\.)?device, non_blocking=True\)": "",
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 from grpo_nb import reward
 from grpo_nb.algorithm import STEPS
@@ -101,6 +102,18 @@ def check_samplers(device: str):
         rollout = draw(*inputs, top_p=0.9, top_k=5, generator=generator)
         check_rollout(rollout, device)
         packing.token_logprobs(policy, rollout).sum().backward()
+    window = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=64,
+        pad_token_id=0,
+    )
+    model = MistralForCausalLM(window).to(device)
+    check_rollout(decoding.sample(model, tokenizer, queries, 4, 4), device)
 
 
 def check_saved(device: str, folder: Path):
