@@ -92,7 +92,7 @@ def value_loss(
     loss = torch.maximum(error, clipped_error) / 2
     if num_tokens is None:
         num_tokens = mask.sum()
-    count = torch.as_tensor(num_tokens, device=mask.device).clamp(min=1)
+    count = torch.as_tensor(num_tokens).clamp(min=1)
     return _finite(loss.sum() / count, returns)
 
 

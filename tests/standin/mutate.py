@@ -40,7 +40,7 @@ NAME = r"(?:self\.)?[\w.]+"
 PATTERNS = {  # of what is taken out: what stands there then
     rf", device={NAME}(?=[,)])": "",
     rf"\.to\((?:{NAME}\.)?device\)": "",
-    rf"\.to\({NAME}\.device, ": ".to(",
+    rf"\.to\({NAME}\.device, (?!non_blocking)": ".to(",
     r"\.to\(resolve_device\(device\)\)": "",
     rf"(?<=torch\.Generator\(){NAME}(?=\))": "",
     rf"\.to\((?:{NAME}\.)?device, non_blocking=True\)": "",

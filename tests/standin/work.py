@@ -1,5 +1,6 @@
 "A little of everything on a device, with a look at where the results are."
 
+import shutil
 import tempfile
 import warnings
 from dataclasses import fields
@@ -7,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalLM
 
 from grpo_nb import reward
 from grpo_nb.algorithm import STEPS
 from grpo_nb.engine import decoding, judging, packing
 from grpo_nb.evidence.statistics import probe
-from grpo_nb.loading import load_policy
+from grpo_nb.loading import check_causal, load_policy, resolve_device
 from grpo_nb.models import Models
 from grpo_nb.objective import aggregate
 from grpo_nb.policy import as_rollout
@@ -39,6 +40,23 @@ def check_rollout(rollout, device: str):
         x = getattr(rollout, field.name)
         if isinstance(x, Tensor):
             check_device(x, device)
+
+
+def check_refused(device: str):
+    "A device that is not there, and a model that sees later tokens."
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    encoder = BertModel(config).to(device)
+    for refuse in (
+        lambda: resolve_device(f"{device}:7"),
+        lambda: check_causal(encoder),
+    ):
+        try:
+            refuse()
+        except ValueError:
+            continue
+        raise AssertionError("not refused")
 
 
 def check_figure(device: str):
@@ -119,7 +137,14 @@ def check_samplers(device: str):
 def check_saved(device: str, folder: Path):
     "What is opened is on the device that is named, whatever the run was made on."
     run = train(
-        make_config(**SMALL, **GROUPS, device="cpu", max_steps=1, output_dir=folder),
+        make_config(
+            device="cpu",
+            max_steps=1,
+            save_steps=1,
+            output_dir=folder,
+            **SMALL,
+            **GROUPS,
+        ),
         progress=False,
     )
     learned = judging.RewardModel.from_policy(run.policy, run.tokenizer)
@@ -128,7 +153,8 @@ def check_saved(device: str, folder: Path):
     opened = open_run(folder, device)
     check_device(opened.policy.lm_head.weight, device)
     assert opened.config.device == device
-    check_device(open_policy(folder, device=device)[0].lm_head.weight, device)
+    shutil.rmtree(folder / "model")  # as if the run had not come to its end
+    check_device(open_policy(folder, 1, device)[0].lm_head.weight, device)
     config = make_config(
         device=device,
         reward_funcs=[str(folder / "reward"), "learned"],
@@ -164,6 +190,7 @@ def work(device: str):
     "All of it; raises where something is on another device."
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
+        check_refused(device)
         check_formulas(device)
         check_samplers(device)
         check_figure(device)
