@@ -362,8 +362,9 @@ def test_an_unknown_part_and_a_machine_without_accelerator_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tests_are_counted_as_they_end(tmp_path):
+def test_tests_are_counted_as_they_end(tmp_path, monkeypatch):
     "By outcome, those that fail by name; names with spaces, too."
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they are slow to load
     path = tmp_path / "test_made_up.py"
     path.write_text(
         "import pytest\n"

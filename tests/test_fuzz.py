@@ -1221,6 +1221,8 @@ def one_by_one(rollout, temperature):
     token_logprobs,
     packing.token_logprobs,
     packing.values,
+    packing.on_host,
+    packing.to_host,
     reference_logprobs,
     adapters.reference_logprobs,
     predict_values,
@@ -1273,6 +1275,12 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
     batches = refused(lambda: models.micro_batches(rollout, config), "max_tokens")
     assert (cut_values is not None) == (batches is not None) == allowed
     assert not allowed or sum(map(len, batches)) == len(rollout)
+    device = torch.device("cpu")
+    assert rows_alone(rollout, device=device)[1].device == device
+    assert shared_rows(rollout, 16, device=device)[1].device == device
+    assert packing.on_host(rollout, only_tokens=True) is rollout
+    here = packing.to_host(tensors=[rollout.completion_mask])
+    assert here[0] is rollout.completion_mask
     expected = one_by_one(rollout, temperature if right else 1.0)
     for x, y in (
         (found, expected[0]),

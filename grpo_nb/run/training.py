@@ -35,6 +35,7 @@ from ..engine.distributed import all_gather_object, broadcast_object, get_rank
 from ..engine.distributed import get_world_size, init_distributed
 from ..engine.distributed import raised_everywhere
 from ..engine.judging import score
+from ..engine.packing import on_host
 from ..engine.precision import precision
 from ..engine.prompts import fit_prompts
 from ..engine.rewards import bring_rewards, brought_functions
@@ -744,6 +745,7 @@ def _take_step(
     with _or_saved(state, renewed=bool(outer)):
         rollout, metrics = step_of(config)(models, queries, config)
         groups = models.record(rollout, config, step)
+        rollout = on_host(rollout)  # what follows asks many small questions
     if groups is not None:
         metrics |= update_metrics(groups, config)
     state.num_completions += metrics.pop("num_sampled", len(rollout))

@@ -9,7 +9,6 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("standin.cpp")
 LIBRARIES = ("c10", "torch_cpu", "torch", "torch_python")
@@ -35,6 +34,8 @@ def compiler():
 
 def compiled():
     "Compile the extension, unless that has been done; its path."
+    from torch.utils import cpp_extension  # needs setuptools
+
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     command = [compiler(), "-std=c++20", "-O1", "-w", "-fPIC", "-shared", str(SOURCE)]
     command += ["-DTORCH_EXTENSION_NAME=standin_extension"]
