@@ -379,8 +379,9 @@ def test_tests_are_counted_as_they_end(tmp_path, monkeypatch):
     assert reports[-1]["outcomes"] == {"passed": 1, "failed": 1, "skipped": 1}
     (failed,) = reports[-1]["failed"]
     assert failed.endswith("test_x[b]")
-    with pytest.raises(RuntimeError, match="pytest ended with status 4"):
-        gpu.run_tests(reports.append, str(tmp_path / "nowhere.py"))
+    path.write_text("")
+    with pytest.raises(RuntimeError, match="pytest ended with status 5"):
+        gpu.run_tests(reports.append, str(path))
 
 
 @pytest.mark.skipif(not gpu.RESULTS.exists(), reason="no GPU has run this yet")
