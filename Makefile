@@ -16,7 +16,7 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-vllm test-oldest test-newest bench claims mutants lab docs preview browser screenshots export format check clean
+.PHONY: help setup run test test-vllm test-oldest test-newest bench bench-gpu claims mutants lab docs preview browser screenshots export format check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ test-newest: ## the same with the highest (.venv-newest)
 
 bench: setup ## a step here and in TRL, timed in turn, into benchmarks/results/ (ARGS="--settings a,b", "--pairs 3")
 	$(BIN)/python benchmarks/vs_trl.py $(ARGS)
+
+bench-gpu: setup ## on a machine with a GPU: its tests, steps here and in TRL, memory, samplers, in at most 8 minutes (ARGS="--parts d,sampler")
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores:
 # runs of one claim, or in a smoke run, where each claim has few, claims.

@@ -73,7 +73,7 @@ NO_EOS = "EOS is never drawn, so both sides sample the full length"
 
 @dataclass(frozen=True)
 class Setting:
-    model: str  # tiny, tiny_1024, tiny_random, smollm2 or qwen
+    model: str  # tiny, tiny_1024, tiny_random, smollm2, qwen or qwen_small
     what: str
     num_prompts: int
     num_generations: int
@@ -83,7 +83,7 @@ class Setting:
     # in which TRL cuts the update; ours cuts by max_tokens_per_micro_batch, at its
     # default
     passes: int = 1
-    cuda: bool = False  # only there
+    accelerator: bool = False  # only there
 
     @property
     def options(self):
@@ -134,7 +134,7 @@ SETTINGS = {
         256,
         "bfloat16",
         passes=4,
-        cuda=True,
+        accelerator=True,
     ),
 }
 GROWTH = [
@@ -183,15 +183,30 @@ def byte_tokenizer(vocab_size):
     )
 
 
-def qwen_shape(device):
-    "Random weights in the shape of Qwen2.5-0.5B, with a tokenizer for its ids."
+QWEN_SHAPES = {
+    "qwen": {  # that of Qwen2.5-0.5B
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+    },
+    "qwen_small": {  # for tests
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "vocab_size": 500,
+    },
+}
+
+
+def qwen_shape(name, device):
+    "Random weights in one of Qwen's shapes, with a tokenizer for its ids."
     config = transformers.Qwen2Config(
-        hidden_size=896,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        intermediate_size=4864,
-        vocab_size=151936,
+        **QWEN_SHAPES[name],
         max_position_embeddings=4096,
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
         tie_word_embeddings=True,
@@ -208,8 +223,8 @@ def save_model(name, directory, device):
     if name == "tiny":
         return TINY
     model, tokenizer = (
-        qwen_shape(device)
-        if name == "qwen"
+        qwen_shape(name, device)
+        if name in QWEN_SHAPES
         else load_policy("tiny" if name.startswith("tiny") else name, "cpu")
     )
     if name == "tiny_random":
@@ -291,8 +306,8 @@ class Meter:
         self.device, self.phase = device, "update"
 
     def clock(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     def start(self):
@@ -399,6 +414,8 @@ def trl_arguments(setting, device, steps, scratch, checkpointing):
     nothing written."""
     import trl
 
+    # Accelerate goes by it where it does not know the kind of device
+    os.environ["ACCELERATE_TORCH_DEVICE"] = device.type
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", FutureWarning
@@ -533,9 +550,9 @@ def flops(size, tokens, completion, factor):
     return factor * (size[0] * tokens + size[1] * completion)
 
 
-def matmul_rate(device, dtype):
-    "FLOP/s of a large matrix product: the best of five."
-    n = 8192 if device.type == "cuda" else 2048
+def matmul_rate(device, dtype, n=None):
+    "FLOP/s of a large matrix product, [n, n] by [n, n]: the best of five."
+    n = n or (2048 if device.type == "cpu" else 8192)
     a, meter, best = (
         torch.randn(n, n, device=device, dtype=getattr(torch, dtype)),
         Meter(device),
@@ -643,6 +660,33 @@ def resident(peak=False):
     return 1024 * int(line.split()[1])
 
 
+def allocated_on_device(peak=False):
+    "Bytes of tensors on the accelerator, now or at most."
+    if peak:
+        return torch.accelerator.max_memory_allocated()
+    return torch.accelerator.memory_allocated()
+
+
+def reset_resident():
+    "Let the peak of this process begin here."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def reset_device():
+    "Let the peak of the accelerator begin here."
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats()
+
+
+def memory_of(device):
+    "(what counts the bytes of a device, what lets their peak begin)"
+    if device.type == "cpu":
+        return resident, reset_resident
+    return allocated_on_device, reset_device
+
+
 def steps_alone(which, setting, directory, device, steps):
     "A few steps of one side. Returns it."
     queries = make_queries(setting, setting.num_prompts * steps, seed=1)
@@ -689,22 +733,13 @@ def own_memory(which, setting, directory, device):
         1,
     )
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else resident()
+    allocated, reset_peak = memory_of(device)
+    reset_peak()
+    before = allocated()
     side = steps_alone(
         which, setting, directory, device, 2
     )  # the second has the moments of the first
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else resident(peak=True)
-    )
+    peak = allocated(peak=True)
     state = 4 * sum(p.nbytes for p in side.policy.parameters()) + sum(
         p.nbytes for p in side.reference.parameters()
     )
@@ -740,20 +775,20 @@ def measure_memory(name, directory, device, threads):
                 f"memory of {which} in setting {name}: {done.stderr.strip()[-2000:]}"
             )
         found[which] = json.loads(done.stdout.splitlines()[-1])
-
-    def ratio(key, suffix=""):
-        return (
-            found["ours" + suffix][key] / found["trl" + suffix][key]
-            if min(found[side + suffix][key] for side in ("ours", "trl")) > 0
-            else None
-        )
-
     return {
         "memory": found,
-        "memory_ratio": ratio("above_state"),
-        "memory_ratio_checkpointing": ratio("above_state", "_checkpointing"),
-        "peak_memory_ratio": ratio("peak"),
+        "memory_ratio": memory_ratio(found, "above_state"),
+        "memory_ratio_checkpointing": memory_ratio(
+            found, "above_state", "_checkpointing"
+        ),
+        "peak_memory_ratio": memory_ratio(found, "peak"),
     }
+
+
+def memory_ratio(found, key, suffix=""):
+    "Ours by TRL's; None where one of them is too small to be measured."
+    ours, theirs = (found[side + suffix][key] for side in ("ours", "trl"))
+    return ours / theirs if min(ours, theirs) > 0 else None
 
 
 # ---- the run
@@ -836,8 +871,9 @@ def measure_setting(name, device, arguments):
             matmul_rate(device, setting.dtype),
         )
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the processes that measure memory need the room
+        if device.type != "cpu":
+            # the processes that measure memory need the room
+            torch.accelerator.empty_cache()
         return found | (
             {}
             if arguments.skip_memory
@@ -867,12 +903,10 @@ def machine(device):
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         ),
     }
-    if device.type == "cuda":
+    if device.type != "cpu":
         found |= {
-            "gpu": torch.cuda.get_device_name(device),
-            "gpu_memory_gib": round(
-                torch.cuda.get_device_properties(device).total_memory / 2**30
-            ),
+            "gpu": torch.get_device_module(device).get_device_name(device),
+            "gpu_memory_gib": round(torch.accelerator.get_memory_info()[1] / 2**30),
         }
     return found
 
@@ -886,13 +920,11 @@ def commit():
         ).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + (
-        "+"
-        if git("status", "--porcelain", "--", "grpo_nb", "benchmarks/vs_trl.py")
-        else ""
+        "+" if git("status", "--porcelain", "--", "grpo_nb", "benchmarks/*.py") else ""
     )
 
 
-def opened(path, device):
+def opened(path, device, measured="settings"):
     """The record to add to: what the file holds, if it comes from this machine and
     these versions; else an error, before anything is measured."""
     from grpo_nb import __version__
@@ -906,7 +938,7 @@ def opened(path, device):
         "versions": versions
         | {"grpo_nb": __version__, "python": platform.python_version()},
     }
-    record = json.loads(path.read_text()) if path.exists() else here | {"settings": {}}
+    record = json.loads(path.read_text()) if path.exists() else here | {measured: {}}
     for key, value in here.items():
         if record[key] != value:
             raise ValueError(
@@ -916,18 +948,24 @@ def opened(path, device):
     return record
 
 
-def chosen(names, device):
-    "The settings that were asked for; all that can run here if none were."
+def not_here(device):
+    "The settings that cannot be measured on this machine: why."
     missing = {
-        name: "it needs a CUDA device"
+        name: "it needs an accelerator"
         for name, setting in SETTINGS.items()
-        if setting.cuda and device.type != "cuda"
+        if setting.accelerator and device.type == "cpu"
     }
     if not (cache_directory() / "smollm2" / "config.json").exists():
         missing |= dict.fromkeys(
             ("c", "c_bf16"),
             "SmolLM2 is not here; fetch it once: python -m grpo_nb fetch smollm2",
         )
+    return missing
+
+
+def chosen(names, device):
+    "The settings that were asked for; all that can run here if none were."
+    missing = not_here(device)
     wanted = [name.strip() for name in names.split(",")] if names else NAMES
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
@@ -1019,7 +1057,7 @@ def parse(words):
         "--warmup", type=int, default=2, help="pairs before them that are not counted"
     )
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/<device>.json"
     )

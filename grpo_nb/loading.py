@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .checks import check_choice
+from .checks import check_choice, has_float64
 from .names import hub_options, near
 
 # %% ../nbs/1_figure/14_loading.ipynb #61376a4e
@@ -36,11 +36,12 @@ DTYPES = {
 def resolve_device(device: str = "auto") -> torch.device:
     """Choose a device: "auto", or one of torch's names.
 
-    "auto" is CUDA, else Apple MPS, else the CPU.
+    "auto" is the accelerator of this machine (CUDA, XPU, …), if it has float64, as
+    Apple's MPS has not; else the CPU.
 
     Raises: `ValueError`: this machine does not have it."""
     if device == "auto":
-        return torch.device(_best_device())
+        return _best_device()
     try:
         resolved = torch.device(device)
         if resolved.type == "meta":
@@ -54,13 +55,12 @@ def resolve_device(device: str = "auto") -> torch.device:
     return resolved
 
 
-def _best_device() -> str:
-    "The fastest kind of device of this machine."
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
+def _best_device() -> torch.device:
+    "The accelerator of this machine, if a run can use it."
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or not has_float64(accelerator):
+        return torch.device("cpu")
+    return accelerator
 
 # %% ../nbs/1_figure/14_loading.ipynb #a78fa9fa
 def resolve_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:

@@ -288,8 +288,7 @@ def _total(number: int | Tensor | None, counted: Tensor) -> Tensor:
     "Give the number of the step, or what is counted where there is none; at least 1."
     if number is None:
         number = counted
-    number = torch.as_tensor(number, device=counted.device)
-    return number.clamp(min=1)
+    return torch.as_tensor(number).clamp(min=1)
 
 
 def aggregate(

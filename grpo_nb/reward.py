@@ -161,7 +161,7 @@ def reward_arguments(rollout: Rollout) -> dict[str, list]:  # N entries each
         is_chat = not isinstance(query.prompt, str)
         message = [{"role": "assistant", "content": text}]
         completions.append(message if is_chat else text)
-    rows = zip(rollout.completion_ids, rollout.completion_mask)
+    rows = zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu())
     arguments = {
         "prompts": [query.prompt for query in queries],
         "completions": completions,

@@ -83,16 +83,19 @@ class Rollout:
         Raises: `ValueError` if no group is named, or one that is not there."""
         self.__post_init__()  # checks what has been filled in since
         groups = self._indices(groups)
-        members = torch.arange(self.num_generations, device=groups.device)
+        members = torch.arange(self.num_generations)
         rows = (groups[:, None] * self.num_generations + members).flatten()
+        device = self.completion_ids.device
+        index_of_prompts, index_of_rows = groups.to(device), rows.to(device)
         selected = {}
         for field in fields(self):
-            index = groups if field.name in _OF_PROMPTS else rows
+            of_prompts = field.name in _OF_PROMPTS
             x = getattr(self, field.name)
             if isinstance(x, list):
+                index = groups if of_prompts else rows
                 x = [x[i] for i in index.tolist()]
             elif isinstance(x, Tensor):
-                x = x[index]
+                x = x[index_of_prompts if of_prompts else index_of_rows]
             selected[field.name] = x
         return replace(self, **_trimmed(selected))
 
@@ -114,9 +117,9 @@ class Rollout:
         return replace(rollouts[0], **joined)
 
     def _indices(self, groups: list[int] | Int[Tensor, "K"]) -> Int[Tensor, "K"]:
-        "Turn indices of groups into a tensor, and refuse those that are not there."
+        "Turn indices into a tensor on the CPU, and refuse those that are not there."
         B = len(self.queries)
-        groups = torch.as_tensor(groups, device=self.completion_ids.device)
+        groups = torch.as_tensor(groups).cpu()
         right = groups.dim() == 1 and groups.dtype == torch.long
         if right and len(groups):
             right = bool(groups.min() >= 0 and groups.max() < B)
@@ -159,22 +162,23 @@ class Rollout:
 
     def _check_padding(self):
         "Refuse padding on the wrong side, and an empty prompt."
-        prompt_ends = self.prompt_mask[:, -1:].any(1).all()
+        ends_in_padding = ~self.prompt_mask[:, -1:].any(1)
         has_gap = (self.completion_mask[:, 1:] > self.completion_mask[:, :-1]).any()
-        if not prompt_ends or has_gap:
+        if ends_in_padding.any() | has_gap:
             raise ValueError(
                 "prompt_mask must be padded on the left only, completion_mask on the "
                 "right only, and no prompt be empty"
             )
 
 
+_MASKS = ("prompt_mask", "completion_mask")
 _OF_PROMPTS = ("queries", "prompt_ids", "prompt_mask")  # a row per query; else N rows
 
 
 def _trimmed(selected: dict) -> dict:
     "Cut away columns that are padding in every row that was selected."
-    longest_prompt = int(selected["prompt_mask"].sum(1).max())
-    longest_completion = int(selected["completion_mask"].sum(1).max())
+    longest = [selected[name].sum(1).max() for name in _MASKS]
+    longest_prompt, longest_completion = torch.stack(longest).tolist()
     for name, x in selected.items():
         if not isinstance(x, Tensor) or x.dim() != 2:
             continue

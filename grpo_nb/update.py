@@ -140,15 +140,8 @@ def gradient_step(
     # 1. Gradients add up over the micro-batches, and so do the sums of the metrics.
     metrics = defaultdict(float)
     for batch in batches:
-        loss, sums = batch_loss(models, batch, config, beta, totals)
-        loss.backward()
-        metrics["loss"] += loss.item()
-        for name, x in sums.items():
-            metrics[name] += (x / totals["num_tokens"]).item()
-        if models.value is not None:
-            loss = _critic_loss(models, batch, config, totals)
-            (config.vf_coef * loss).backward()
-            metrics["value_loss"] += loss.item()
+        for name, x in _backward(models, batch, config, beta, totals).items():
+            metrics[name] += x
     metrics = models.reduce(metrics)
 
     # 2. Clip the gradient of each model, and step, unless one is not finite.
@@ -161,6 +154,24 @@ def gradient_step(
         for _, optimizer in trained.values():
             optimizer.step()
     return metrics
+
+
+def _backward(
+    models: Models, batch: Rollout, config, beta: float, totals: dict[str, Tensor]
+) -> dict[str, float]:
+    "Add a micro-batch's gradients to the others'; return its part of the metrics."
+    loss, sums = batch_loss(models, batch, config, beta, totals)
+    loss.backward()
+    computed = {"loss": loss}
+    for name, x in sums.items():
+        computed[name] = x / totals["num_tokens"]
+    if models.value is not None:
+        loss = _critic_loss(models, batch, config, totals)
+        (config.vf_coef * loss).backward()
+        computed["value_loss"] = loss
+    # one transfer for all of them: the device has to be waited for once
+    numbers = torch.stack([*computed.values()]).tolist()
+    return dict(zip(computed, numbers))
 
 
 def _critic_loss(

@@ -92,14 +92,14 @@ def value_loss(
     loss = torch.maximum(error, clipped_error) / 2
     if num_tokens is None:
         num_tokens = mask.sum()
-    count = torch.as_tensor(num_tokens, device=mask.device).clamp(min=1)
+    count = torch.as_tensor(num_tokens).clamp(min=1)
     return _finite(loss.sum() / count, returns)
 
 
 def _finite(loss: Tensor, returns: Tensor) -> Tensor:
     "Refuse a loss that is infinite because the squares of the returns are."
-    too_large = returns.isfinite().all() and returns.square().sum().isinf()
-    if loss.isinf() and too_large:
+    too_large = returns.isfinite().all() & returns.square().sum().isinf()
+    if loss.isinf() & too_large:
         largest = returns.abs().max().item()
         raise ValueError(
             f"returns are too large for {returns.dtype} to hold the sum of their "

@@ -1,7 +1,12 @@
 """What every test shares. One thread, no network, no progress bars: the same numbers
-on every machine."""
+on every machine.
+
+With GRPO_NB_DEVICE=standin the tests for a GPU run on the stand-in of tests/standin:
+`tests/test_standin.py` starts such a process."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -18,6 +23,15 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+STANDIN = Path(__file__).with_name("standin")
+sys.path.append(str(STANDIN))
+collect_ignore = []
+if os.environ.get("GRPO_NB_DEVICE") == "standin":
+    import standin  # noqa: F401  registers the device, before anything asks for one
+else:
+    collect_ignore.append(str(STANDIN))
+
+from grpo_nb.loading import resolve_device
 from grpo_nb.policy import load_policy
 from helpers import character_tokenizer, random_model, random_rollout
 
@@ -30,15 +44,15 @@ settings.load_profile("quick")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "gpu: needs an accelerator, or the stand-in")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+    if resolve_device("auto").type != "cpu":
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+            item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
-"""benchmarks/vs_trl.py: what it computes from times, that both sides do the same
-work, and the file that it writes. No time is judged."""
+"""benchmarks/vs_trl.py and gpu.py: what they compute from times, that both sides do the
+same work, and the files that they write. No time is judged."""
 
-import importlib.util
 import json
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ import torch
 pytest.importorskip("trl")
 
 from grpo_nb.policy import encode_prompts, eos_token_ids
+from helpers import ROOT
 
-PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "vs_trl.py"
-spec = importlib.util.spec_from_file_location("vs_trl", PATH)
-vs_trl = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(vs_trl)
+sys.path.append(str(ROOT / "benchmarks"))
+import gpu
+import vs_trl
+
 CPU = torch.device("cpu")
 
 
@@ -96,21 +99,9 @@ def test_the_best_of_two_dtypes():
     assert vs_trl.best_of({"c": settings["c"]}) == {}
 
 
-@pytest.mark.parametrize("name", ["tiny_1024", "qwen"])
-def test_eos_is_beyond_the_vocabulary(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["tiny_1024", "qwen_small"])
+def test_eos_is_beyond_the_vocabulary(name, tmp_path):
     "After saving and loading, too; and every id that can be drawn can be decoded."
-    small = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 32,
-        "vocab_size": 500,
-    }
-    shape = vs_trl.transformers.Qwen2Config
-    monkeypatch.setattr(
-        vs_trl.transformers, "Qwen2Config", lambda **options: shape(**options | small)
-    )
     model, tokenizer = vs_trl.load_policy(
         str(vs_trl.save_model(name, tmp_path, CPU)), "cpu"
     )
@@ -257,3 +248,178 @@ def test_memory_of_one_side():
     found = vs_trl.own_memory("ours", setting, vs_trl.TINY, CPU)
     weights = sum(p.nbytes for p in vs_trl.load_policy("tiny", "cpu")[0].parameters())
     assert found["state"] == 5 * weights and found["peak"] > found["state"]
+
+
+# ---- gpu.py: its parts run on the stand-in, in tests/standin
+
+
+def part_of(monkeypatch, program):
+    "Let each part be a process of this program, which knows where to write."
+    program = textwrap.dedent(program)
+
+    def command(name, arguments, path):
+        return [sys.executable, "-c", program, str(path), name]
+
+    monkeypatch.setattr(gpu, "command_of", command)
+
+
+def on_an_accelerator(monkeypatch):
+    "Let this machine have one, as far as the file of results is concerned."
+    found = {"cpu": "a processor", "gpu": "an accelerator"}
+    monkeypatch.setattr(vs_trl, "machine", lambda device: found)
+    monkeypatch.setattr(gpu, "resolve_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(gpu, "not_here", lambda device: {})
+    monkeypatch.setattr(gpu, "BEGAN", time.monotonic())
+
+
+def test_a_part_that_ends_fails_or_hangs(tmp_path, monkeypatch):
+    "What it had reported by then stays, and what it had started ends with it."
+    program = """
+        import json, subprocess, sys, time
+        path, name = sys.argv[1:]
+        open(path, "w").write(json.dumps({"tokens_per_second": 7.0}))
+        if name == "b":
+            raise ValueError("it has no bfloat16")
+        if name == "d":
+            child = subprocess.Popen(["sleep", "600"])
+            open(path, "w").write(json.dumps({"child": child.pid}))
+            time.sleep(600)
+    """
+    part_of(monkeypatch, program)
+    ended = gpu.run_part("a", None, 60)
+    assert ended.pop("seconds") < 60
+    assert ended == {"status": "done", "tokens_per_second": 7.0}
+    failed = gpu.run_part("b", None, 60)
+    assert failed["status"] == "failed" and failed["tokens_per_second"] == 7.0
+    assert failed["reason"] == "ValueError: it has no bfloat16"
+    stopped = gpu.run_part("d", None, 2)
+    assert stopped["status"] == "out of time" and 2 <= stopped["seconds"] < 20
+    assert stopped["reason"] == "stopped after 2 s"
+    state = Path(f"/proc/{stopped['child']}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "it still runs"
+        time.sleep(0.05)
+
+
+def test_the_file_of_a_gpu_is_written_part_by_part(tmp_path, monkeypatch, capsys):
+    "With its limits; a part for which there is no time is named, not lost."
+    on_an_accelerator(monkeypatch)
+    path, seen = tmp_path / "deep" / "gpu.json", []
+
+    def run_part(name, arguments, limit):
+        written = json.loads(path.read_text())["parts"] if path.exists() else {}
+        seen.append((name, list(written), limit))
+        monkeypatch.setattr(gpu, "BEGAN", gpu.BEGAN - 100)  # it took so long
+        return {"status": "done", "seconds": 100.0}
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    words = ["--parts", "a,sampler,b,vllm", "--seconds", "210", "--output", str(path)]
+    installed = lambda name: None if name == "vllm" else name
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", installed)
+    gpu.main(words)
+    assert [(name, written) for name, written, _ in seen] == [
+        ("a", []),
+        ("sampler", ["a"]),
+    ]
+    assert [limit for *_, limit in seen] == [35, 60]
+    found = json.loads(path.read_text())
+    assert found["parts"] == {
+        "a": {"status": "done", "seconds": 100.0},
+        "sampler": {"status": "done", "seconds": 100.0},
+        "b": {"status": "left out", "reason": "no time was left"},
+        "vllm": {"status": "left out", "reason": "vLLM is not installed"},
+    }
+    assert "b        left out, no time was left" in capsys.readouterr().out
+
+    installed = lambda name: name
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", installed)
+    gpu.main(["--parts", "a,vllm", "--seconds", "1", "--output", str(path)])
+    again = json.loads(path.read_text())["parts"]
+    assert again["a"] == found["parts"]["a"]  # an older result is better than none
+    assert again["vllm"]["reason"] == "no time was left"
+
+
+def test_the_limits_of_a_gpu_run():
+    "The least that must fit does, in eight minutes; every setting has its sentence."
+    assert gpu.SECONDS == 480
+    needed = [gpu.PARTS[name] for name in ("tests", "d", "sampler", "b", "a", "c")]
+    assert sum(needed) < gpu.SECONDS
+    assert set(gpu.WHAT) == set(vs_trl.SETTINGS) == set(gpu.PARTS) & set(gpu.WHAT)
+
+
+def test_an_unknown_part_and_a_machine_without_accelerator_are_refused(
+    tmp_path, capsys
+):
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "a,z"])
+    assert "--parts must be of tests, d, sampler" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu.main(["--miniature"])
+    assert "--miniature needs an --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: there is no accelerator here"):
+        gpu.main(["--device", "cpu", "--output", str(tmp_path / "gpu.json")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tests_are_counted_as_they_end(tmp_path, monkeypatch):
+    "By outcome, those that fail by name; names with spaces, too."
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they are slow to load
+    path = tmp_path / "test_made_up.py"
+    path.write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', [1, 2], ids=['in pieces', 'b'])\n"
+        "def test_x(x): assert x == 1\n"
+        "@pytest.mark.skip\n"
+        "def test_y(): pass\n"
+    )
+    reports = []
+    gpu.run_tests(reports.append, str(path))
+    assert [sum(r["outcomes"].values()) for r in reports] == [1, 2, 3]
+    assert reports[-1]["outcomes"] == {"passed": 1, "failed": 1, "skipped": 1}
+    (failed,) = reports[-1]["failed"]
+    assert failed.endswith("test_x[b]")
+    path.write_text("")
+    with pytest.raises(RuntimeError, match="pytest ended with status 5"):
+        gpu.run_tests(reports.append, str(path))
+
+
+@pytest.mark.skipif(not gpu.RESULTS.exists(), reason="no GPU has run this yet")
+def test_the_words_of_the_results_are_those_of_their_numbers():
+    record = json.loads(gpu.RESULTS.read_text())
+    assert record["text"] == gpu.text_of(record)
+
+
+def test_what_a_gpu_has_to_say_in_words():
+    memory = {
+        "ours": {"state": 2**30, "above_state": 2**30, "peak": 9 * 2**30},
+        "trl": {"state": 2**30, "above_state": 7 * 2**30, "peak": 99 * 2**30},
+    }
+    assert gpu.ratio_of_peaks(memory) == 1 / 4
+    d = {"seconds_ours": 2.0, "seconds_trl": 9.0, "speedup": 4.4, "memory": memory}
+    a = {"seconds_ours": 0.05, "seconds_trl": 0.1, "speedup": 2.0}
+    late = {"status": "out of time", "reason": "stopped after 35 s"}
+    record = {
+        "machine": {"gpu": "NVIDIA H200"},
+        "versions": {"torch": "2.13.0+cu130", "trl": "1.16.0"},
+        "parts": {
+            "tests": {"outcomes": {"passed": 21, "failed": 1}, "failed": ["test_x"]},
+            "d": d,
+            "a": a | late,
+            "sampler": {"tokens_per_second": 12345.6},
+            "vllm": {"status": "left out", "reason": "vLLM is not installed"},
+        },
+    }
+    assert gpu.text_of(record).split("\n\n") == [
+        "On NVIDIA H200, torch 2.13.0, TRL 1.16.0: 21 of 22 tests passed, not test_x.",
+        "| setting | grpo_nb | TRL | faster | memory | of TRL |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        f"| {gpu.WHAT['a']} | 0.05 s | 0.1 s | 2.0 × | – | – |\n"
+        f"| {gpu.WHAT['d']} | 2 s | 9 s | 4.4 × | 2 GiB | 8 GiB |",
+        "Tokens per second, completions of the last setting: 12,346 by the library's "
+        "sampler.",
+        "Not, or not all, measured: a (stopped after 35 s); vllm (vLLM is not "
+        "installed).",
+    ]
+    bare = record | {"parts": {}}
+    assert gpu.text_of(bare) == "On NVIDIA H200, torch 2.13.0, TRL 1.16.0."

@@ -1221,6 +1221,8 @@ def one_by_one(rollout, temperature):
     token_logprobs,
     packing.token_logprobs,
     packing.values,
+    packing.on_host,
+    packing.to_host,
     reference_logprobs,
     adapters.reference_logprobs,
     predict_values,
@@ -1273,6 +1275,12 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
     batches = refused(lambda: models.micro_batches(rollout, config), "max_tokens")
     assert (cut_values is not None) == (batches is not None) == allowed
     assert not allowed or sum(map(len, batches)) == len(rollout)
+    device = torch.device("cpu")
+    assert rows_alone(rollout, device=device)[1].device == device
+    assert shared_rows(rollout, 16, device=device)[1].device == device
+    assert packing.on_host(rollout, only_tokens=True) is rollout
+    here = packing.to_host(tensors=[rollout.completion_mask])
+    assert here[0] is rollout.completion_mask
     expected = one_by_one(rollout, temperature if right else 1.0)
     for x, y in (
         (found, expected[0]),
@@ -2426,6 +2434,7 @@ EXCEPTIONS = (
         "engine.micro_batch.logprobs_in_micro_batches": "in `reference_logprobs`",
         "names.within_reach": "asks the hub; test_bad_input.py",
         "names.near": "names that are nowhere in test_bad_input.py",
+        "checks.has_float64": "takes a device; test_accelerator.py",
         "names.check_name": "names that are nowhere in test_bad_input.py",
         "names.hub_options": "names that are nowhere in test_bad_input.py",
         "engine.files.Rows": "every format in test_files.py",
@@ -2521,7 +2530,7 @@ EXCEPTIONS = (
         "run.training.open_policy": "in `open_run`",
         "run.training.export": "takes a run; test_brought_models.py",
         "run.training.evaluate": "`sample` and a task",
-        "run.training.peak_memory": "takes a device",
+        "run.training.peak_memory": "takes a device; test_accelerator.py",
         "run.run_directory.write_atomically": "test_security.py",
         "run.run_directory.read_lines": "in `resume`; test_faults.py damages files",
         "run.run_directory.remove_path": "takes a path of the library's own",

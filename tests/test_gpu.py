@@ -1,4 +1,6 @@
-"The few checks that need a GPU: everything else is the same code on another device."
+"""The few checks that need a GPU: everything else is the same code on another device.
+
+Where there is none, `tests/test_standin.py` runs them on a stand-in."""
 
 import math
 
@@ -12,15 +14,23 @@ from grpo_nb.policy import load_policy, model_inputs
 from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
 from grpo_nb.engine.data import load_task
+from grpo_nb.engine.judging import RewardModel
+from grpo_nb.engine.micro_batch import micro_batches
+from grpo_nb.run.build import build_models
 from grpo_nb.run.training import train
 from helpers import read_metrics, short_config
 
-pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    # what falls back to rows of their own would pass, and test nothing
+    pytest.mark.filterwarnings("error:.*does not compute a group in one row"),
+    pytest.mark.filterwarnings("error:.*does not read a padded prompt"),
+]
+DEVICE = resolve_device("auto").type
 
 
 def test_auto_finds_the_gpu():
-    assert resolve_device("auto").type == DEVICE
+    assert DEVICE == torch.accelerator.current_accelerator().type != "cpu"
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3}], ids=str)
@@ -96,6 +106,25 @@ def test_steps(tmp_path, algorithm, dtype):
     assert run.policy.device.type == DEVICE and run.policy.dtype == torch.float32
 
 
+def path_taken(monkeypatch):
+    "Note from now on the rows of each layout, and the tokens of each chunk of logits."
+    rows, chunks = [], []
+    shared_rows, score = packing.shared_rows, packing._score
+
+    def noted_rows(rollout, hidden, device):
+        result = shared_rows(rollout, hidden, device)
+        rows.append(len(result[0]["input_ids"]))
+        return result
+
+    def noted_score(states, ids, **options):
+        chunks.append(len(ids))
+        return score(states, ids, **options)
+
+    monkeypatch.setattr(packing, "shared_rows", noted_rows)
+    monkeypatch.setattr(packing, "_score", noted_score)
+    return rows, chunks
+
+
 @pytest.mark.parametrize("k", [1, 4, 16])
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,6 +147,7 @@ def test_shared_rows(monkeypatch, k, pieces, dtype):
     monkeypatch.setattr(packing, "completions_per_row", lambda *_: k)
     if pieces:
         monkeypatch.setattr(packing, "LOGITS", 50 * policy.config.vocab_size)
+    rows, chunks = path_taken(monkeypatch)
 
     def gradient(f):
         policy.zero_grad()
@@ -147,6 +177,8 @@ def test_shared_rows(monkeypatch, k, pieces, dtype):
         gradient(lambda: token_logprobs(policy, rollout)),
         gradient(plain),
     )
+    assert rows == [len(rollout) // k]  # of k completions each
+    assert (len(chunks) > 2 and max(chunks) == 50) if pieces else len(chunks) == 1
     close, share = (1e-4, 1e-4) if dtype == "float32" else (0.3, 0.1)
     assert (ours - truth).abs().max() < close and (
         slope - true_slope
@@ -165,9 +197,22 @@ def test_reference_in_pieces():
         8,
         generator=torch.Generator(DEVICE).manual_seed(0),
     )
-    assert (
-        reference_logprobs(policy, rollout, max_tokens=60) - rollout.logprobs
-    ).abs().max() < 1e-4
+    hidden = packing.sharing_width(policy, rollout)
+    assert hidden and len(micro_batches(rollout, 60, hidden)) > 1
+    logprobs = reference_logprobs(policy, rollout, max_tokens=60)
+    assert (logprobs - rollout.logprobs).abs().max() < 1e-4
+
+
+def test_reward_models_are_on_the_device(tmp_path):
+    "One that is loaded and one that is made: neither may stay on the CPU unnoticed."
+    policy, tokenizer = load_policy("tiny", "cpu")
+    RewardModel.from_policy(policy, tokenizer).model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    names = [str(tmp_path), "learned"]
+    config = short_config(device=DEVICE, reward_funcs=names)
+    judges = build_models(config, load_task("add")).rewards
+    weights = [p for judge in judges for p in judge.model.parameters()]
+    assert len(judges) == 2 and {p.device.type for p in weights} == {DEVICE}
 
 
 def test_gradient_checkpointing(tmp_path):

@@ -84,6 +84,27 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(vllm_sampler, "import_vllm", lambda: None)
 
 
+def test_the_engine_stops_at_no_id_without_a_logit(tiny, monkeypatch):
+    """vLLM refuses to be asked for an end beyond the model's vocabulary, which a
+    tokenizer may have, and which is never drawn."""
+    policy, tokenizer = tiny
+    ends = [tokenizer.eos_token_id, policy.config.vocab_size]
+    asked = []
+
+    def requests(options, *_):
+        asked.append(options["stop_token_ids"])
+        raise InterruptedError
+
+    monkeypatch.setattr(vllm_sampler, "_requests", requests)
+    monkeypatch.setattr(vllm_sampler, "eos_token_ids", lambda *_: ends)
+    engine = vllm_sampler.VLLMSampler.__new__(vllm_sampler.VLLMSampler)
+    engine.llm, engine.room = "an engine", 100
+    engine.vocab_size = policy.config.vocab_size
+    with pytest.raises(InterruptedError):
+        engine(policy, tokenizer, [Query("1+2=")], 1, 4)
+    assert asked == [[tokenizer.eos_token_id]]
+
+
 # The correction -----------------------------------------------------------------------
 
 

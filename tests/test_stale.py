@@ -330,6 +330,30 @@ def test_claim_5_counts_what_is_there():
         assert sentence in verdict["reason"], sentence
 
 
+def test_what_is_said_of_a_gpu_is_what_one_has_measured():
+    """`benchmarks/results/gpu.json` as it is, or that it is not there; and no other
+    text says that nothing was measured, which a run of `make bench-gpu` would belie."""
+    measured = ROOT / "benchmarks" / "results" / "gpu.json"
+    wanted, unwanted = "No GPU has run this yet", "tests passed"
+    if measured.exists():
+        wanted, unwanted = json.loads(measured.read_text())["text"], wanted
+    for page in ("4_evidence/40_cost.ipynb", "index.ipynb"):
+        (cell,) = [c for c in cells(page) if 'gpu.json"' in "".join(c["source"])]
+        for output in cell["outputs"]:  # one, once the page has been executed
+            shown = "".join(output["data"]["text/markdown"])
+            assert wanted in shown and unwanted not in shown, page
+    done = r"\b(measured|tried|run)\b"
+    denied = (
+        rf"(nothing|never|not)\b[^.;|]*{done} on a GPU|no GPU has {done}"
+        rf"|\bGPU,[^.;|]*\b(nothing|never)\b[^.;|]*{done}|not {done}: a GPU"
+    )
+    found = []
+    for path in sorted(NBS.rglob("*.ipynb")):
+        text = "\n".join(sources(path.relative_to(NBS), "markdown"))
+        found += [f"{path.name}: {x[0]}" for x in re.finditer(denied, text, re.I)]
+    assert not found
+
+
 def test_claim_4_has_the_numbers_of_the_cost_model():
     """What its verdict says of a model of 8B is not measured but computed: so again
     here."""

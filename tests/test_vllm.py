@@ -150,6 +150,20 @@ def test_any_end_of_the_policy_is_an_end_and_no_other(tiny, engine):
     )
 
 
+def test_an_end_without_a_logit_is_no_end(tiny, engine):
+    "An id beyond the model's vocabulary, as of a token that only the tokenizer knows."
+    policy, tokenizer = tiny
+    more = copy.deepcopy(policy)
+    more.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        policy.config.vocab_size,
+    ]
+    theirs, ours = (
+        f(more, tokenizer, QUERIES, 1, 16, top_k=1) for f in (engine, sample)
+    )
+    assert theirs.completions == ours.completions
+
+
 def test_the_generator_repeats_the_completions(tiny, engine):
     """The same seed, the same completions, also among other queries' requests;
     another seed, others. Rows of a group differ."""

@@ -137,10 +137,12 @@ def _fill_gaps(N: int, ended: list[int]) -> tuple[list[int], list[int]]:
 
 # %% ../../nbs/3_engine/32_decoding.ipynb #06629cbc
 def _read(
-    model: PreTrainedModel, ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]
+    model: PreTrainedModel,
+    ids: Int[Tensor, "B P"],
+    mask: Bool[Tensor, "B P"],
+    width: int,  # tokens of the longest
 ) -> tuple[Float[Tensor, "B V"], DynamicCache]:
     "Read prompts in one pass, as wide as the longest: logits of the next token, cache."
-    width = int(mask.sum(1).max())
     seen = mask[:, -width:]
     cache = DynamicCache(config=model.config)
     logits = model(
@@ -165,18 +167,22 @@ def _prefill(
     layers = DynamicCache(config=model.config).layers
     if not all(hasattr(layer, "keys") for layer in layers):
         return None
-    passes = [list(range(len(prompt_ids)))]
+    device = prompt_ids.device
+    lengths = prompt_mask.sum(1).tolist()
+    passes = [list(range(len(lengths)))]
     if all(type(layer) is DynamicLayer for layer in layers):  # no sliding window
-        passes = _by_length(prompt_mask.sum(1).tolist())
+        passes = _by_length(lengths)
     logits, caches = [], []
     for prompts in passes:
-        next_logits, cache = _read(model, prompt_ids[prompts], prompt_mask[prompts])
-        if cache.get_seq_length() != prompt_mask[prompts].sum(1).max():
+        index = torch.tensor(prompts).to(device, non_blocking=True)
+        width = max(lengths[i] for i in prompts)
+        next_logits, cache = _read(model, prompt_ids[index], prompt_mask[index], width)
+        if cache.get_seq_length() != width:
             return None
         logits.append(next_logits)
         caches.append(cache)
-    order = torch.tensor(sum(passes, []), device=prompt_ids.device)
-    logits = torch.cat(logits)[order.argsort()].repeat_interleave(G, 0)
+    order = torch.tensor(sum(passes, [])).argsort().to(device, non_blocking=True)
+    logits = torch.cat(logits)[order].repeat_interleave(G, 0)
     return logits, _expand(passes, caches, G, prompt_ids.shape[1], T)
 
 
@@ -190,14 +196,16 @@ def _expand(
     "Copy the cache of each prompt for its group, with room for T more tokens."
     cache = caches[-1]
     device = cache.layers[0].keys.device
-    rows = torch.arange(G * sum(map(len, passes)), device=device).view(-1, G)
+    rows = torch.arange(G * sum(map(len, passes))).view(-1, G)
+    places = [rows[x].flatten().to(device, non_blocking=True) for x in passes]
+    prompt_of = (rows.flatten() // G).to(device, non_blocking=True)
     for i, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:  # read in one pass
-            layer.reorder_cache(rows.flatten() // G)
+            layer.reorder_cache(prompt_of)
             continue
         roomy = _PreallocatedLayer(layer, rows.numel(), P, T)
-        for prompts, part in zip(passes, caches):
-            roomy.fill(rows[prompts].flatten(), part.layers[i])
+        for of_pass, part in zip(places, caches):
+            roomy.fill(of_pass, part.layers[i])
         cache.layers[i] = roomy
     return cache
 
@@ -366,7 +374,8 @@ def _decode(
     batch = _Batch(prompt_ids, prompt_mask, G, T, dtype)
     if not len(prompt_ids):  # a process without a query
         return batch.ids[:, :1], batch.logprobs[:, :1]
-    eos = prompt_ids.new_tensor(options.eos)
+    eos = torch.tensor(options.eos, dtype=torch.long)
+    eos = eos.to(prompt_ids.device, non_blocking=True)
 
     # 1. Prefill: read each prompt once.
     logits, forward = _start(model, prompt_ids, prompt_mask, G, batch)
@@ -379,7 +388,7 @@ def _decode(
         batch.record(token, distribution)
 
         # 3. Stop at the limit, or when every row has ended.
-        ended = torch.isin(token, eos).nonzero().squeeze(1).tolist()
+        ended = [i for i, end in enumerate(torch.isin(token, eos).tolist()) if end]
         if batch.length == T or len(ended) == len(batch.alive):
             return batch.ids[:, : batch.length], batch.logprobs[:, : batch.length]
 
@@ -396,9 +405,10 @@ def _leave(batch: _Batch, forward: _Cached | _Uncached, ended: list[int]) -> Ten
     "Take rows out of batch and cache: which of the old rows stands in each place."
     N = len(batch.alive)
     gaps, movers = _fill_gaps(N, ended)
-    gaps = batch.alive.new_tensor(gaps)
-    movers = batch.alive.new_tensor(movers)
-    stay = torch.arange(N - len(ended), device=batch.alive.device)
+    device = batch.alive.device
+    moves = torch.tensor([gaps, movers], dtype=torch.long)
+    gaps, movers = moves.to(device, non_blocking=True)
+    stay = torch.arange(N - len(ended), device=device)
     stay = stay.index_copy(0, gaps, movers)
     batch.alive = batch.alive[stay]
     forward.drop(gaps, movers, stay)

@@ -45,13 +45,31 @@ def init_distributed():
     if alone or get_world_size() > 1:  # or they have met already
         return
     _refuse_other_engines()
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend)
+    _take_device()
+    torch.distributed.init_process_group(_backends())
     # its threads must not outlive the interpreter
     atexit.register(torch.distributed.destroy_process_group)
+
+
+def _take_device():
+    "Make the accelerator of this process's place on its machine the current one."
+    if torch.accelerator.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        # runs on the CPU may have more processes than there are accelerators
+        device_index = local_rank % torch.accelerator.device_count()
+        torch.accelerator.set_device_index(device_index)
+
+
+def _backends() -> str:
+    "Name what sends tensors: Gloo those of the CPU, and the accelerator's own."
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "gloo"
+    known = torch.distributed.Backend.default_device_backend_map
+    backend = known.get(accelerator.type)
+    if backend is None or not torch.distributed.is_backend_available(backend):
+        return "gloo"  # runs on the CPU can meet
+    return f"cpu:gloo,{accelerator.type}:{backend}"
 
 
 def uses_fsdp() -> bool:

@@ -34,6 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..names import hub_options, near
 from .distributed import all_gather_object, get_rank, local_slice
+from .packing import on_host
 from ..loading import resolve_device
 from ..policy import encode_prompts, position_ids
 from ..reward import RewardFunction, combine_steps, reward_arguments, total_of
@@ -338,7 +339,7 @@ def combine(
 
 # %% ../../nbs/3_engine/39_judging.ipynb #8ca9d8ba
 def _judged(
-    rollout: Rollout,
+    rollout: Rollout,  # on the host
     reward_funcs: list[RewardFunction],
     on_error: str,
     timeout: float | None,
@@ -420,19 +421,22 @@ def timed_score(
         raise ValueError(f'on_error must be "stop" or "drop", got {on_error!r}')
     names = names_of(reward_funcs)
     weights = [1.0] * len(names) if weights is None else weights
-    judged, seconds = _judged(rollout, reward_funcs, on_error, timeout)
-    mask = rollout.completion_mask
+    device = rollout.completion_ids.device
+    tokens = on_host(rollout, only_tokens=True)
+    judged, seconds = _judged(tokens, reward_funcs, on_error, timeout)
     totals = [list(map(total_of, column)) for column in judged]
-    scores = torch.tensor(totals, dtype=torch.float64, device=mask.device).T
+    scores = torch.tensor(totals, dtype=torch.float64).T
     rewards = combine(scores, weights, names)
-    steps = None
+    rollout.step_rewards = None
     if any(isinstance(x, list) for x in chain(*judged)):
-        steps = _step_rewards(rollout, judged, weights, names)
-        rewards = rewards.where(mask.any(1), math.nan)  # without a token, no step
-    rollout.rewards = rewards
-    rollout.scored = ~rewards.isnan()
-    rollout.step_rewards = steps
-    if not rollout.scored.any() and get_rank() == 0:
+        steps = _step_rewards(tokens, judged, weights, names)
+        rollout.step_rewards = steps.to(device, non_blocking=True)
+        has_token = tokens.completion_mask.any(1)
+        rewards = rewards.where(has_token, math.nan)  # without a token, no step
+    scored = ~rewards.isnan()
+    rollout.rewards = rewards.to(device, non_blocking=True)
+    rollout.scored = scored.to(device, non_blocking=True)
+    if not scored.any() and get_rank() == 0:
         warnings.warn(
             f"reward functions {', '.join(names)} judged no completion of a step "
             "(None for all, or dropped): it teaches nothing",

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .distributed import all_reduce, get_rank, get_world_size
-from .packing import completions_per_row, sharing_width, token_logprobs
+from .packing import completions_per_row, on_host, sharing_width
+from .packing import to_host, token_logprobs
 from .precision import autocast_as_it_is
 from ..rollout import Rollout
 
@@ -50,8 +51,8 @@ def micro_batches(
             f"max_tokens_per_micro_batch must be at least 1, got {max_tokens}"
         )
     # 1. Lengths, by group.
-    prompts = rollout.prompt_mask.sum(1).numpy(force=True)
-    completions = rollout.completion_mask.sum(1).numpy(force=True)
+    lengths = [rollout.prompt_mask.sum(1), rollout.completion_mask.sum(1)]
+    prompts, completions = (x.numpy() for x in to_host(lengths))
     completions = completions.reshape(-1, rollout.num_generations)
 
     def tokens(groups):
@@ -89,7 +90,9 @@ def in_order(
     by_group = ordered.unflatten(0, (-1, G))
     for result, groups in zip(results, batches):
         computed = result.unflatten(0, (-1, G))[: len(groups)]  # none where it had none
-        by_group[groups, :, : result.shape[1]] = computed
+        place = torch.tensor(groups, dtype=torch.long)
+        place = place.to(ordered.device, non_blocking=True)
+        by_group[place, :, : result.shape[1]] = computed
     return all_reduce(ordered)
 
 # %% ../../nbs/3_engine/31_micro_batch.ipynb #06a6cba4
@@ -98,12 +101,14 @@ def in_micro_batches(
     rollout: Rollout,
     max_tokens: int | None,
     hidden: int | None,
+    device: torch.device,  # of the model that computes
 ) -> Float[Tensor, "N T"]:
     "Compute something of a rollout, a micro-batch at a time and without a gradient."
+    rollout = on_host(rollout, only_tokens=True)  # where it is cut without a wait
     batches = micro_batches(rollout, max_tokens, hidden)
     alone = get_world_size() == 1  # of several, FSDP2 has no inference mode
     no_gradient = torch.inference_mode if alone else torch.no_grad
-    autocast = autocast_as_it_is(rollout.completion_ids.device, cache_enabled=False)
+    autocast = autocast_as_it_is(device, cache_enabled=False)
     with no_gradient(), autocast:
         # a process without a group computes the first, or the others would wait for it
         results = [compute(rollout.select(groups or [0])) for groups in batches]
@@ -124,4 +129,5 @@ def logprobs_in_micro_batches(
         rollout,
         max_tokens,
         sharing_width(model, rollout),
+        next(model.parameters()).device,
     )

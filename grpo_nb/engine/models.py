@@ -105,7 +105,8 @@ class EngineModels(Models):
         "Predict values without a gradient, in micro-batches."
         limit = config.max_tokens_per_micro_batch
         hidden = None  # a row for each completion: PPO has no groups
-        return in_micro_batches(self.values, rollout, limit, hidden)
+        device = self.value.head.weight.device
+        return in_micro_batches(self.values, rollout, limit, hidden, device)
 
     def values(self, batch: Rollout) -> Float[Tensor, "N T"]:
         "Predict values with a gradient, padded on the right alone."

@@ -157,6 +157,7 @@ class VLLMSampler:
         self.llm = start_engine(policy, tokenizer, config, **options)
         model_config = self.llm.llm_engine.vllm_config.model_config
         self.room = model_config.max_model_len  # tokens of prompt and completion
+        self.vocab_size = model_config.get_vocab_size()
         self._running.add(self)
 
     @torch.no_grad()
@@ -193,7 +194,8 @@ class VLLMSampler:
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
-            "stop_token_ids": eos,  # and it ends at no others
+            # and it ends at no others; one that has no logit is never drawn
+            "stop_token_ids": [i for i in eos if i < self.vocab_size],
         }
         seeds = torch.randint(
             2**48, (len(queries),), generator=generator, device=model.device

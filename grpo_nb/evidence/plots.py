@@ -285,7 +285,8 @@ def _cost(group: list[Run]) -> dict[str, float]:
     "What the runs of a label cost."
     metrics = [run.metrics for run in group]
     steps = [table["step_time"] for table in metrics]
-    memory = [table["peak_memory"].max() for table in metrics]
+    # an accelerator may not count it
+    memory = [t.get("peak_memory", pd.Series(dtype=float)).max() for t in metrics]
     return {
         "reward, last 10 steps": _mean(_last(table, "reward") for table in metrics),
         "KL": _mean(_last(table, "kl") for table in metrics),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..engine.distributed import all_reduce, full_tensor
 from ..engine.micro_batch import in_order, logprobs_in_micro_batches
 from ..engine.models import EngineModels, micro_batch_of
+from ..engine.packing import on_host, to_host
 from ..objective import ratio
 from ..reference import kl
 from ..rollout import Rollout
@@ -307,17 +308,18 @@ class ObservedModels(EngineModels):
     def record(self, rollout: Rollout, config, step: int) -> StepGroups | None:
         "Score the recorded groups once more, after the update; None if there are none."
         passes, self.passes = self.passes, []
-        recorded = recorded_groups(rollout, config)
+        recorded = recorded_groups(on_host(rollout), config)
         if recorded is None:
             return None
         entropy = None
         for first in passes:
             if first.rollout is rollout:
                 rows, length = recorded.completion_ids.shape
-                entropy = first.entropy()[:rows, :length]
+                [entropy] = to_host([first.entropy()[:rows, :length]])
         new = logprobs_in_micro_batches(
             self.policy, recorded, config.temperature, config.max_tokens_per_micro_batch
         )
+        [new] = to_host([new])
         return StepGroups(step, recorded, entropy, new, self.tokenizer)
 
     def _gradients(self) -> list[Tensor]:
