@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIALS', 'ALLOWED', 'ALLOWED_ELSE', 'LOGITS', 'completions_per_row', 'shared_rows', 'rows_alone', 'values',
-           'shares_prompt', 'takes_padding', 'sharing_width', 'first_of_equal', 'token_logprobs']
+           'passes_trial', 'shares_prompt', 'takes_padding', 'sharing_width', 'first_of_equal', 'token_logprobs']
 
 # %% ../../nbs/3_engine/30_packing.ipynb #02e1943c
 import math
@@ -175,7 +175,7 @@ ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4}
 ALLOWED_ELSE = 5e-2  # in half precision
 
 
-def _passes(model: PreTrainedModel, trial: Callable, otherwise: str) -> bool:
+def passes_trial(model: PreTrainedModel, trial: Callable, otherwise: str) -> bool:
     "Try once whether a model gives the numbers of a row alone; else warn `otherwise`."
     attention = model.config.get_text_config()._attn_implementation
     kind = (trial, attention, model.dtype, model.device.type)
@@ -256,7 +256,7 @@ def shares_prompt(
         window = getattr(config, name, None)
         if window and longest > window:
             return False
-    return _passes(
+    return passes_trial(
         model,
         _in_one_row,
         "does not compute a group in one row ({why}); "
@@ -266,7 +266,7 @@ def shares_prompt(
 # %% ../../nbs/3_engine/30_packing.ipynb #21d72e76
 def takes_padding(model: PreTrainedModel) -> bool:
     "Tell whether the mask keeps padding on the left out of this model; tried once."
-    return _passes(
+    return passes_trial(
         model,
         _padded,
         "does not read a padded prompt as it reads the prompt alone ({why}); prompts "
