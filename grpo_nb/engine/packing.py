@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .attention import row_mask
 from ..policy import position_ids
 from ..rollout import Rollout
 
@@ -127,9 +128,14 @@ def shared_rows(
 
     # 3. Rows without.
     owner = _close_holes(owner, real, -1)
+    mask = (owner >= 0).long()
+    if k > 1:
+        completion_lengths = rollout.completion_mask.sum(1).view(-1, k)
+        prompt_lengths = start.view(-1, k)[:, 0]
+        mask = row_mask(_visible(owner), prompt_lengths, completion_lengths)
     inputs = {
         "input_ids": _close_holes(ids, real, 0),
-        "attention_mask": _visible(owner) if k > 1 else (owner >= 0).long(),
+        "attention_mask": mask,
         "position_ids": _close_holes(position, real, 0),
         "use_cache": False,
     }
