@@ -344,7 +344,7 @@ def _attend(
     return kernel(query, keys, values, attn_mask=bias, scale=scale)
 
 
-def _attend_by_products(query, keys, values, scale, bias):
+def _attend_by_products(query, keys, values, scale, bias=None):
     "Attend as `_attend` does, where no kernel returns the log-sum-exp."
     scores = scale * (query @ keys.mT)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
