@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from grpo_nb import policy
-from grpo_nb.engine import adapters, attention, micro_batch, packing
+from grpo_nb.engine import adapters, attention, decoding, micro_batch, packing
 from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
@@ -239,10 +239,14 @@ def test_logprobs_are_those_of_the_plain_way(directory, monkeypatch, family, way
     ).item() < slopes
 
 
+@pytest.mark.parametrize("spared", [decoding.SPARED, 0], ids=["copies", "once"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampled_logprobs_are_those_of_the_plain_way(directory, family):
+def test_sampled_logprobs_are_those_of_the_plain_way(
+    directory, monkeypatch, family, spared
+):
     """Prompts of different lengths, a cache, rows that end early: each token has the
-    log-prob that a plain pass gives it."""
+    log-prob that a plain pass gives it, also where a prompt's cache is kept once."""
+    monkeypatch.setattr(decoding, "SPARED", spared)
     model, tokenizer = load(directory(family))
     rollout = sample(
         model,
