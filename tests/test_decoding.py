@@ -1,15 +1,20 @@
 "The fast sampler is the simple one: every completion listed, both forced along all."
 
 import copy
+import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_rows import MODELS, SMALL, make
 from test_unusual_models import QUERIES, SPOILED, WITHOUT_CACHE
 from test_unusual_models import make as make_unusual
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -22,6 +27,7 @@ from helpers import character_tokenizer
 
 EOS = 1
 SAMPLERS = {"simple": sampling.sample, "fast": decoding.sample}
+WAYS = SAMPLERS | {"fast, prompts once": decoding.sample}
 PROMPTS = [Query("1+2="), Query("12+34="), Query("9"), Query("7+77=")]
 WINDOWED = {
     "mistral": lambda: MistralForCausalLM(
@@ -87,7 +93,7 @@ class Forced:
 
 @pytest.mark.parametrize("eos", [[EOS], [EOS, 3]], ids=["one EOS", "two EOS"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", WAYS)
 def test_every_completion_has_its_probability(monkeypatch, sampler, kind, eos):
     "At each step the distribution of a forward pass without batch, padding or cache."
     V, T, temperature = 6, 3, 1.5
@@ -99,10 +105,12 @@ def test_every_completion_has_its_probability(monkeypatch, sampler, kind, eos):
     completions = every_completion(V, T, eos)
     G = len(completions)
     tokens = completions.repeat(len(queries), 1)
-    forced = Forced(tokens, V, eos, rows_leave=sampler == "fast")
+    forced = Forced(tokens, V, eos, rows_leave=sampler != "simple")
     monkeypatch.setattr(sampling, "draw", forced)
     monkeypatch.setattr(decoding, "draw_by_blocks", forced)
-    rollout = SAMPLERS[sampler](model, tokenizer, queries, G, T, temperature)
+    if sampler == "fast, prompts once":
+        monkeypatch.setattr(decoding, "SPARED", 0)
+    rollout = WAYS[sampler](model, tokenizer, queries, G, T, temperature)
 
     mask = tokens >= 0
     assert rollout.completion_mask.equal(mask)
@@ -187,6 +195,212 @@ def test_greedy_completions_are_the_same(kind):
     assert fast.completions == simple.completions
     torch.testing.assert_close(fast.logprobs, simple.logprobs, rtol=0, atol=1e-5)
 
+
+# A prompt kept once -----------------------------------------------------------------
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    """Prompts are kept once however little that spares, and where a model fails the
+    trial its warning is an error; each reader that was made."""
+    made = []
+    start = decoding._Grouped.__init__
+
+    def noted(self, *arguments):
+        made.append(self)
+        start(self, *arguments)
+
+    monkeypatch.setattr(decoding._Grouped, "__init__", noted)
+    monkeypatch.setattr(decoding, "SPARED", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield made
+
+
+def drawn(model, queries=PROMPTS, G=16, T=12, **options):
+    g = torch.Generator().manual_seed(0)
+    tokenizer = character_tokenizer()
+    return decoding.sample(model, tokenizer, queries, G, T, generator=g, **options)
+
+
+def with_copies(monkeypatch, *arguments, **options):
+    "The same draw, with a copy of the prompt's keys and values for each completion."
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "SPARED", float("inf"))
+        return drawn(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "prompts, limit",
+    [(PROMPTS, None), (PROMPTS[1:2] * 3, None), (PROMPTS, 7)],
+    ids=["unequal prompts", "equal prompts", "parts of a group"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_kept_once_is_a_copy_each(monkeypatch, grouped, kind, prompts, limit):
+    "The same random numbers, the same tokens; log-probs of a pass without a cache."
+    model = make(kind)
+    once = drawn(model, prompts, max_num_seqs=limit)
+    assert grouped
+    copies = with_copies(monkeypatch, model, prompts, max_num_seqs=limit)
+    assert once.completion_ids.equal(copies.completion_ids)
+    assert once.truncated.equal(copies.truncated)
+    torch.testing.assert_close(once.logprobs, copies.logprobs, rtol=0, atol=1e-10)
+    truth = token_logprobs(model, once)
+    torch.testing.assert_close(once.logprobs, truth, rtol=0, atol=1e-6)
+    lengths = once.completion_mask.sum(1)
+    assert len(set(lengths.tolist())) > 4  # rows have left at different times
+
+
+def test_the_other_kernel(monkeypatch, grouped):
+    "Where no kernel returns the log-sum-exp, two products and a softmax do the same."
+    model = make("qwen2", torch.float32)
+    by_kernel = drawn(model)
+    monkeypatch.setattr(decoding, "_attend", decoding._attend_by_products)
+    by_products = drawn(model)
+    assert by_products.completion_ids.equal(by_kernel.completion_ids)
+    torch.testing.assert_close(
+        by_products.logprobs, by_kernel.logprobs, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("way", ["_attend", "_attend_by_products"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_log_sum_exp(way, dtype):
+    "Against a softmax that is written out; at least in float32."
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, L, 8, dtype=dtype) for L in (4, 6, 6))
+    bias = torch.zeros(2, 1, 1, 6, dtype=dtype)
+    bias[0, ..., :2] = -torch.inf
+    out, lse = getattr(decoding, way)(q, k, v, 0.3, bias)
+    scores = 0.3 * q.double() @ k.double().mT + bias.double()
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    truth = scores.softmax(-1) @ v.double()
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=tolerance)
+    truth = scores.logsumexp(-1)
+    torch.testing.assert_close(lse.double(), truth, rtol=0, atol=tolerance)
+    assert lse.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_the_cache_holds_each_prompt_once(grouped):
+    "P + G T places for a group, and prompts leave with the last row that reads them."
+    B, G, T = len(PROMPTS), 2, 40
+    model = make("llama", torch.float32)
+    rollout = drawn(model, PROMPTS, G, T)
+    truth = token_logprobs(model, rollout)
+    torch.testing.assert_close(rollout.logprobs, truth, rtol=0, atol=1e-5)
+    reader = grouped[-1]  # the first one was a trial
+    (prompts, *_), (own, *_) = reader.prompts.layers, reader.own.layers
+    P = max(len(query.prompt) for query in PROMPTS)
+    assert prompts.all_keys.shape == prompts.all_values.shape == (B, 2, P, 8)
+    assert own.all_keys.shape == own.all_values.shape == (B * G, 2, T, 8)
+
+    left = sorted({*reader.groups})
+    assert left == list(range(len(prompts.keys)))
+    assert len(left) < B  # some group has ended before the others
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_window_keeps_its_own_cache(grouped, kind):
+    "Layers that forget cannot share; the others of such a model do not either."
+    model = make(WINDOWED[kind], torch.float32)
+    rollout = drawn(model)
+    assert not grouped
+    truth = token_logprobs(model, rollout)
+    torch.testing.assert_close(rollout.logprobs, truth, rtol=0, atol=1e-5)
+
+
+def test_attention_of_another_kind_keeps_copies(grouped):
+    "Where attention is not PyTorch's it may be anything."
+    model = make("llama", torch.float32)
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="a group in one row"):  # of the trainer's
+        drawn(model)
+    assert not grouped
+
+
+class OwnWords(LlamaForCausalLM):
+    "A model that passes no other keywords on to its attention."
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        logits_to_keep=0,
+    ):
+        known = {name: x for name, x in locals().items() if name not in NOT_ITS_OWN}
+        return super().forward(**known)
+
+
+NOT_ITS_OWN = {"self", "__class__"}
+
+
+def test_a_model_that_fails_the_trial_is_warned_of_once(grouped):
+    "Its completions are right, with a copy each."
+    config = LlamaConfig(**SMALL, num_key_value_heads=2)
+    model = make(lambda: OwnWords(config), torch.float32)
+    with pytest.warns(UserWarning, match="each completion keeps a copy") as caught:
+        rollout = drawn(model)
+        drawn(model)
+    assert len([w for w in caught if "a copy" in str(w.message)]) == 1
+    truth = token_logprobs(model, rollout)
+    torch.testing.assert_close(rollout.logprobs, truth, rtol=0, atol=1e-5)
+
+
+def test_a_few_bytes_are_not_worth_it(monkeypatch, grouped):
+    "4 MiB of a layer must be spared, counted as they would be stored."
+    model = make("llama", torch.float32)
+    spared = 15 * 4 * 6 * 2 * 2 * 8 * 4  # rows, prompts, tokens; k and v, heads, width
+    for bound, count in ((spared + 1, 0), (spared, 2)):  # a trial, and a batch
+        monkeypatch.setattr(decoding, "SPARED", bound)
+        drawn(model)
+        assert len(grouped) == count
+
+
+def test_attention_is_the_models_own_again(grouped):
+    "Also where a sampling has been interrupted."
+    model = make("llama", torch.float32)
+    drawn(model)
+    assert model.config._attn_implementation == "sdpa"
+
+    def interrupt(*_):
+        if len(grouped) > 2 and grouped[-1].own.get_seq_length():
+            raise KeyboardInterrupt
+
+    hook = model.lm_head.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(model)
+    hook.remove()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_half_precision_in_groups(monkeypatch, grouped):
+    "Under autocast, and in rounded weights: as near to the truth as with copies."
+    for dtype, rounded in ((torch.float32, True), (torch.bfloat16, False)):
+        model = make("llama", dtype)
+        exact = copy.deepcopy(model).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            rollouts = drawn(model), with_copies(monkeypatch, model)
+        once, copies = (
+            (r.logprobs - token_logprobs(exact, r)).abs().mean().item()
+            for r in rollouts
+        )
+        assert 0 < once < 1.2 * copies
+    assert grouped
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
+def test_places(groups):
+    "Each row has a place of its own, within its group's."
+    places, widest = decoding._places(groups)
+    assert len(set(places)) == len(places)
+    assert [place // widest for place in places] == groups
+    assert widest == max(groups.count(group) for group in groups)
+
+
+# The simple sampler ----------------------------------------------------------------
 
 OPTIONS = [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_p": 0.9, "top_k": 5}]
 

@@ -19,7 +19,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from grpo_nb.engine import adapters, micro_batch
+from grpo_nb import policy
+from grpo_nb.engine import adapters, attention, decoding, micro_batch, packing
 from grpo_nb.run import build
 from grpo_nb.run.options import make_config
 from grpo_nb.evidence.plots import trained_parameters
@@ -197,38 +198,55 @@ def small(path, output, **options):
 # Families -----------------------------------------------------------------------------
 
 
+WAYS = {"simple": policy, "square": packing, "parts": packing}
+
+
 @pytest.mark.filterwarnings("ignore:.*does not compute a group in one row")
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_are_those_of_the_plain_way(directory, family):
+def test_logprobs_are_those_of_the_plain_way(directory, monkeypatch, family, way):
     """Values in float64 to 1e-10 (in float32 to 1e-5), gradients to 1e-6 (1e-5) of
-    the largest entry: transformers computes its norms in float32."""
+    the largest entry: transformers computes its norms in float32.
+
+    The figure's way, and shared rows with attention over the square and in parts."""
+    layers, attend = [], attention.attend_in_parts
+    monkeypatch.setattr(attention, "GAIN", 0.0 if way == "parts" else float("inf"))
+    monkeypatch.setattr(
+        attention, "attend_in_parts", lambda *x: layers.append(x) or attend(*x)
+    )
     dtype, values, slopes = (
         (torch.float32, 1e-5, 1e-5) if family in EAGER else (torch.float64, 1e-10, 1e-6)
     )
     model, tokenizer = load(directory(family), dtype)
     rollout = random_rollout(model, tokenizer)
     assert shares_prompt(model, 20) == (family not in EAGER)
+    layers.clear()
     weights, gradients = (
         torch.randn(
             rollout.logprobs.shape, generator=torch.Generator().manual_seed(1)
         ).to(dtype),
         [],
     )
-    for way in (token_logprobs, plain):
+    for score in (WAYS[way].token_logprobs, plain):
         model.zero_grad()
-        logprobs = way(model, rollout, 0.7)
+        logprobs = score(model, rollout, 0.7)
         (logprobs * weights).sum().backward()
         gradients.append((logprobs.detach(), gradient(model)))
     (ours, g), (theirs, h) = gradients
+    assert len(layers) == (2 if way == "parts" and family not in EAGER else 0)
     assert (ours - theirs).abs().max().item() < values and (
         (g - h).abs().max() / h.abs().max()
     ).item() < slopes
 
 
+@pytest.mark.parametrize("spared", [decoding.SPARED, 0], ids=["copies", "once"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampled_logprobs_are_those_of_the_plain_way(directory, family):
+def test_sampled_logprobs_are_those_of_the_plain_way(
+    directory, monkeypatch, family, spared
+):
     """Prompts of different lengths, a cache, rows that end early: each token has the
-    log-prob that a plain pass gives it."""
+    log-prob that a plain pass gives it, also where a prompt's cache is kept once."""
+    monkeypatch.setattr(decoding, "SPARED", spared)
     model, tokenizer = load(directory(family))
     rollout = sample(
         model,
