@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIALS', 'ALLOWED', 'ALLOWED_ELSE', 'LOGITS', 'completions_per_row', 'to_host', 'on_host', 'shared_rows',
-           'rows_alone', 'values', 'shares_prompt', 'takes_padding', 'sharing_width', 'first_of_equal',
+           'rows_alone', 'values', 'passes_trial', 'shares_prompt', 'takes_padding', 'sharing_width', 'first_of_equal',
            'token_logprobs']
 
 # %% ../../nbs/3_engine/30_packing.ipynb #02e1943c
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .attention import row_mask
 from ..policy import position_ids
 from ..rollout import Rollout
 
@@ -162,9 +163,14 @@ def shared_rows(
 
     # 3. Rows without.
     owner = _close_holes(owner, real, -1).to(device, non_blocking=True)
+    mask = (owner >= 0).long()
+    if k > 1:
+        completion_lengths = rollout.completion_mask.sum(1).view(-1, k)
+        prompt_lengths = start.view(-1, k)[:, 0]
+        mask = row_mask(_visible(owner), prompt_lengths, completion_lengths)
     inputs = {
         "input_ids": _close_holes(ids, real, 0).to(device, non_blocking=True),
-        "attention_mask": _visible(owner) if k > 1 else (owner >= 0).long(),
+        "attention_mask": mask,
         "position_ids": _close_holes(position, real, 0).to(device, non_blocking=True),
         "use_cache": False,
     }
@@ -219,7 +225,7 @@ ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4}
 ALLOWED_ELSE = 5e-2  # in half precision
 
 
-def _passes(model: PreTrainedModel, trial: Callable, otherwise: str) -> bool:
+def passes_trial(model: PreTrainedModel, trial: Callable, otherwise: str) -> bool:
     "Try once whether a model gives the numbers of a row alone; else warn `otherwise`."
     attention = model.config.get_text_config()._attn_implementation
     kind = (trial, attention, model.dtype, model.device.type)
@@ -300,7 +306,7 @@ def shares_prompt(
         window = getattr(config, name, None)
         if window and longest > window:
             return False
-    return _passes(
+    return passes_trial(
         model,
         _in_one_row,
         "does not compute a group in one row ({why}); "
@@ -310,7 +316,7 @@ def shares_prompt(
 # %% ../../nbs/3_engine/30_packing.ipynb #21d72e76
 def takes_padding(model: PreTrainedModel) -> bool:
     "Tell whether the mask keeps padding on the left out of this model; tried once."
-    return _passes(
+    return passes_trial(
         model,
         _padded,
         "does not read a padded prompt as it reads the prompt alone ({why}); prompts "

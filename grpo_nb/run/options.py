@@ -35,7 +35,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from ..checks import alternatives, check_choice
+from ..checks import alternatives, check_choice, has_float64
 from ..engine.data import check_task
 from ..engine.files import check_source
 from ..gae import GAEOptions
@@ -177,7 +177,7 @@ class RunOptions:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _option(
         0, "of queries, sampling and initialisation"
     )
-    device: str = _option("auto", "auto, cpu, cuda, mps, ...")
+    device: str = _option("auto", "auto, cpu, cuda, xpu, ...")
     dtype: Literal["float32", "bfloat16"] = _option(
         "float32", "bfloat16: autocast, weights stay float32"
     )
@@ -301,7 +301,7 @@ class Config(
     def __post_init__(self):
         check_task(self.task)
         self._check_heldout()
-        resolve_device(self.device)
+        self._check_device()
         self._check_objective()
         self._check_level()
         self._check_kl()
@@ -325,6 +325,14 @@ class Config(
                 f"{self.heldout_file!r} both say what is held out: give one"
             )
         check_source(self.heldout_file, "heldout_file")
+
+    def _check_device(self):
+        "One that this machine has, and that computes in float64."
+        if not has_float64(resolve_device(self.device)):
+            raise ValueError(
+                f"device = {self.device!r} has no float64, in which rewards and "
+                f'advantages are computed: device = "cpu" trains here'
+            )
 
     def _check_objective(self):
         "Refuse a bound on the wrong side, or without a use."

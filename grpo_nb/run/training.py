@@ -35,6 +35,7 @@ from ..engine.distributed import all_gather_object, broadcast_object, get_rank
 from ..engine.distributed import get_world_size, init_distributed
 from ..engine.distributed import raised_everywhere
 from ..engine.judging import score
+from ..engine.packing import on_host
 from ..engine.precision import precision
 from ..engine.prompts import fit_prompts
 from ..engine.rewards import bring_rewards, brought_functions
@@ -147,14 +148,26 @@ def _mismatch(rollout: Rollout) -> dict[str, float]:
     }
 
 # %% ../../nbs/2_run/24_training.ipynb #27909b8e
-def peak_memory(device: torch.device) -> float:
-    "Measure the peak memory in MiB: of the GPU's allocator, or of this process."
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+def peak_memory(device: torch.device) -> float | None:
+    """Measure the peak memory in MiB: of an accelerator, or of this process on a CPU.
+
+    None where the allocator does not count."""
+    if device.type != "cpu":
+        return _allocator_peak(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":  # in bytes there, elsewhere in KiB
         return peak / 2**20
     return peak / 2**10
+
+
+def _allocator_peak(device: torch.device) -> float | None:
+    "The most MiB that tensors on an accelerator have had; None if nobody counts."
+    try:
+        stats = torch.accelerator.memory_stats(device)
+    except RuntimeError:  # its allocator has no such numbers
+        return None
+    peak = stats.get("allocated_bytes.all.peak")
+    return None if peak is None else peak / 2**20
 
 # %% ../../nbs/2_run/24_training.ipynb #2fea5337
 def table(
@@ -728,6 +741,7 @@ def _take_step(
     with _or_saved(state, renewed=bool(outer)):
         rollout, metrics = step_of(config)(models, queries, config)
         groups = models.record(rollout, config, step)
+        rollout = on_host(rollout)  # what follows asks many small questions
     if groups is not None:
         metrics |= update_metrics(groups, config)
     state.num_completions += metrics.pop("num_sampled", len(rollout))
@@ -745,8 +759,13 @@ def _take_step(
         scheduler.step()
     line["num_completions"] = state.num_completions
     line["step_time"] = time.perf_counter() - began
-    line["peak_memory"] = peak_memory(models.policy.device)
-    return rollout, groups, line
+    return rollout, groups, line | _memory(models.policy.device)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    "The metric of memory, where it is counted."
+    peak = peak_memory(device)
+    return {} if peak is None else {"peak_memory": peak}
 
 # %% ../../nbs/2_run/24_training.ipynb #7e9a1004
 def _end_if_due(state: RunState, signals: list[int]):
