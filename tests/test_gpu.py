@@ -113,6 +113,7 @@ def path_taken(monkeypatch):
     shared_rows, score = packing.shared_rows, packing._score
 
     def noted_rows(rollout, hidden, device):
+        assert hidden is not None  # else rows of their own
         result = shared_rows(rollout, hidden, device)
         rows.append(len(result[0]["input_ids"]))
         return result
