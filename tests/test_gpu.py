@@ -112,6 +112,7 @@ def path_taken(monkeypatch):
     shared_rows, score = packing.shared_rows, packing._score
 
     def noted_rows(rollout, hidden, device):
+        assert hidden is not None  # else rows of their own
         result = shared_rows(rollout, hidden, device)
         rows.append(len(result[0]["input_ids"]))
         return result
@@ -131,6 +132,8 @@ def path_taken(monkeypatch):
 def test_shared_rows(monkeypatch, k, pieces, dtype):
     """Rows of one completion, of a few and of a whole group, logits whole and in
     pieces: log-probs and gradients of the plain way."""
+    if DEVICE == "standin" and dtype == "bfloat16" and k != 4:
+        pytest.skip("slow on a CPU, and no other path")
     policy, tokenizer = load_policy("tiny", DEVICE)
     queries = load_task("add").queries("train", 4) + load_task("add", digits=3).queries(
         "train", 4
