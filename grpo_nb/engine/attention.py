@@ -40,7 +40,7 @@ def _flash(query, key, value, causal, scale, bias=None):
 
 
 def _flash_backward(grad, query, key, value, out, lse, causal, scale, bias=None):
-    "Give the gradients of query, key and value, by a log-sum-exp over these keys or more."
+    "Give the gradients of query, key and value; `lse` may be over more keys."
     tensors = [x.transpose(1, 2) for x in (grad, query, key, value, out, lse)]
     results = _FLASH_BACKWARD(*tensors, 0.0, causal, attn_mask=bias, scale=scale)
     return [x.transpose(1, 2) for x in results]
