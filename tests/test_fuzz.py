@@ -78,6 +78,7 @@ from grpo_nb.engine.micro_batch import in_micro_batches, in_order, micro_batches
 from grpo_nb.engine.packing import (
     completions_per_row,
     first_of_equal,
+    passes_trial,
     rows_alone,
     shared_rows,
     shares_prompt,
@@ -1236,6 +1237,7 @@ def one_by_one(rollout, temperature):
     first_of_equal,
     shares_prompt,
     takes_padding,
+    passes_trial,
     sharing_width,
     micro_batches,
     ValueModel,

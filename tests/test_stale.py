@@ -461,6 +461,8 @@ BY_POSITION = {  # or by a strategy that several tests share
     "open_run task",
     "parameters model_config",
     "parse_arguments arguments",
+    "passes_trial otherwise",
+    "passes_trial trial",
     "position_ids attention_mask",
     "predict_values value_model",
     "preference_pairs is_right",
