@@ -276,6 +276,61 @@ def test_what_the_guide_adds_is_not_the_librarys():
     assert not every & set(added)
 
 
+GUIDE = "guides/troubleshooting.ipynb"
+
+
+def metrics_of_the_glossary():
+    "The keys of metrics.jsonl that the notation lists; NAME is any reward function."
+    text = "".join(sources("notation.ipynb", "markdown"))
+    glossary = text.split("## Glossary of metrics")[1]
+    return set(re.findall(r"^\| `([\w/]+)` \|", glossary, re.MULTILINE))
+
+
+def names_in_backticks(text):
+    "Options and metrics that a text names: words with _ or /, and `name=value`."
+    outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", outside)
+    found = set()
+    for span in spans:
+        name = span.split("=")[0]
+        if re.fullmatch(r"[A-Za-z]\w*(/\w+)*", name):
+            found.add(name)
+    return found
+
+
+def test_the_guide_names_options_and_metrics_that_exist():
+    "Each name in backticks of the guide to faults, its code's options included."
+    options = {f.name for config in (GRPOConfig, PPOConfig) for f in fields(config)}
+    metrics = metrics_of_the_glossary()
+    assert len(metrics) > 40
+    of_code = {"OMP_NUM_THREADS", "completions", "evaluate", "second"}
+    of_code |= {"target", "truncated"}  # a task, a column
+    named = names_in_backticks("\n\n".join(sources(GUIDE, "markdown")))
+    assert len(named & options) > 30 and len(named & metrics) > 15
+    unknown = named - options - metrics - of_code
+    assert not unknown, unknown
+    assert of_code <= named, of_code - named
+
+
+def test_a_name_that_is_no_option_is_seen():
+    text = "`beta` and `betta=0.1`, `update/kl`, `run.groups(3)`, `kl_targett`"
+    names = {"beta", "betta", "update/kl", "kl_targett"}
+    assert names_in_backticks(text) == names
+
+
+def test_the_guide_opens_with_all_of_its_symptoms():
+    "A row of its first table for each section on one, by its address, in their order."
+    prose = sources(GUIDE, "markdown")
+    linked = re.findall(r"\]\(#([\w-]+)\) \|$", prose[1], re.MULTILINE)
+    titles = re.findall(r"^## (.+)$", "\n".join(prose), re.MULTILINE)
+    address = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-"): t for t in titles}
+    others = {"Where to look first", "Three ways to go on", "Where to next"}
+    assert linked == [a for a, title in address.items() if title not in others]
+    assert len(linked) >= 12
+    for part in ("**Look at**", "**Change**", "**The present run**"):
+        assert "".join(prose).count(part) == len(linked), part
+
+
 def definitions(path, *names):
     "The assignments and functions of a notebook with these names, evaluated."
     space = dict(algorithm=algorithm, gae=gae, group=group, models=models)
