@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..run.options import Config
+from ..engine.attention import pays_in_parts
 from ..engine.packing import LOGITS, completions_per_row
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #2cc5d5ce
@@ -134,13 +135,33 @@ def forward_flops(
     return rows * (products + attention + 2 * head * outputs)
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #6aca6c75
+def _attended(query, key, value, *others, **options) -> int:
+    "FLOPs of fused attention on the CPU, by shapes: two products."
+    N, H, L, d = query
+    return 4 * N * H * L * key[2] * d
+
+
+def _attended_backward(grad, query, key, value, *others, **options) -> int:
+    "Those of its backward pass: the scores once more, and four products."
+    return 5 * _attended(query, key, value) // 2
+
+
+_FUSED = {  # what attention in parts calls; torch does not count it
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _attended_backward
+    ),
+}
+
+
 def measure_flops(
     stage: Callable[[], Any],  # run once
 ) -> tuple[Any, int]:  # (what it returned, FLOPs of its matrix products)
     """Run something and count its FLOPs, forward and backward.
 
-    Attention runs unfused, because not every fused kernel is counted."""
-    counter = FlopCounterMode(display=False)
+    Attention runs unfused, because not every fused kernel is counted, but where it
+    runs in parts."""
+    counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
     with sdpa_kernel(SDPBackend.MATH), counter:
         result = stage()
     return result, counter.get_total_flops()
@@ -197,16 +218,22 @@ _BOXES = (
 
 
 def _scoring(config, size: Size, P: int, T: float, N: int) -> tuple[float, float]:
-    "FLOPs of one pass that scores N completions, and of logits computed twice."
+    "FLOPs of one pass that scores N completions, and of what is computed twice."
     G = N // config.num_prompts
     k = completions_per_row(G, P, T, size.hidden)
     row = P + k * T
     scoring = forward_flops(size, N // k, row, row, k * T)
+    again = 0
+    if k > 1 and pays_in_parts(P, T, k, row):
+        scoring = forward_flops(size, N // k, P, P, 0)
+        scoring += forward_flops(size, N // k, k * T, P + T, k * T)
+        # the backward pass makes the scores once more
+        again = 2 * size.attention * (N // k) * (P * P + k * T * (P + T))
     groups = max(1, config.max_tokens_per_micro_batch * k // (G * row))
     logits = min(groups, config.num_prompts) * G * T * size.vocabulary / size.hidden
     if logits > LOGITS:  # cut: the projection once more, in the backward pass
-        return scoring, 2 * size.vocabulary * N * T
-    return scoring, 0
+        again += 2 * size.vocabulary * N * T
+    return scoring, again
 
 # %% ../../nbs/4_evidence/40_cost.ipynb #4aeb8632
 def cost_table(
