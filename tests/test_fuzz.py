@@ -1265,7 +1265,7 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
     of_reference = {"reference": LLAMA, "rollout": rollout, "temperature": temperature}
     again = outcome(reference_logprobs, of_reference)
     assert (again is not None) == right
-    limited = of_reference | {"max_tokens": max_tokens}
+    limited = of_reference | {"max_tokens": max_tokens, "with_adapters": right}
     cut = outcome(adapters.reference_logprobs, limited)
     assert (cut is not None) == (right and allowed)
     assert adapters.reference_logprobs(None, rollout) is None

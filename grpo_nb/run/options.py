@@ -382,11 +382,10 @@ class Config(
 
     def _check_engine(self):
         "Refuse what adapters and vLLM cannot do."
-        other_reference = self.ref_model_sync_steps or self.reference_dtype != "float32"
-        if self.use_peft and self.beta and other_reference:
+        if self.use_peft and self.beta and self.reference_dtype != "float32":
             raise ValueError(
-                "use_peft: the reference is the policy without adapters; "
-                "ref_model_sync_steps must be 0, reference_dtype float32, or beta 0"
+                "use_peft: the reference has the policy's weights in common with it; "
+                f"reference_dtype must be float32 or beta 0, got {self.reference_dtype}"
             )
         if self.vllm_importance_sampling_correction and not self.use_vllm:
             raise ValueError(
