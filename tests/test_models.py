@@ -702,7 +702,7 @@ def test_the_policy_with_its_adapters_becomes_the_reference(
     directory, tmp_path, family
 ):
     """An outer iteration renews the adapters of the reference; they stay when the
-    policy moves on. What they stand beside is one model, and nothing of it is trained."""
+    policy moves on. What they stand beside is one model, and none of it is trained."""
     options = LORA | {"ref_model_sync_steps": 2, "beta": 0.1}
     config = small(directory(family), tmp_path, **options)
     models = build_models(config, task := load_task("add"))
@@ -741,8 +741,8 @@ def test_the_policy_with_its_adapters_becomes_the_reference(
 
 
 def test_outer_iterations_of_adapters_resume(tmp_path):
-    """Four steps at once, or three and one more: the same, bit for bit. The KL begins at
-    0 in each iteration; a checkpoint holds adapters alone, of policy and reference."""
+    """Four steps at once, or three and one more: the same, bit for bit. The KL begins
+    at 0 in each iteration; a checkpoint holds the adapters of both models alone."""
     options = LORA | {"ref_model_sync_steps": 2, "num_generations": 8}
     options |= {"save_steps": 1, "eval_steps": 1}
     for name, steps in {"once": [4], "twice": [3, 4]}.items():
