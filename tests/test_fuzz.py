@@ -2531,6 +2531,7 @@ EXCEPTIONS = (
         "engine.attention.find_parts": "all shapes, in test_attention.py",
         "engine.attention.attend_in_parts": "all shapes, in test_attention.py",
         "engine.attention.RowMask": "made by `row_mask`",
+        "engine.attention.pays_in_parts": "through `row_mask`, in test_attention.py",
         "engine.attention.row_mask": "in `shared_rows`",
         "engine.adapters.without_adapters": "takes a model; test_models.py",
         "engine.adapters.Adapter": "made by `find_adapter`",
