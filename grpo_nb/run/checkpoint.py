@@ -146,12 +146,12 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 # %% ../../nbs/2_run/23_checkpoint.ipynb #42476d0c
 def load_checkpoint(path: Path, state: RunState):
-    "Put a checkpoint back into a run whose models are freshly built."
+    """Put a checkpoint back into a run whose models are freshly built.
+
+    Raises: `ValueError` on another kind of device, which has other random numbers."""
     tensors = load_file(path / "state.safetensors")
     rest = json.loads((path / "trainer.json").read_text())
-    rank, world_size = get_rank(), get_world_size()
-    own = tensors["generator"].view(world_size, -1)[rank]
-    state.generator.set_state(own.clone())  # it must begin where its storage does
+    _put_random_numbers(path, tensors["generator"], state)
     for name, parameters in _renewed_parameters(state).items():
         _put_weights(tensors, name, parameters)
     for name, (model, optimizer) in state.models.trained().items():
@@ -164,6 +164,18 @@ def load_checkpoint(path: Path, state: RunState):
             group["lr"] = lr
     state.models.beta = rest["beta"]
     state.step = rest["step"]
+
+
+def _put_random_numbers(path: Path, saved: torch.Tensor, state: RunState):
+    "The random numbers of this process, from a checkpoint's; devices have their own."
+    own = saved.view(get_world_size(), -1)[get_rank()]
+    if own.shape != state.generator.get_state().shape:
+        device = str(state.generator.device)
+        raise ValueError(
+            f"device = {device!r} cannot go on with the random numbers of {path}; "
+            "allowed: a device of the kind that they were drawn on"
+        )
+    state.generator.set_state(own.clone())  # it must begin where its storage does
 
 
 def load_weights(
