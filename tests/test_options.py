@@ -12,6 +12,7 @@ import typing
 import nbformat
 import pytest
 from helpers import ROOT, short_config
+from pydantic.dataclasses import dataclass
 
 from grpo_nb import gae, group, objective, reference, reward, sampling, update, value
 from grpo_nb.checks import alternatives
@@ -186,6 +187,23 @@ def comments_of(source):
                 found[name] = ast.literal_eval(value), words
         above = above + [line[2:]] if line.startswith("# ") else []
     return found
+
+
+def test_refills_belong_to_the_librarys_grpo(monkeypatch):
+    """A kind of GRPOConfig has the option, but a step of its own, which gets no spare
+    queries: refused by name, also where a recipe brings it; 0 is fine."""
+
+    @dataclass(config={"extra": "forbid"}, kw_only=True)
+    class MineConfig(options.GRPOConfig):
+        algorithm: typing.Literal["mine"] = "mine"
+
+    monkeypatch.setitem(CONFIGS, "mine", MineConfig)
+    for refills in ({"dynamic_sampling": 3}, {"recipe": "dapo"}):
+        with pytest.raises(ValueError, match="dynamic_sampling = [34]: must be 0") as e:
+            make_config(algorithm="mine", **refills)
+        assert 'algorithm = "mine"' in str(e.value)
+    assert make_config(algorithm="mine", dynamic_sampling=0).dynamic_sampling == 0
+    assert make_config(recipe="dapo").dynamic_sampling == 4
 
 
 def defaults_of(name):

@@ -381,7 +381,7 @@ class Config(
             )
 
     def _check_engine(self):
-        "Refuse what adapters and vLLM cannot do."
+        "Refuse options of adapters and vLLM that need, or rule out, another option."
         if self.use_peft and self.beta and self.reference_dtype != "float32":
             raise ValueError(
                 "use_peft: the reference has the policy's weights in common with it; "
@@ -405,6 +405,17 @@ class GRPOConfig(GroupOptions, Config):
     use_bias_correction_kl: bool = _option(
         False, "rho * k3 in the loss: an unbiased KL gradient"
     )
+
+    @field_validator("dynamic_sampling")
+    @classmethod
+    def _check_refills(cls, value, info: ValidationInfo):
+        "Refuse refills where a step of another algorithm would not make them."
+        algorithm = info.data.get("algorithm", "grpo")
+        if value and algorithm != "grpo":
+            raise ValueError(
+                f'must be 0 with algorithm = "{algorithm}": only "grpo" refills a step'
+            )
+        return value
 
     def _check_kl(self):
         super()._check_kl()
