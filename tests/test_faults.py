@@ -405,25 +405,6 @@ def test_a_failing_reward_may_drop_its_group(tmp_path):
     )
 
 
-def test_a_failing_reward_is_refilled(tmp_path):
-    """With refills, groups that were not scored are replaced and not counted, and a
-    first round that was not scored at all has no mean reward."""
-    judge, calls = judged(), []
-
-    def late(prompts, completions, **columns):
-        calls.append(prompts[0])
-        if len(calls) <= 4:  # each group of the first round of step 1
-            return [math.nan] * len(prompts)
-        return judge(prompts, completions, **columns)
-
-    options = dict(max_steps=1, dynamic_sampling=6, on_reward_error="drop")
-    done = run(tmp_path / "run", [late], **options)
-    [line] = read_metrics(tmp_path / "run")
-    assert len(calls) > 4 and not done.completions["reward"].isna().any()
-    assert line.get("unscored_groups") is None and line["reward"] is None
-    assert line["num_completions"] == 4 * len(calls)
-
-
 def test_dropping_is_by_group_and_for_every_function(tmp_path):
     "A second function that judges everything does not bring a dropped group back."
 
