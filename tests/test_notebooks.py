@@ -15,7 +15,7 @@ import yaml
 from nbconvert import HTMLExporter
 
 from grpo_nb.run.options import CONFIGS, make_config
-from helpers import ROOT, read_metrics
+from helpers import ROOT, read_metrics, tagged
 
 NOTEBOOKS = sorted(
     path
@@ -40,13 +40,9 @@ def name_of(path):
 def parameters_of(path, cells_above=0):
     "What the one cell tagged `parameters` sets, with so many cells above it."
     cells = nbformat.read(path, 4).cells
-    (tagged,) = [
-        i
-        for i, cell in enumerate(cells)
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
+    (place,) = tagged(cells)
     values = {}
-    for cell in cells[tagged - cells_above : tagged + 1]:
+    for cell in cells[place - cells_above : place + 1]:
         exec(cell["source"], {}, values)
     return values
 
@@ -128,7 +124,7 @@ def test_a_notebook_needs_no_quarto(path):
 
 @pytest.mark.parametrize("name", ["1_figure/08_gae", "experiments/compare"])
 def test_pictures_survive_nbconvert(name):
-    "As many pictures as were saved, and no directive of a picture as text."
+    "As many pictures as were saved."
     notebook = nbformat.read(ROOT / f"nbs/{name}.ipynb", 4)
     page, _ = HTMLExporter().from_notebook_node(notebook)
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
@@ -257,13 +253,7 @@ def test_the_parameters_of_train_are_the_fields_of_the_configs():
     assert make_config(**values) == make_config()
 
 
-PARAMETERIZED = [
-    path
-    for path in NOTEBOOKS
-    if any(
-        "parameters" in c.metadata.get("tags", []) for c in nbformat.read(path, 4).cells
-    )
-]
+PARAMETERIZED = [path for path in NOTEBOOKS if tagged(nbformat.read(path, 4).cells)]
 
 
 def derived(source):
@@ -304,11 +294,9 @@ def test_what_is_derived_is_seen(source, wrong):
 def test_parameters_are_literals(path):
     """One tagged cell; papermill injects its own below it, so what is computed there
     would stay as it was; and papermill's help knows every name."""
-    (source,) = [
-        c.source
-        for c in nbformat.read(path, 4).cells
-        if "parameters" in c.metadata.get("tags", [])
-    ]
+    cells = nbformat.read(path, 4).cells
+    (place,) = tagged(cells)
+    source = cells[place].source
     assert not derived(source)
     names = [a.targets[0].id for a in ast.parse(source).body]
     assert list(papermill.inspect_notebook(path)) == names
@@ -319,13 +307,9 @@ def test_parameters_are_literals(path):
 )
 def test_an_experiment_says_where_its_parameters_are(path):
     "Above them: which cell it is, where the guide is, where what it makes goes."
-    above = []
-    for cell in nbformat.read(path, 4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            break
-        if cell.cell_type == "markdown":
-            above.append(cell.source)
-    text = "\n".join(above)
+    cells = nbformat.read(path, 4).cells
+    above = cells[: tagged(cells)[0]]
+    text = "\n".join(c.source for c in above if c.cell_type == "markdown")
     for words in ("tag", "`parameters`", "papermill", "`output_dir`"):
         assert words in text
     assert "(../guides/parameters.ipynb)" in text

@@ -11,7 +11,7 @@ import typing
 
 import nbformat
 import pytest
-from helpers import ROOT, short_config
+from helpers import ROOT, short_config, tagged
 from pydantic.dataclasses import dataclass
 
 from grpo_nb import gae, group, objective, reference, reward, sampling, update, value
@@ -244,11 +244,7 @@ def test_the_comments_of_the_train_notebook():
     """Each parameter is explained by its help text and its choices, as they are now;
     those of the first cell have their defaults."""
     notebook = nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4)
-    (k,) = [
-        k
-        for k, cell in enumerate(notebook.cells)
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
+    (k,) = tagged(notebook.cells)
     first, rest = (comments_of(notebook.cells[i].source) for i in (k - 1, k))
     fields = {}
     for config in (*CONFIGS.values(), Config):
