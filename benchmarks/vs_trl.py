@@ -1083,6 +1083,9 @@ def run(arguments):
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         when = {"commit": commit(), "date": datetime.date.today().isoformat()}
+        if device.type == "cpu":
+            # a virtual machine's processor changes under the same name
+            when["instructions"] = torch.backends.cpu.get_cpu_capability()
         record |= when
         record["settings"][name] = measure_setting(name, device, arguments) | when
         record["best"] = best_of(record["settings"])
