@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'open_task', 'check_rules', 'load_rewards', 'load_rewards_of', 'Trainer', 'load_value_model',
            'token_classifier', 'load_start', 'put_adapters', 'build_models', 'renewed_models', 'build_schedulers',
-           'sampling_generator', 'checkpoint_layers']
+           'resting_steps', 'sampling_generator', 'checkpoint_layers']
 
 # %% ../../nbs/2_run/21_build.ipynb #3361b57c
 import copy
@@ -450,14 +450,24 @@ def renewed_models(config: Config, models: Models) -> dict:
 
 # %% ../../nbs/2_run/21_build.ipynb #7354fd23
 def build_schedulers(config: Config, models: Models) -> list:
-    "Make a learning-rate scheduler for each optimiser."
+    """Make a learning-rate scheduler for each optimiser.
+
+    The policy's begins when the policy does."""
     kind = config.lr_scheduler_type
     if kind == "constant" and config.warmup_steps:
         kind = "constant_with_warmup"  # "constant" alone would ignore the warm-up
+    steps = {"policy": config.max_steps - resting_steps(config)}
     return [
-        get_scheduler(kind, optimizer, config.warmup_steps, config.max_steps)
-        for _, optimizer in models.trained().values()
+        get_scheduler(
+            kind, optimizer, config.warmup_steps, steps.get(name, config.max_steps)
+        )
+        for name, (_, optimizer) in models.trained().items()
     ]
+
+
+def resting_steps(config: Config) -> int:
+    "Count the first steps in which the value model learns alone: none without one."
+    return config.value_warmup_steps if isinstance(config, PPOConfig) else 0
 
 # %% ../../nbs/2_run/21_build.ipynb #5a7c1e02
 def _shard_models(config: Config, models: Models):

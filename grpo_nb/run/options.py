@@ -242,6 +242,7 @@ BOUNDS: dict[str, Any] = {
     # value, GAE
     "value_model": _Path,
     "value_learning_rate": PositiveFloat,
+    "value_warmup_steps": NonNegativeInt,
     "vf_coef": PositiveFloat,
     "cliprange_value": PositiveFloat,
     "gamma": _Share,
@@ -433,6 +434,14 @@ class PPOConfig(GAEOptions, ValueOptions, Config):
 
     def _check_level(self):
         self._refuse_sequence('algorithm = "ppo"')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value_warmup_steps and self.value_warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"value_warmup_steps = {self.value_warmup_steps} leaves the policy no "
+                f"step: max_steps = {self.max_steps} must be above it"
+            )
 
     def _check_kl(self):
         super()._check_kl()

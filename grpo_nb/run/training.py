@@ -46,6 +46,7 @@ from ..reward import RewardFunction
 from ..rollout import Rollout
 from .build import Trainer, build_models, build_schedulers, check_rules
 from .build import load_rewards_of, load_start, open_task, put_adapters
+from .build import resting_steps
 from .checkpoint import RunState, checkpoints, load_weights, noted_on
 from .checkpoint import resume, save, save_model, save_models
 from .diagnostics import StepGroups, explained_variance
@@ -708,8 +709,10 @@ def _or_saved(
     And if no weight has moved by then."""
     random_numbers = state.generator.get_state()
     moved = []
-    optimizer = state.models.optimizer
-    with optimizer.register_step_post_hook(lambda *_: moved.append(True)):
+    with ExitStack() as hooks:
+        for _, optimizer in state.models.trained().values():
+            hook = optimizer.register_step_post_hook(lambda *_: moved.append(True))
+            hooks.enter_context(hook)
         try:
             yield
         except Exception as error:
@@ -736,6 +739,7 @@ def _take_step(
     if outer:
         lines = [json.dumps(preference) + "\n" for preference in state.preferences]
         write_atomically(state.directory / "preferences.jsonl", "".join(lines))
+    models.policy_rests = step <= resting_steps(config)
     n = config.num_prompts * rounds_of(config)
     queries = step_queries(state.task, n, config.seed, step)
     with _or_saved(state, renewed=bool(outer)):
@@ -755,7 +759,7 @@ def _take_step(
         | outer
         | {"learning_rate": state.schedulers[0].get_last_lr()[0]}
     )
-    for scheduler in state.schedulers:
+    for scheduler in state.schedulers[models.policy_rests :]:  # the policy's is first
         scheduler.step()
     line["num_completions"] = state.num_completions
     line["step_time"] = time.perf_counter() - began
