@@ -571,10 +571,12 @@ def verdicts(
 ):  # by claim: claim, verdict, findings, reason, practice, runs, seconds
     """Read every verdict that is kept, with its findings, its runs and their seconds.
 
+    A headline for each condition: the verdict, and the effect that decides it.
+
     Raises: `ValueError`: a file that is damaged, or does not say what its findings
     say."""
     rows = {}
-    for path in sorted(Path(directory).glob("*.json")):
+    for path in sorted(Path(directory).glob("[0-9]*.json")):
         noted = read_json(path)
         try:
             rows[path.stem] = _verdict(noted)
@@ -591,7 +593,23 @@ def _verdict(noted: dict) -> dict:
     if findings and decide(findings) != row["verdict"]:
         raise ValueError(f"its findings decide: {decide(findings)}")
     row["findings"] = findings
+    row["headlines"] = _headlines(findings)
     tables = noted.get("tables", {}).values()
     for name in ("runs", "seconds"):
         row[name] = sum(table[name] for table in tables)
     return row
+
+
+def _headlines(findings: list[Finding]) -> list[str]:
+    "A line for each condition, those that hold first."
+    lines = {"holds": [], "does not hold": [], "undecided": []}
+    by_condition = {}
+    for finding in findings:
+        by_condition.setdefault(finding.condition, []).append(finding)
+    for condition, needed in by_condition.items():
+        verdict = _all_needed({finding.verdict for finding in needed})
+        deciding = [finding for finding in needed if finding.verdict == verdict]
+        more = len(needed) - 1
+        rest = f" (and {more} more)" if verdict == "holds" and more else ""
+        lines[verdict].append(f"**{verdict}** when {condition}: {deciding[0]}{rest}")
+    return sum(lines.values(), [])
