@@ -536,6 +536,29 @@ def test_the_rule_of_verdicts():
         verdict(1, 0, at_least=0)
 
 
+@given(
+    st.floats(allow_infinity=True),
+    st.floats(allow_infinity=True),
+    st.none() | st.floats(-9, 9),
+    st.none() | st.floats(-9, 9),
+)
+def test_a_verdict_is_one_of_three_and_needs_its_side(low, high, at_least, at_most):
+    "Whatever the interval; a wider one never decides what a narrower one left open."
+    region = {"at_least": at_least, "at_most": at_most}
+    if at_least is at_most is None or low > high:
+        with pytest.raises(ValueError, match="at_least or at_most|is above"):
+            Finding("", "", low, low, high, **region)
+        return
+    found = Finding("x", "", low, low, high, **region)
+    assert found.verdict in ("holds", "does not hold", "undecided")
+    assert decide([found]) == found.verdict and str(found)
+    wider = Finding("x", "", low, low - 1, high + 1, **region)
+    assert wider.verdict in (found.verdict, "undecided")
+    if found.verdict == "does not hold":
+        below = at_least is not None and high < at_least
+        assert below or (at_most is not None and low > at_most)
+
+
 def test_a_verdict_names_its_conditions():
     "One condition needs all of its findings; several that agree need no name."
     yes, no = GAIN, replace(GAIN, at_least=0.3)

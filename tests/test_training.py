@@ -442,8 +442,8 @@ def test_the_value_model_follows_the_schedule_too(straight):
 def test_resume(tmp_path, straight, monkeypatch, name, after):
     """Bug 26: k steps, stop, resume, N - k steps = N steps, with cosine schedule,
     warm-up, mu = 2 and adaptive beta; with a value head, inside the value model's
-    head start, with refilled steps, and an outer loop (renewed at steps 3 and 5) whose reward model has just been trained
-    when the run stops."""
+    head start, with refilled steps, and an outer loop (renewed at steps 3 and 5) whose
+    reward model has just been trained when the run stops."""
     directory, options, calls = tmp_path / "run", LONG | RESUMED[name], []
 
     def stops(*arguments):

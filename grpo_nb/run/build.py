@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'open_task', 'check_rules', 'load_rewards', 'load_rewards_of', 'Trainer', 'load_value_model',
            'token_classifier', 'load_start', 'put_adapters', 'build_models', 'renewed_models', 'build_schedulers',
-           'resting_steps', 'sampling_generator', 'checkpoint_layers']
+           'sampling_generator', 'checkpoint_layers']
 
 # %% ../../nbs/2_run/21_build.ipynb #3361b57c
 import copy
@@ -46,7 +46,7 @@ from ..engine.rewards import accepted_arguments
 from ..reward import RewardFunction, accuracy_reward, brevity_reward
 from ..reward import format_reward, overlong_reward, process_reward
 from .diagnostics import ObservedModels
-from .options import Config, PPOConfig
+from .options import Config, PPOConfig, resting_steps
 from ..engine.data import as_task
 from ..names import check_name, hub_options, near
 from ..engine.data import load_task
@@ -463,11 +463,6 @@ def build_schedulers(config: Config, models: Models) -> list:
         )
         for name, (_, optimizer) in models.trained().items()
     ]
-
-
-def resting_steps(config: Config) -> int:
-    "Count the first steps in which the value model learns alone: none without one."
-    return config.value_warmup_steps if isinstance(config, PPOConfig) else 0
 
 # %% ../../nbs/2_run/21_build.ipynb #5a7c1e02
 def _shard_models(config: Config, models: Models):

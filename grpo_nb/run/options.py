@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'RECIPES', 'CONFIGS', 'expand_path', 'free_directory', 'StartOptions', 'RunOptions', 'Config', 'GRPOConfig',
-           'PPOConfig', 'make_config', 'own_functions', 'other_functions']
+           'PPOConfig', 'resting_steps', 'make_config', 'own_functions', 'other_functions']
 
 # %% ../../nbs/2_run/20_options.ipynb #20a00003
 import hashlib
@@ -449,6 +449,11 @@ class PPOConfig(GAEOptions, ValueOptions, Config):
             raise ValueError(
                 f"kl_target = {self.kl_target} has no beta to adapt: beta is 0"
             )
+
+# %% ../../nbs/2_run/20_options.ipynb #20c19001
+def resting_steps(config: Config) -> int:
+    "Count the first steps in which the value model learns alone: none without one."
+    return config.value_warmup_steps if isinstance(config, PPOConfig) else 0
 
 # %% ../../nbs/2_run/20_options.ipynb #d1132ad3
 RECIPES: dict[str, dict[str, Any]] = {

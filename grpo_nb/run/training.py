@@ -46,7 +46,6 @@ from ..reward import RewardFunction
 from ..rollout import Rollout
 from .build import Trainer, build_models, build_schedulers, check_rules
 from .build import load_rewards_of, load_start, open_task, put_adapters
-from .build import resting_steps
 from .checkpoint import RunState, checkpoints, load_weights, noted_on
 from .checkpoint import resume, save, save_model, save_models
 from .diagnostics import StepGroups, explained_variance
@@ -55,7 +54,7 @@ from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
 from .options import Config, GRPOConfig, expand_path, free_directory
 from .options import other_functions
-from .options import own_functions
+from .options import own_functions, resting_steps
 from .run_directory import Completions, read_json, read_lines
 from .run_directory import check_passed, claim_directory, find_directory
 from .run_directory import make_record, read_completions
