@@ -2288,7 +2288,7 @@ def test_statistics(x, y, level, n, c, k):
     pairs = outcome(paired_difference, both)
     assert (pairs is None) == (ends is None or len(x) != len(y) or not x)
     if pairs and len(x) > 1:
-        gaps = [a - b for a, b in zip(x, y)]
+        gaps = [one - other for one, other in zip(x, y)]
         assert pairs.low - 1e-9 <= pairs.effect <= pairs.high + 1e-9
         assert min(gaps) - 1e-9 <= pairs.boot_low <= pairs.boot_high <= max(gaps) + 1e-9
         allowed = isinstance(c, (int, float)) and 0 <= c < math.inf
