@@ -1266,7 +1266,7 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
     of_reference = {"reference": LLAMA, "rollout": rollout, "temperature": temperature}
     again = outcome(reference_logprobs, of_reference)
     assert (again is not None) == right
-    limited = of_reference | {"max_tokens": max_tokens}
+    limited = of_reference | {"max_tokens": max_tokens, "with_adapters": right}
     cut = outcome(adapters.reference_logprobs, limited)
     assert (cut is not None) == (right and allowed)
     assert adapters.reference_logprobs(None, rollout) is None
@@ -2532,6 +2532,7 @@ EXCEPTIONS = (
         "engine.attention.find_parts": "all shapes, in test_attention.py",
         "engine.attention.attend_in_parts": "all shapes, in test_attention.py",
         "engine.attention.RowMask": "made by `row_mask`",
+        "engine.attention.pays_in_parts": "through `row_mask`, in test_attention.py",
         "engine.attention.row_mask": "in `shared_rows`",
         "engine.adapters.without_adapters": "takes a model; test_models.py",
         "engine.adapters.Adapter": "made by `find_adapter`",
