@@ -16,7 +16,7 @@ WORKERS := $(shell echo $$(( $(CPUS) < 4 ? $(CPUS) : 4 )))
 THREADS := $(shell echo $$(( $(CPUS) / $(WORKERS) )))
 TEST_ENV := MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-vllm test-oldest test-newest bench bench-gpu claims mutants lab docs preview browser screenshots export format check clean
+.PHONY: help setup run test test-vllm test-oldest test-newest bench bench-gpu claims verdicts mutants lab docs preview browser screenshots export format check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and 
 	    || { echo "failed: {}" >&2; exit 1; }; \
 	  echo "{}: $$((SECONDS - began)) s"'
 	@$(if $(SMOKE),,$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(CLAIMS:%=nbs/experiments/claims/%.ipynb) nbs/experiments/claims/index.ipynb && $(BIN)/nbdev_clean)
+
+verdicts: setup ## decide every claim again from the committed tables, without training (ARGS="--check", ARGS="02_explore")
+	OMP_NUM_THREADS=1 $(TEST_ENV) $(BIN)/python tools/verdicts.py $(ARGS)
 
 mutants: setup ## put each known bug into a copy of the library: does its test fail? (ARGS="--list", "--only NAME", "--random 40 --seed 1", "--jobs 2")
 	$(BIN)/python tools/mutants.py $(ARGS)

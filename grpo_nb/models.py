@@ -34,6 +34,7 @@ class Models:
     value_optimizer: torch.optim.Optimizer | None = None
     generator: torch.Generator | None = None  # of sampling; None: torch's global one
     beta: float = 0.0  # of PPO; it moves if kl_target is set
+    policy_rests: bool = False  # of PPO: only the value model learns in this step
     learned: RewardModel | None = None  # of `rewards`, what an outer iteration trains
     # of GRPO: (rollout, config) -> [N] or [N, T]
     advantages: Callable = group.advantages
@@ -98,4 +99,11 @@ class Models:
         boxes = {"policy": (self.policy, self.optimizer)}
         if self.value is not None:
             boxes["value"] = (self.value, self.value_optimizer)
+        return boxes
+
+    def moved(self) -> dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]:
+        "Name those of the yellow boxes that this step moves."
+        boxes = self.trained()
+        if self.policy_rests:
+            del boxes["policy"]
         return boxes

@@ -133,7 +133,7 @@ def gradient_step(
     totals: dict[str, Tensor],
 ) -> dict[str, float]:
     "Take one step of each optimiser on all micro-batches together."
-    trained = models.trained()
+    trained = models.moved()
     for _, optimizer in trained.values():
         optimizer.zero_grad(set_to_none=True)
 
@@ -160,11 +160,13 @@ def _backward(
     models: Models, batch: Rollout, config, beta: float, totals: dict[str, Tensor]
 ) -> dict[str, float]:
     "Add a micro-batch's gradients to the others'; return its part of the metrics."
-    loss, sums = batch_loss(models, batch, config, beta, totals)
-    loss.backward()
-    computed = {"loss": loss}
-    for name, x in sums.items():
-        computed[name] = x / totals["num_tokens"]
+    computed = {}
+    if not models.policy_rests:
+        loss, sums = batch_loss(models, batch, config, beta, totals)
+        loss.backward()
+        computed["loss"] = loss
+        for name, x in sums.items():
+            computed[name] = x / totals["num_tokens"]
     if models.value is not None:
         loss = _critic_loss(models, batch, config, totals)
         (config.vf_coef * loss).backward()

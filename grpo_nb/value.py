@@ -125,6 +125,13 @@ class ValueOptions:
     value_learning_rate: float = field(
         default=1e-3, metadata={"help": "of the value model (AdamW)"}
     )
+    value_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "first steps of a run, of max_steps, in which the value model "
+            "learns and the policy rests"
+        },
+    )
     vf_coef: float = field(default=1.0, metadata={"help": "weight of the value loss"})
     cliprange_value: float = field(
         default=0.2,

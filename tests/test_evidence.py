@@ -3,6 +3,7 @@ results that are kept and not made twice."""
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations, product
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from grpo_nb.evidence import statistics
 from grpo_nb.evidence.statistics import (
     Claim,
     Comparison,
+    Finding,
+    decide,
     difference,
     interval,
     iqm,
@@ -31,6 +34,7 @@ from grpo_nb.evidence.statistics import (
 )
 from grpo_nb.engine.data import load_task
 
+GAIN = Finding("y", "gain", 0.1, 0.05, 0.2, at_least=0.02)
 numbers = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12)
 
 
@@ -472,7 +476,7 @@ def test_a_table_of_many_runs_goes_on_where_it_was(checkout):
 
 
 def test_a_smoke_run_keeps_nothing(checkout):
-    Claim("01_x", "x", rerun=True).conclude("holds", "because", "do")
+    Claim("01_x", "x", rerun=True).conclude([GAIN], "because", "do")
     before = {
         path: path.read_bytes()
         for path in (checkout / "benchmarks").rglob("*")
@@ -480,7 +484,7 @@ def test_a_smoke_run_keeps_nothing(checkout):
     }
     small = Claim("01_x", "x", smoke=True)
     small.table("runs", lambda: pd.DataFrame({"x": [1]}))
-    small.conclude("does not hold", "since", "leave")
+    small.conclude([replace(GAIN, at_least=0.3)], "since", "leave")
     assert {
         path: path.read_bytes()
         for path in (checkout / "benchmarks").rglob("*")
@@ -490,15 +494,94 @@ def test_a_smoke_run_keeps_nothing(checkout):
 
 def test_an_unchanged_verdict_does_not_touch_its_file(checkout, capsys):
     claim = Claim("01_x", "x", rerun=True)
-    claim.conclude("holds when y", "because", "do")
+    findings = [GAIN, replace(GAIN, condition="z", at_least=0.3)]
+    claim.conclude(findings, "because", "do")
     path = checkout / "benchmarks/claims/01_x.json"
     stamp = path.stat().st_mtime_ns
-    Claim("01_x", "x").conclude("holds when y", "because", "do")
-    assert path.stat().st_mtime_ns == stamp and capsys.readouterr().out.startswith(
-        "Verdict: holds when y\n"
+    Claim("01_x", "x").conclude(findings, "because", "do")
+    assert path.stat().st_mtime_ns == stamp
+    assert capsys.readouterr().out.startswith(
+        "Verdict: holds when y; does not hold when z\n\n"
+        "y: gain 0.1 [0.05, 0.2], claimed ≥ 0.02 — holds\n"
     )
-    with pytest.raises(ValueError, match="holds.*does not hold.*'perhaps'"):
-        claim.conclude("perhaps", "", "")
+    with pytest.raises(ValueError, match="findings=\\[\\] decides nothing"):
+        claim.conclude([], "", "")
+
+
+def test_the_rule_of_verdicts():
+    """Inside of what is claimed, wholly outside, across an edge; both edges count, and
+    what is not known decides nothing."""
+
+    def verdict(low, high, **region):
+        return Finding("", "", (low + high) / 2, low, high, **region).verdict
+
+    for low, high, word in (
+        (0.021, 0.4, "holds"),
+        (0.02, 0.4, "holds"),
+        (-0.02, 0.002, "does not hold"),
+        (-0.4, 0.0199, "does not hold"),
+        (0.0199, 0.4, "undecided"),
+        (-0.4, 0.4, "undecided"),
+        (float("nan"), float("nan"), "undecided"),
+    ):
+        assert verdict(low, high, at_least=0.02) == word
+        assert verdict(-high, -low, at_most=-0.02) == word  # its mirror image
+    band = {"at_least": 0.45, "at_most": 0.55}
+    assert verdict(0.46, 0.54, **band) == "holds"
+    assert verdict(0.44, 0.54, **band) == verdict(0.46, 0.56, **band) == "undecided"
+    assert verdict(0.56, 0.9, **band) == verdict(0, 0.4, **band) == "does not hold"
+    with pytest.raises(ValueError, match="at_least or at_most"):
+        verdict(0, 1)
+    with pytest.raises(ValueError, match="low=1 is above high=0"):
+        verdict(1, 0, at_least=0)
+
+
+@given(
+    st.floats(allow_infinity=True),
+    st.floats(allow_infinity=True),
+    st.none() | st.floats(-9, 9),
+    st.none() | st.floats(-9, 9),
+)
+def test_a_verdict_is_one_of_three_and_needs_its_side(low, high, at_least, at_most):
+    "Whatever the interval; a wider one never decides what a narrower one left open."
+    region = {"at_least": at_least, "at_most": at_most}
+    if at_least is at_most is None or low > high:
+        with pytest.raises(ValueError, match="at_least or at_most|is above"):
+            Finding("", "", low, low, high, **region)
+        return
+    found = Finding("x", "", low, low, high, **region)
+    assert found.verdict in ("holds", "does not hold", "undecided")
+    assert decide([found]) == found.verdict and str(found)
+    wider = Finding("x", "", low, low - 1, high + 1, **region)
+    assert wider.verdict in (found.verdict, "undecided")
+    if found.verdict == "does not hold":
+        below = at_least is not None and high < at_least
+        assert below or (at_most is not None and low > at_most)
+
+
+def test_a_verdict_names_its_conditions():
+    "One condition needs all of its findings; several that agree need no name."
+    yes, no = GAIN, replace(GAIN, at_least=0.3)
+    open_ = replace(GAIN, at_least=0.07)
+    z = {"condition": "z"}
+    assert decide([yes]) == decide([yes, replace(yes, **z)]) == "holds"
+    assert decide([yes, open_]) == "undecided"
+    assert decide([yes, open_, no]) == decide([no, replace(no, **z)]) == "does not hold"
+    assert decide([replace(open_, **z), yes]) == "holds when y; undecided when z"
+    w = replace(no, condition="w")
+    assert decide([replace(yes, **z), yes, w]) == (
+        "holds when z or y; does not hold when w"
+    )
+
+
+def test_a_verdict_that_its_findings_do_not_give_is_damage(checkout):
+    Claim("01_x", "x", rerun=True).conclude([GAIN], "because", "do")
+    path = checkout / "benchmarks/claims/01_x.json"
+    noted = json.loads(path.read_text())
+    assert verdicts(path.parent).loc["01_x", "findings"] == [GAIN]
+    path.write_text(json.dumps(noted | {"verdict": "does not hold"}))
+    with pytest.raises(ValueError, match="01_x.json is damaged.*decide: holds"):
+        verdicts(path.parent)
 
 
 def test_a_failed_cell_is_fatal_in_a_smoke_run_only(checkout, monkeypatch):

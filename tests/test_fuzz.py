@@ -2288,7 +2288,7 @@ def test_statistics(x, y, level, n, c, k):
     pairs = outcome(paired_difference, both)
     assert (pairs is None) == (ends is None or len(x) != len(y) or not x)
     if pairs and len(x) > 1:
-        gaps = [a - b for a, b in zip(x, y)]
+        gaps = [one - other for one, other in zip(x, y)]
         assert pairs.low - 1e-9 <= pairs.effect <= pairs.high + 1e-9
         assert min(gaps) - 1e-9 <= pairs.boot_low <= pairs.boot_high <= max(gaps) + 1e-9
         allowed = isinstance(c, (int, float)) and 0 <= c < math.inf
@@ -2518,6 +2518,7 @@ EXCEPTIONS = (
         "run.diagnostics.recorded_groups": "`Rollout.select`",
         "run.options.free_directory": "a path of the disk; test_brought_models.py",
         "run.command_line.copy_notebooks": "copies files; test_package.py",
+        "run.options.resting_steps": "takes a checked config; test_value_warmup.py",
         "run.options.expand_path": "any text is a path; test_run_directory.py",
         "run.run_directory.make_directory": "makes what `prepare_directory` chose",
         "models.Models": "holds models",
@@ -2576,6 +2577,8 @@ EXCEPTIONS = (
         "run.training.step_queries": "`Task.queries`",
         "run.command_line.chat": "any line of text is a question: `Task.parse`",
         "evidence.statistics.Comparison": "made by `paired_difference`",
+        "evidence.statistics.Finding": "drawn in test_evidence.py",
+        "evidence.statistics.decide": "drawn in test_evidence.py",
         "evidence.statistics.summarise": "pandas",
         "evidence.statistics.probe": "`sample` and a task",
         "evidence.statistics.read_metrics": "of runs that `sweep` made",

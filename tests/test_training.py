@@ -354,6 +354,7 @@ RESUMED = {
     "grpo": {"algorithm": "grpo"},
     "ppo": {"algorithm": "ppo", "kl_target": 0.001, "beta": 0.1},
     "head": {"algorithm": "ppo", "value_model": "head"},
+    "warmup": {"algorithm": "ppo", "value_warmup_steps": 3},
     "dapo": {"recipe": "dapo", "num_generations": 4},
     "iterative": {
         "recipe": "iterative",
@@ -432,6 +433,7 @@ def test_the_value_model_follows_the_schedule_too(straight):
         ("ppo", 1),
         ("ppo", 3),
         ("head", 2),
+        ("warmup", 2),
         ("dapo", 2),
         ("iterative", 2),
         ("iterative", 3),
@@ -439,9 +441,9 @@ def test_the_value_model_follows_the_schedule_too(straight):
 )
 def test_resume(tmp_path, straight, monkeypatch, name, after):
     """Bug 26: k steps, stop, resume, N - k steps = N steps, with cosine schedule,
-    warm-up, mu = 2 and adaptive beta; with a value head, refilled steps, and an
-    outer loop (renewed at steps 3 and 5) whose reward model has just been trained
-    when the run stops."""
+    warm-up, mu = 2 and adaptive beta; with a value head, inside the value model's
+    head start, with refilled steps, and an outer loop (renewed at steps 3 and 5) whose
+    reward model has just been trained when the run stops."""
     directory, options, calls = tmp_path / "run", LONG | RESUMED[name], []
 
     def stops(*arguments):
@@ -695,6 +697,7 @@ OPTIONS = {
         "whiten_rewards": [True],
         "cliprange_value": [0.001],
         "value_learning_rate": [1e-5],
+        "value_warmup_steps": [1],
         "whiten_advantages": [False],
         "kl_target": [0.001],
     },

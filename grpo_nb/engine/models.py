@@ -134,7 +134,7 @@ class EngineModels(Models):
 
     def reduce(self, sums: dict[str, float]) -> dict[str, float]:
         "Add up gradients (in place) and sums over all processes."
-        for model, _ in self.trained().values():
+        for model, _ in self.moved().values():
             all_reduce_gradients(model)
         if get_world_size() == 1:
             return sums

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['iqm', 'interval', 'difference', 'summarise', 'plot_summary', 'Comparison', 'paired_difference', 'plot_pairs',
-           'pass_at_k', 'probe', 'read_metrics', 'Claim', 'verdicts']
+           'pass_at_k', 'probe', 'Finding', 'decide', 'read_metrics', 'Claim', 'verdicts']
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #ad868cd7
 import json
@@ -12,7 +12,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from math import comb
 from pathlib import Path
 
@@ -305,6 +305,88 @@ def _measured(answers: list[str], query: Query, task: Task) -> dict[str, float]:
         "distinct": len(set(answers)),
     }
 
+# %% ../../nbs/4_evidence/46_statistics.ipynb #c19a0002
+@dataclass(frozen=True)
+class Finding:
+    """One effect with its interval, and the region that a claim names for it.
+
+    Of a count, the interval reaches from the smallest to the largest.
+
+    Raises: `ValueError`: no region, or an interval that ends before it begins."""
+
+    condition: str  # when this is asked: "per completion"
+    what: str  # the effect, in words
+    effect: float  # NaN, as its interval: not known
+    low: float
+    high: float
+    at_least: float | None = None  # the edges of the region, the margins
+    at_most: float | None = None
+
+    def __post_init__(self):
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("at_least or at_most must say what the claim is; got none")
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}")
+
+    @property
+    def verdict(self) -> str:
+        '"holds", "does not hold" or "undecided": where the interval lies.'
+        least, most = self._region()
+        if least <= self.low and self.high <= most:
+            return "holds"
+        if self.high < least or self.low > most:
+            return "does not hold"
+        return "undecided"
+
+    def _region(self) -> tuple[float, float]:
+        "Its two edges; infinite where the claim names none."
+        least, most = self.at_least, self.at_most
+        if least is None:
+            least = -float("inf")
+        if most is None:
+            most = float("inf")
+        return least, most
+
+    def __str__(self) -> str:
+        edges = []
+        if self.at_least is not None:
+            edges.append(f"≥ {self.at_least:.3g}")
+        if self.at_most is not None:
+            edges.append(f"≤ {self.at_most:.3g}")
+        ends = f"[{self.low:.3g}, {self.high:.3g}]"
+        region = " and ".join(edges)
+        return f"{self.what} {self.effect:.3g} {ends}, claimed {region}"
+
+# %% ../../nbs/4_evidence/46_statistics.ipynb #c19a0003
+def decide(
+    findings: list[Finding],
+) -> str:  # "holds", "undecided", "does not hold" or which of them when
+    """Decide a claim: the one rule for all of them.
+
+    Raises: `ValueError`: there is no finding."""
+    if not findings:
+        raise ValueError("findings=[] decides nothing; at least one is needed")
+    words = {}
+    for finding in findings:
+        words.setdefault(finding.condition, set()).add(finding.verdict)
+    found = {"holds": [], "does not hold": [], "undecided": []}
+    for condition, of_each in words.items():
+        found[_all_needed(of_each)].append(condition)
+    parts = {word: conditions for word, conditions in found.items() if conditions}
+    if len(parts) == 1:
+        return next(iter(parts))
+    lists = {word: " or ".join(conditions) for word, conditions in parts.items()}
+    return "; ".join(f"{word} when {text}" for word, text in lists.items())
+
+
+def _all_needed(verdicts: set[str]) -> str:
+    "The verdict of a condition all of whose findings are needed."
+    if verdicts == {"holds"}:
+        return "holds"
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "undecided"
+
 # %% ../../nbs/4_evidence/46_statistics.ipynb #4982be12
 def read_metrics(
     runs: pd.DataFrame,  # of `sweep` over `train`: a row for each cell
@@ -413,19 +495,20 @@ class Claim:
             write_atomically(path, rows.assign(seconds=seconds).to_csv(index=False))
         return pd.read_csv(path)
 
-    def conclude(self, verdict: str, reason: str, practice: str):
-        """Print the verdict, the numbers behind it and what to take from it; keep them.
+    def conclude(self, findings: list[Finding], reason: str, practice: str):
+        """Decide the claim; print and keep the verdict and what it was decided by.
 
-        Raises: `ValueError`: neither "holds …" nor "does not hold …"."""
-        if not verdict.startswith(("holds", "does not hold")):
-            raise ValueError(
-                f'a verdict begins with "holds" or "does not hold", got {verdict!r}'
-            )
+        What is kept has four digits, and is what is decided."""
+        findings = list(map(_rounded, findings))
+        verdict = decide(findings)
         note = ""
         if self.smoke:
             note = " (a smoke run: it says nothing)"
-        print(f"Verdict: {verdict}{note}\n\n{reason}\n\nIn practice: {practice}")
-        conclusion = {"verdict": verdict, "reason": reason, "practice": practice}
+        lines = [f"{x.condition}: {x} — {x.verdict}" for x in findings]
+        texts = [f"Verdict: {verdict}{note}", "\n".join(lines), reason]
+        print(*texts, f"In practice: {practice}", sep="\n\n")
+        conclusion = {"verdict": verdict, "findings": list(map(asdict, findings))}
+        conclusion |= {"reason": reason, "practice": practice}
         self._note(claim=self.statement, **conclusion)
 
     def _noted(self) -> dict:
@@ -442,6 +525,15 @@ class Claim:
         self.results.mkdir(parents=True, exist_ok=True)
         text = json.dumps(noted | facts, indent=1, ensure_ascii=False)
         write_atomically(self.results / f"{self.name}.json", text + "\n")
+
+
+def _rounded(finding: Finding) -> Finding:
+    "Its numbers with four digits."
+    numbers = {
+        name: float(f"{getattr(finding, name):.4g}")
+        for name in ("effect", "low", "high")
+    }
+    return replace(finding, **numbers)
 
 
 def _checkout() -> Path:
@@ -477,16 +569,19 @@ def verdicts(
     directory: str | Path,  # benchmarks/claims
 ) -> (
     pd.DataFrame
-):  # by claim, in order: claim, verdict, reason, practice, runs, seconds
-    """Read every verdict that is kept, with the runs behind it and their seconds.
+):  # by claim: claim, verdict, findings, reason, practice, runs, seconds
+    """Read every verdict that is kept, with its findings, its runs and their seconds.
 
-    Raises: `ValueError`: a file that is damaged."""
+    A headline for each condition: the verdict, and the effect that decides it.
+
+    Raises: `ValueError`: a file that is damaged, or does not say what its findings
+    say."""
     rows = {}
-    for path in sorted(Path(directory).glob("*.json")):
+    for path in sorted(Path(directory).glob("[0-9]*.json")):
         noted = read_json(path)
         try:
             rows[path.stem] = _verdict(noted)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__} {error}"
             raise ValueError(f"{path} is damaged: {reason}") from None
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -495,7 +590,27 @@ def verdicts(
 def _verdict(noted: dict) -> dict:
     "One claim."
     row = {name: noted.get(name) for name in ("claim", "verdict", "reason", "practice")}
+    findings = [Finding(**finding) for finding in noted.get("findings", [])]
+    if findings and decide(findings) != row["verdict"]:
+        raise ValueError(f"its findings decide: {decide(findings)}")
+    row["findings"] = findings
+    row["headlines"] = _headlines(findings)
     tables = noted.get("tables", {}).values()
     for name in ("runs", "seconds"):
         row[name] = sum(table[name] for table in tables)
     return row
+
+
+def _headlines(findings: list[Finding]) -> list[str]:
+    "A line for each condition, those that hold first."
+    lines = {"holds": [], "does not hold": [], "undecided": []}
+    by_condition = {}
+    for finding in findings:
+        by_condition.setdefault(finding.condition, []).append(finding)
+    for condition, needed in by_condition.items():
+        verdict = _all_needed({finding.verdict for finding in needed})
+        deciding = [finding for finding in needed if finding.verdict == verdict]
+        more = len(needed) - 1
+        rest = f" (and {more} more)" if verdict == "holds" and more else ""
+        lines[verdict].append(f"**{verdict}** when {condition}: {deciding[0]}{rest}")
+    return sum(lines.values(), [])

@@ -46,7 +46,7 @@ from ..engine.rewards import accepted_arguments
 from ..reward import RewardFunction, accuracy_reward, brevity_reward
 from ..reward import format_reward, overlong_reward, process_reward
 from .diagnostics import ObservedModels
-from .options import Config, PPOConfig
+from .options import Config, PPOConfig, resting_steps
 from ..engine.data import as_task
 from ..names import check_name, hub_options, near
 from ..engine.data import load_task
@@ -458,13 +458,18 @@ def renewed_models(config: Config, models: Models) -> dict:
 
 # %% ../../nbs/2_run/21_build.ipynb #7354fd23
 def build_schedulers(config: Config, models: Models) -> list:
-    "Make a learning-rate scheduler for each optimiser."
+    """Make a learning-rate scheduler for each optimiser.
+
+    The policy's begins when the policy does."""
     kind = config.lr_scheduler_type
     if kind == "constant" and config.warmup_steps:
         kind = "constant_with_warmup"  # "constant" alone would ignore the warm-up
+    steps = {"policy": config.max_steps - resting_steps(config)}
     return [
-        get_scheduler(kind, optimizer, config.warmup_steps, config.max_steps)
-        for _, optimizer in models.trained().values()
+        get_scheduler(
+            kind, optimizer, config.warmup_steps, steps.get(name, config.max_steps)
+        )
+        for name, (_, optimizer) in models.trained().items()
     ]
 
 # %% ../../nbs/2_run/21_build.ipynb #5a7c1e02

@@ -262,7 +262,8 @@ class ObservedModels(EngineModels):
 
     def micro_batches(self, rollout: Rollout, config) -> list[Rollout]:
         "Cut a step as the engine does; in two halves where gradients are compared."
-        parts = _halves(rollout, config) if config.gradient_noise else None
+        compared = config.gradient_noise and not self.policy_rests
+        parts = _halves(rollout, config) if compared else None
         self.halves = None
         if parts is None:
             dealt = self.dealt(rollout, config)
@@ -273,7 +274,7 @@ class ObservedModels(EngineModels):
         if parts is not None:
             carrying = _carrying(rollout, config)[parts[1]].sum().item()
             self.halves = Halves(batches[len(first)], (len(parts[0]), carrying))
-        if config.log_token_groups:
+        if config.log_token_groups and not self.policy_rests:
             self.passes.append(_FirstPass(rollout, dealt))
         return batches
 

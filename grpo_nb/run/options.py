@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'RECIPES', 'CONFIGS', 'expand_path', 'free_directory', 'StartOptions', 'RunOptions', 'Config', 'GRPOConfig',
-           'PPOConfig', 'make_config', 'own_functions', 'other_functions']
+           'PPOConfig', 'resting_steps', 'make_config', 'own_functions', 'other_functions']
 
 # %% ../../nbs/2_run/20_options.ipynb #20a00003
 import hashlib
@@ -242,6 +242,7 @@ BOUNDS: dict[str, Any] = {
     # value, GAE
     "value_model": _Path,
     "value_learning_rate": PositiveFloat,
+    "value_warmup_steps": NonNegativeInt,
     "vf_coef": PositiveFloat,
     "cliprange_value": PositiveFloat,
     "gamma": _Share,
@@ -444,12 +445,25 @@ class PPOConfig(GAEOptions, ValueOptions, Config):
     def _check_level(self):
         self._refuse_sequence('algorithm = "ppo"')
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value_warmup_steps and self.value_warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"value_warmup_steps = {self.value_warmup_steps} leaves the policy no "
+                f"step: max_steps = {self.max_steps} must be above it"
+            )
+
     def _check_kl(self):
         super()._check_kl()
         if self.kl_target is not None and not self.beta:
             raise ValueError(
                 f"kl_target = {self.kl_target} has no beta to adapt: beta is 0"
             )
+
+# %% ../../nbs/2_run/20_options.ipynb #20c19001
+def resting_steps(config: Config) -> int:
+    "Count the first steps in which the value model learns alone: none without one."
+    return config.value_warmup_steps if isinstance(config, PPOConfig) else 0
 
 # %% ../../nbs/2_run/20_options.ipynb #d1132ad3
 RECIPES: dict[str, dict[str, Any]] = {

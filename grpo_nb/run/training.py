@@ -54,7 +54,7 @@ from .dynamic_sampling import rounds_of, step_of
 from .iterative import outer_iteration
 from .options import Config, GRPOConfig, expand_path, free_directory
 from .options import other_functions
-from .options import own_functions
+from .options import own_functions, resting_steps
 from .run_directory import Completions, read_json, read_lines
 from .run_directory import check_passed, claim_directory, find_directory
 from .run_directory import make_record, read_completions
@@ -708,8 +708,10 @@ def _or_saved(
     And if no weight has moved by then."""
     random_numbers = state.generator.get_state()
     moved = []
-    optimizer = state.models.optimizer
-    with optimizer.register_step_post_hook(lambda *_: moved.append(True)):
+    with ExitStack() as hooks:
+        for _, optimizer in state.models.trained().values():
+            hook = optimizer.register_step_post_hook(lambda *_: moved.append(True))
+            hooks.enter_context(hook)
         try:
             yield
         except Exception as error:
@@ -736,6 +738,7 @@ def _take_step(
     if outer:
         lines = [json.dumps(preference) + "\n" for preference in state.preferences]
         write_atomically(state.directory / "preferences.jsonl", "".join(lines))
+    models.policy_rests = step <= resting_steps(config)
     n = config.num_prompts * rounds_of(config)
     queries = step_queries(state.task, n, config.seed, step)
     with _or_saved(state, renewed=bool(outer)):
@@ -755,7 +758,7 @@ def _take_step(
         | outer
         | {"learning_rate": state.schedulers[0].get_last_lr()[0]}
     )
-    for scheduler in state.schedulers:
+    for scheduler in state.schedulers[models.policy_rests :]:  # the policy's is first
         scheduler.step()
     line["num_completions"] = state.num_completions
     line["step_time"] = time.perf_counter() - began
