@@ -243,7 +243,8 @@ def plot_pairs(
     differences.axvline(0, color="#999", lw=1)
     differences.axvspan(-margin, margin, color="#999", alpha=0.2, lw=0)
     seeds = _differences(first, second)
-    differences.plot(seeds, [2] * found.n, "o", color=COLORS[0], ms=5, alpha=0.7)
+    rows = 2 + np.linspace(-0.2, 0.2, found.n)  # apart where they are equal
+    differences.plot(seeds, rows, "o", color=COLORS[0], ms=5, alpha=0.7)
     intervals = {1: (found.low, found.high), 0: (found.boot_low, found.boot_high)}
     for row, ends in intervals.items():
         differences.plot(ends, [row, row], "|-", color=COLORS[2], ms=9, lw=1.8)
