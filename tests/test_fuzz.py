@@ -2283,7 +2283,7 @@ def test_statistics(x, y, level, n, c, k):
     if ends and len(x) > 1:
         assert min(x) - 1e-9 <= ends[0] <= ends[1] <= max(x) + 1e-9
     if x and y:
-        assert math.isclose(difference(x, y)[0], middle - iqm(y), abs_tol=1e-12)
+        assert math.isclose(difference(a=x, b=y)[0], middle - iqm(y), abs_tol=1e-12)
     both = {"first": x, "second": y, "level": level}
     pairs = outcome(paired_difference, both)
     assert (pairs is None) == (ends is None or len(x) != len(y) or not x)

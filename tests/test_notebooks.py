@@ -517,6 +517,50 @@ def test_a_claim_opens_with_the_words_of_the_article(path):
     assert sum(text.startswith("## What this does not license") for text in texts) == 1
 
 
+@pytest.mark.parametrize("path", CLAIMS, ids=name_of)
+def test_a_claim_says_what_others_found(path):
+    """In a section of its own, before how far it goes: whether they agree, and where
+    it is written."""
+    cells = nbformat.read(path, 4).cells
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    titles = [text.splitlines()[0] for text in texts]
+    place = titles.index("## In the literature")
+    assert titles[place + 1] == "## How far it goes"
+    lines = [line for line in texts[place].splitlines() if line.startswith("- ")]
+    assert len(lines) >= 3
+    for line in lines:
+        assert re.match(r"- \*[^*]+\*: ", line), line
+        assert re.search(r"\]\(https://(arxiv\.org/abs|github\.com)/", line), line
+    paper = r"\[([\d.]+)\]\(https://arxiv\.org/abs/([\d.]+)\)"
+    for number, address in re.findall(paper, texts[place]):
+        assert number == address
+    assert "arxiv.org" not in texts[place + 1]
+
+
+def test_the_guide_to_choosing_is_found():
+    "From the home page, the Chinese one, the guide to faults and the claims."
+    pages = ("index", "zh", "guides/troubleshooting", "experiments/claims/index")
+    for page in pages:
+        cells = nbformat.read(ROOT / f"nbs/{page}.ipynb", 4).cells
+        texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+        assert re.search(r"\]\([./]*(guides/)?choosing\.ipynb\)", "".join(texts)), page
+
+
+def test_the_home_page_shows_three_claims():
+    "One picture, and for each of its panels a line with a link to the page it is of."
+    home = ROOT / "nbs/index.ipynb"
+    (cell,) = [
+        cell
+        for cell in nbformat.read(home, 4).cells
+        if cell.cell_type == "code" and "subplots(1, 3" in cell.source
+    ]
+    assert [set(out.data) >= {"image/png"} for out in cell.outputs] == [True]
+    for page in ("07_stability", "10_groups", "08_performance"):
+        line = rf"- \*\*\[\w+\]\(experiments/claims/{page}\.ipynb\)\*\*.*\[.*\]"
+        assert re.search(line, printed(home)), page
+    assert "(nbs/images/index-2.png)" in (ROOT / "README.md").read_text()
+
+
 def test_ten_claims():
     assert [int(path.name[:2]) for path in CLAIMS] == list(range(1, 11))
 
