@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -439,6 +440,20 @@ def test_a_table_is_made_once_and_read_as_it_was_kept(checkout):
     assert first["x"].tolist()[0] == 0.333333
     found = verdicts(checkout / "benchmarks/claims")
     assert found.loc["01_x", ["runs", "seconds", "verdict"]].tolist() == [2, 3, None]
+
+
+def test_a_table_says_what_it_was_made_with(checkout):
+    "Versions, and the threads of the process: other threads, other last digits."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        Claim("01_x", "x", rerun=True).table("runs", lambda: pd.DataFrame({"a": [1]}))
+    finally:
+        torch.set_num_threads(threads)
+    noted = json.loads((checkout / "benchmarks/claims/01_x.json").read_text())
+    facts = noted["tables"]["runs"]
+    assert facts["threads"] == 1 and facts["torch"] == torch.__version__
+    assert {"transformers", "grpo_nb", "python"} <= set(facts)
 
 
 def test_a_table_of_many_runs_goes_on_where_it_was(checkout):

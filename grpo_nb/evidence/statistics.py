@@ -557,12 +557,13 @@ def _size(table: pd.DataFrame, seconds: float) -> dict[str, int]:
     return {"runs": len(each), "rows": len(table), "seconds": total}
 
 
-def _versions() -> dict[str, str]:
-    "What a result was made with."
+def _versions() -> dict[str, str | int]:
+    "What a result was made with: versions, and the threads of this process."
     from importlib.metadata import version
 
     versions = {name: version(name) for name in ("torch", "transformers", "grpo_nb")}
-    return versions | {"python": platform.python_version()}
+    machine = {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    return versions | machine
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #d5a0f6cb
 def verdicts(
