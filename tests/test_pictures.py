@@ -208,8 +208,8 @@ def test_a_chart_is_drawn_as_png(chapter):
     assert picture.size == (2 * shown["width"], 2 * shown["height"])
     assert len(data) < 40_000
     pixels = np.asarray(picture.convert("RGBA")).reshape(-1, 4)
-    assert (pixels[:, 3] == 255).all()  # no black letters on a dark page
-    assert 0.5 < (pixels == 255).all(1).mean() < 0.99
+    assert pixels[:, 3].min() > 250  # no black letters on a dark page
+    assert 0.5 < (pixels > 250).all(1).mean() < 0.99
 
 
 def test_what_is_no_chart_is_refused():
