@@ -2429,6 +2429,8 @@ EXCEPTIONS = (
     {
         "figure.Box": "made by `boxes`",
         "figure.Figure": "made by `draw_figure`",
+        "figure.Chart": "made by `draw_chart`",
+        "figure.draw_chart": "takes what vl-convert checks; test_pictures.py",
         "engine.precision.precision": "takes a checked config and such a device",
         "engine.precision.autocast_as_it_is": "takes a device that `resolve_device` "
         "made",

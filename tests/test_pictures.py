@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grpo_nb.figure import draw_figure
+from grpo_nb.figure import draw_chart, draw_figure
 from grpo_nb.gae import gae
 from grpo_nb.group import group_advantages
 from grpo_nb.objective import policy_loss
@@ -28,8 +28,8 @@ VERSIONS = ["5.8", "6.4"]  # near those of JupyterLab 4 (5.6) and of the site (6
 
 
 def specification(chapter):
-    """The one interactive picture of a chapter, as saved; a static one for where
-    nothing can move is beside it."""
+    """The one interactive picture of a chapter, as saved; static ones for where
+    nothing can move are beside it."""
     cells = json.loads((ROOT / f"nbs/1_figure/{chapter}.ipynb").read_text())["cells"]
     (data,) = [
         output["data"]
@@ -193,6 +193,28 @@ def test_kl(moved, version):
         assert (
             abs((low + high) / 2 - mean) < 1e-9 and abs((high - low) / 2 - std) < 1e-9
         )
+
+
+CHAPTERS = ["05_reference", "08_gae", "09_group", "10_objective"]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chart_is_drawn_as_png(chapter):
+    "Two pixels for one of the SVG, on white, and few bytes."
+    chart = draw_chart(specification(chapter))
+    data, shown = chart._repr_png_()
+    assert f'width="{shown["width"]}" height="{shown["height"]}"' in str(chart)
+    picture = Image.open(io.BytesIO(data))
+    assert picture.size == (2 * shown["width"], 2 * shown["height"])
+    assert len(data) < 40_000
+    pixels = np.asarray(picture.convert("RGBA")).reshape(-1, 4)
+    assert pixels[:, 3].min() > 250  # no black letters on a dark page
+    assert 0.5 < (pixels > 250).all(1).mean() < 0.99
+
+
+def test_what_is_no_chart_is_refused():
+    with pytest.raises(ValueError):
+        draw_chart({"mark": "no such mark"})
 
 
 @pytest.mark.parametrize("algorithm", [None, "ppo", "grpo"])
