@@ -283,14 +283,16 @@ def _load_trunk(name: str, policy: PreTrainedModel, options: dict) -> PreTrained
 def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
     """Copy a value model into a token classifier with one label.
 
-    transformers saves and opens such a one; None, with a warning, where it has none."""
+    transformers saves and opens such a one; None, with a warning, where it has none.
+    Of several processes, the main one has its weights, and others its shapes alone."""
     trunk, head = value_model.trunk, value_model.head
     config = copy.deepcopy(trunk.config)
     config.num_labels = 1
     try:
-        classifier = AutoModelForTokenClassification.from_config(
-            config, dtype=head.weight.dtype
-        )
+        with torch.device("meta" if get_rank() else "cpu"):
+            classifier = AutoModelForTokenClassification.from_config(
+                config, dtype=head.weight.dtype
+            )
     except ValueError:
         warnings.warn(
             f"transformers has no token classifier for {type(trunk).__name__}; "
@@ -298,12 +300,13 @@ def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
             stacklevel=3,
         )
         return None
-    weights = {name: full_tensor(x) for name, x in trunk.state_dict().items()}
-    classifier.base_model.load_state_dict(weights)
-    bias = torch.zeros(1) if head.bias is None else full_tensor(head.bias)
-    last = "score" if hasattr(classifier, "score") else "classifier"
-    scores = getattr(classifier, last)
-    scores.load_state_dict({"weight": full_tensor(head.weight), "bias": bias})
+    weights = {k: full_tensor(x, main_only=True) for k, x in trunk.state_dict().items()}
+    own = {k: full_tensor(x, main_only=True) for k, x in head.state_dict().items()}
+    scores = {"bias": torch.zeros(1)} | own
+    if get_rank() == 0:
+        classifier.base_model.load_state_dict(weights)
+        last = "score" if hasattr(classifier, "score") else "classifier"
+        getattr(classifier, last).load_state_dict(scores)
     return classifier
 
 # %% ../../nbs/2_run/21_build.ipynb #2794a0f4
@@ -393,11 +396,15 @@ def _make_reference(
         return _copy_adapters(policy)
     if config.use_peft and start is policy:
         return policy
-    reference = copy.deepcopy(start).requires_grad_(False)
     dtype = resolve_dtype(config.reference_dtype)
-    for p in reference.parameters():  # not buffers: rotary frequencies do not bear it
-        p.data = p.data.to(dtype)
-    return reference
+    # weights in their dtype at once; not buffers: rotary frequencies do not bear it
+    rounded = {id(p): _rounded_copy(p, dtype) for p in start.parameters()}
+    return copy.deepcopy(start, rounded).requires_grad_(False)
+
+
+def _rounded_copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    "Copy a weight into another dtype, frozen."
+    return nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
 
 
 def _copy_adapters(policy: PreTrainedModel) -> PreTrainedModel:
