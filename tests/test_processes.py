@@ -3,6 +3,7 @@ on; two at a time, over gloo, on the CPU."""
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -235,6 +236,27 @@ def test_a_run_is_that_of_one_process(tmp_path, engine, monkeypatch):
         p.name for p in (tmp_path / "two").iterdir()
     } == {p.name for p in (tmp_path / "one").iterdir()}
     assert open_run(tmp_path / "two").accuracy == alone.accuracy
+
+
+def test_only_the_main_process_holds_whole_tensors(tmp_path):
+    """While checkpoint, policy and value model are saved, the other process puts one
+    tensor together at a time and keeps none; what is written is whole."""
+    directory = tmp_path / "run"
+    log = tmp_path / "log"
+    status, said = run_pair(log, worker.gathering, str(directory), **FSDP)
+    assert status == [0, 0], said
+    held = dict(re.findall(r"process (\d): (\d+) whole at once", said))
+    saved = load_file(directory / "checkpoint-1" / "state.safetensors")
+    model = load_file(directory / "model" / "model.safetensors")
+    assert held["1"] == "1" and int(held["0"]) >= len(model), said
+    assert all(x.equal(saved[f"policy.weights.{k}"]) for k, x in model.items())
+    assert any(k.startswith("value.optimizer.") for k in saved)
+    value = load_file(directory / "value_model" / "model.safetensors")
+    trunk = [k.removeprefix("value.weights.trunk.") for k in saved]
+    found = [k for k in trunk if f"model.{k}" in value]
+    assert len(found) > 10 and all(
+        value[f"model.{k}"].equal(saved[f"value.weights.trunk.{k}"]) for k in found
+    )
 
 
 def test_outer_iterations_of_adapters_are_those_of_one_process(tmp_path):

@@ -5,6 +5,7 @@ test_vllm.py has the same with the engine itself."""
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -398,3 +399,27 @@ def test_vllm_in_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(vllm_sampler, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="one process, this run has 2"):
         vllm_sampler.import_vllm()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 4},
+        {"distributed_executor_backend": "mp"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_engine_of_several_processes_is_refused(tiny, monkeypatch, option):
+    "By its name, before an engine is started: weights are handed over in this process."
+    started = []
+    engine = SimpleNamespace(LLM=lambda **options: started.append(options))
+    monkeypatch.setattr(vllm_sampler, "import_vllm", lambda: engine)
+    config = short_config(use_vllm=True, device="cpu")
+    (name, value), *_ = option.items()
+    with pytest.raises(ValueError, match=f"{name} = {value!r} .*in this process"):
+        vllm_sampler.start_engine(*tiny, config, **option)
+    assert started == []
+    vllm_sampler.start_engine(*tiny, config, tensor_parallel_size=1)
+    assert started[0]["tensor_parallel_size"] == 1

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
@@ -30,6 +32,7 @@ from grpo_nb.engine.decoding import _by_length, _fill_gaps, _PreallocatedLayer
 from grpo_nb.engine.decoding import draw_by_blocks
 from grpo_nb.engine.data import load_task
 from grpo_nb.task import Query
+from grpo_nb.run import build
 from grpo_nb.run.build import build_models, checkpoint_layers
 from helpers import VOCABULARY, character_tokenizer, reproducible, short_config
 from test_rows import MODELS, SMALL, make, plain
@@ -471,3 +474,27 @@ def test_reference_dtype(algorithm):
             models.reference.state_dict().values(), loaded.state_dict().values()
         )
     )
+
+
+def test_a_rounded_reference_is_not_copied_in_float32_first():
+    "Making it takes its own bytes, not those of another policy."
+    config = short_config(reference_dtype="bfloat16", device="cpu")
+    policy, _ = load_policy("tiny", "cpu")
+    there = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            for x in tree_leaves(result):
+                if isinstance(x, torch.Tensor) and x.dim() == 2:
+                    if x.untyped_storage().data_ptr() not in there:
+                        copied.append((x.dtype, x.numel()))
+            return result
+
+    with Copies():
+        reference = build._make_reference(config, policy, policy)
+    matrices = [p.numel() for p in reference.parameters() if p.dim() == 2]
+    half = sum(n for dtype, n in copied if dtype == torch.bfloat16)
+    assert {dtype for dtype, _ in copied} == {torch.bfloat16}
+    assert half == sum(matrices) > 500_000

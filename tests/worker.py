@@ -8,6 +8,7 @@ import copy
 import os
 import signal
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -207,6 +208,32 @@ def given_step():
         )
 
     return step
+
+
+def gathering(directory):
+    """A step of PPO, saved; it prints how many whole tensors, put together from parts,
+    this process has had at once."""
+    from torch.distributed.tensor import DTensor
+
+    gather, made, most = DTensor.full_tensor, [], [0]
+
+    def noted(self, **options):
+        whole = gather(self, **options)
+        made.append(weakref.ref(whole))
+        most[0] = max(most[0], sum(ref() is not None for ref in made))
+        return whole
+
+    DTensor.full_tensor = noted
+    options = dict(num_prompts=4, max_steps=1, eval_size=2, save_steps=1)
+    config = make_config(
+        algorithm="ppo",
+        max_completion_length=6,
+        device="cpu",
+        output_dir=directory,
+        **options,
+    )
+    training.train(config, progress=False)
+    print(f"process {get_rank()}: {most[0]} whole at once", flush=True)
 
 
 def run(directory, resume="false"):

@@ -299,9 +299,19 @@ def unsharded(model: nn.Module):
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 # %% ../../nbs/3_engine/35_distributed.ipynb #23944707
-def full_tensor(x: Num[Tensor, "*any"]) -> Num[Tensor, "*any"]:
+def full_tensor(
+    x: Num[Tensor, "*any"],
+    main_only: bool = False,  # True: on the CPU of the main process; elsewhere None
+) -> Num[Tensor, "*any"] | None:
     "Put a sharded tensor together, in every process; any other is returned itself."
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    is_sharded = hasattr(x, "full_tensor")
+    if is_sharded:
+        x = x.full_tensor()  # all processes take part
+    if not main_only:
+        return x
+    if get_rank():
+        return None
+    return x.cpu() if is_sharded else x
 
 
 def shard_like(

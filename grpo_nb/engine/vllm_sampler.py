@@ -53,8 +53,10 @@ def start_engine(
 ):  # vllm.LLM
     """Start a vLLM engine for models like this one, in this process, without weights.
 
-    Raises: `ValueError`: the policy has adapters."""
+    Raises: `ValueError`: the policy has adapters, or the engine would be several
+    processes."""
     vllm = import_vllm()
+    _check_one_process(options)
     if any(".base_layer." in name for name, _ in policy.named_parameters()):
         raise ValueError(
             "use_vllm = True sends whole weights to the engine, and this policy has "
@@ -68,6 +70,25 @@ def start_engine(
         policy.config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return vllm.LLM(model=directory, **defaults | options)
+
+
+_IN_PROCESS = {  # what keeps the engine in this process, by the option of `vllm.LLM`
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "distributed_executor_backend": ("uni", None),
+}
+
+
+def _check_one_process(options: dict):
+    "Refuse (`ValueError`) options that put the engine's workers elsewhere."
+    for name, allowed in _IN_PROCESS.items():
+        value = options.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(
+                f"{name} = {value!r} gives the engine processes of its own, and "
+                f"weights are handed over in this process; allowed: {allowed[0]!r}"
+            )
 
 
 def _engine_options(device: torch.device, config: Config) -> dict:

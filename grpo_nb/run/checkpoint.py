@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -64,17 +65,7 @@ def save_checkpoint(state: RunState):
     Raises: `OSError` if the disk is full; what was there is still there."""
     models = state.models
     generator = all_gather_rows(state.generator.get_state()[None]).squeeze(0)
-    tensors = {"generator": generator}
-    for name, parameters in _renewed_parameters(state).items():
-        for k, p in parameters.items():
-            tensors[f"{name}.weights.{k}"] = full_tensor(p.detach())
-    for name, (model, optimizer) in models.trained().items():
-        for k, p in model.named_parameters():
-            if p.requires_grad:
-                tensors[f"{name}.weights.{k}"] = full_tensor(p.detach())
-        for i, moments in optimizer.state_dict()["state"].items():
-            for k, x in moments.items():
-                tensors[f"{name}.optimizer.{i}.{k}"] = full_tensor(x)
+    tensors = {"generator": generator} | _gather(_tensors(state))
     rest = {
         "step": state.step,
         "beta": models.beta,
@@ -82,6 +73,30 @@ def save_checkpoint(state: RunState):
     }
     limit = state.config.save_total_limit
     broadcast_object(lambda: _write_checkpoint(state.directory, tensors, rest, limit))
+
+
+def _tensors(state: RunState) -> Iterator[tuple[str, torch.Tensor]]:
+    "Weights and moments of a checkpoint, by name; of several processes, their parts."
+    for name, parameters in _renewed_parameters(state).items():
+        for k, p in parameters.items():
+            yield f"{name}.weights.{k}", p.detach()
+    for name, (model, optimizer) in state.models.trained().items():
+        for k, p in model.named_parameters():
+            if p.requires_grad:
+                yield f"{name}.weights.{k}", p.detach()
+        for i, moments in optimizer.state_dict()["state"].items():
+            for k, x in moments.items():
+                yield f"{name}.optimizer.{i}.{k}", x
+
+
+def _gather(parts: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    "Put tensors together, one at a time, for the main process; others keep none."
+    tensors = {}
+    for name, part in parts:
+        x = full_tensor(part, main_only=True)
+        if x is not None:
+            tensors[name] = x
+    return tensors
 
 
 def _write_checkpoint(directory: Path, tensors: dict, rest: dict, limit: int):
@@ -304,10 +319,10 @@ def save_model(
 
 
 def _whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    "The weights of a model that is cut, put together; tied ones once."
+    "The weights of a model that is cut, for the main process; tied ones once."
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in model.named_parameters()}
-    return {k: full_tensor(x) for k, x in model.state_dict().items() if k not in tied}
+    return _gather((k, x) for k, x in model.state_dict().items() if k not in tied)
 
 # %% ../../nbs/2_run/23_checkpoint.ipynb #23c00008
 @contextmanager
