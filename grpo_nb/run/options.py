@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -434,7 +434,7 @@ class PPOConfig(GAEOptions, ValueOptions, Config):
     "What PPO needs."
 
     algorithm: Literal["ppo"] = _option("ppo", "the upper half of the figure")
-    use_bias_correction_kl: ClassVar[bool] = False  # an option of GRPO alone
+    use_bias_correction_kl = False  # no field, but a constant: only GRPO sets it
     num_prompts: PositiveInt = _option(256, "queries a step, one completion each")
     log_token_groups: NonNegativeInt = _option(16, **_LOG_TOKEN_GROUPS)
     loss_type: str = _option("bnpo", **_LOSS_TYPE)
