@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic.dataclasses import dataclass
 
 from grpo_nb.engine.models import EngineModels, importance_weights
 from grpo_nb.algorithm import STEPS
@@ -41,6 +42,7 @@ from grpo_nb.reward import bradley_terry_loss
 from grpo_nb.engine.decoding import sample
 from grpo_nb.sampling import draw
 from grpo_nb.task import Query
+from grpo_nb.run.options import PPOConfig, make_config
 from grpo_nb.run.training import rollout_metrics, table
 from grpo_nb.engine import packing
 from grpo_nb.engine.micro_batch import micro_batches
@@ -2193,3 +2195,41 @@ def test_grpo_step(tokenizer, kind):
             loss += 0.1 * k3[i, : n[i]].mean() - (x - mean) / (std + 1e-4)
     assert rollout.advantages.abs().max() > 0.5
     close(metrics["loss"], loss / 12, 1e-5)
+
+
+@dataclass(config={"extra": "forbid"}, kw_only=True)
+class CorrectedPPO(PPOConfig):
+    use_bias_correction_kl: bool = True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_options_of_ppo_bear_a_kl_in_the_loss(tokenizer, kind, corrected):
+    """A step of one's own may take PPO's options and pay for the KL in the loss: that
+    is PPO's loss, and beta times the token mean of k3. On fresh samples the corrected
+    one is the same number; a kind of the config may have the option."""
+    config = short_config(algorithm="ppo", beta=0.1)
+    if corrected:
+        config = CorrectedPPO(**vars(config))
+    assert config.use_bias_correction_kl == corrected
+    losses = []
+    for beta in (0.0, config.beta):
+        models = boxes(tokenizer, "ppo", kind)
+        models.generator = torch.Generator().manual_seed(0)
+        rollout = models.sample(QUERIES, 1, config)
+        rollout.ref_logprobs = models.reference_logprobs(rollout, config)
+        models.score(rollout, config)
+        rollout.values = models.predict_values(rollout, config)
+        rewards = token_rewards(rollout, 0.0)
+        rollout.advantages, rollout.returns = gae_advantages(rollout, rewards, config)
+        losses.append(update(models, rollout, config, beta=beta)["loss"])
+    k3 = kl(rollout.logprobs.double(), rollout.ref_logprobs)[rollout.completion_mask]
+    assert k3.mean() > 1e-3
+    close(losses[1] - losses[0], 0.1 * k3.mean(), 1e-6)
+
+
+def test_the_correction_of_the_kl_is_no_option_of_ppo():
+    "Whose own step has no KL in the loss: it would do nothing."
+    with pytest.raises(ValueError, match="use_bias_correction_kl.*only grpo has it"):
+        make_config(algorithm="ppo", use_bias_correction_kl=True)
+    assert "use_bias_correction_kl" not in vars(make_config(algorithm="ppo"))

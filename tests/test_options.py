@@ -88,6 +88,28 @@ def test_bounds_are_of_options_and_numbers_have_them():
             assert field.name in BOUNDS
 
 
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_a_command_line_leaves_the_options_their_types(algorithm):
+    """transformers' parser writes others into the fields, without None: a kind of the
+    config that is made after a command line was read would refuse its own defaults."""
+    config = CONFIGS[algorithm]
+    hints = typing.get_type_hints(config, include_extras=True)
+    parse_arguments(["--algorithm", algorithm])
+
+    @dataclass(config={"extra": "forbid"}, kw_only=True)
+    class Kind(config):
+        "The same options."
+
+    one = Kind()
+    assert dataclasses.replace(one, num_prompts=2).epsilon_high is None
+    optional = {f.name for f in dataclasses.fields(config) if f.default is None}
+    assert {"epsilon_high", "reward_weights", "max_num_seqs"} <= optional
+    for field in dataclasses.fields(config):
+        if field.name in optional:
+            assert type(None) in typing.get_args(field.type), field.name
+            assert type(None) in typing.get_args(hints[field.name]), field.name
+
+
 @pytest.mark.parametrize("name, table", TABLES.items(), ids=TABLES)
 def test_an_entry_of_ones_own(monkeypatch, capsys, name, table):
     """Refused before it is in its table, by a message that names what is; then

@@ -645,7 +645,7 @@ def _check_kl_in_reward() -> Errors:
 _kl_reward_row = Check(
     "KL in the reward",
     r"r_t=\mathbf 1[t=\lvert o\rvert]\,r_\varphi(q,o)"
-    r"-\beta\log\frac{\pi_\theta(o_t)}{\pi_\text{ref}(o_t)}",
+    r"-\beta\log\frac{\pi_{\theta_\text{old}}(o_t)}{\pi_\text{ref}(o_t)}",
     "2402.03300, eq. 2; 2203.02155",
     "reference.kl_in_reward",
     "definition",

@@ -44,7 +44,7 @@ def parse_arguments(
 
 def _flags(algorithm: str, command: str, arguments: list[str]) -> dict:
     "The options that flags name; None for the others, so that a recipe can fill them."
-    parser = HfArgumentParser(
+    parser = _parser(
         CONFIGS[algorithm],
         prog=f"grpo_nb {command}",
         allow_abbrev=False,
@@ -59,6 +59,15 @@ def _flags(algorithm: str, command: str, arguments: list[str]) -> dict:
     parsed, rest = parser.parse_known_args(arguments, blank)
     # what this algorithm does not know: make_config says which one does
     return vars(parsed) | _unknown(rest)
+
+
+def _parser(config: type, **texts) -> HfArgumentParser:
+    "Make a flag of each field, and leave the fields the types that they have."
+    kinds = {option.name: option.type for option in fields(config)}
+    parser = HfArgumentParser(config, **texts)
+    for option in fields(config):
+        option.type = kinds[option.name]  # it has put others there, without None
+    return parser
 
 
 def _unknown(rest: list[str]) -> dict[str, str]:
