@@ -746,7 +746,9 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     ):
         main(["train", "--task", "row.jsonl"])
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(SystemExit, match="error: .*" + re.escape(how_to_install("gym"))):
+    with pytest.raises(
+        SystemExit, match="error: .*" + re.escape(how_to_install("gym"))
+    ):
         main(["train", "--task", "gym:gcd", "--output_dir", "other"])
     assert not (tmp_path / "other").exists()
 

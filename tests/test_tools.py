@@ -61,7 +61,7 @@ def test_every_extra_is_named_where_one_installs(settings):
     named = set()
     for path in (ROOT / "grpo_nb").rglob("*.py"):
         source = path.read_text()
-        assert "pip install \"grpo_nb" not in source, path
+        assert 'pip install "grpo_nb' not in source, path
         named |= set(re.findall(r"how_to_install\(['\"](\w+)", source))
     assert named == {"peft", "vllm", "math"} <= extras
 

@@ -13,7 +13,7 @@ import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -47,7 +47,7 @@ from ..reward import RewardFunction, accuracy_reward, brevity_reward
 from ..reward import format_reward, overlong_reward, process_reward
 from .diagnostics import ObservedModels
 from .options import Config, PPOConfig
-from ..engine.data import as_task
+from ..engine.data import TableTask, as_task
 from ..names import check_name, hub_options, near
 from ..engine.data import load_task
 from ..task import TASKS, Task
@@ -65,7 +65,8 @@ def open_task(
 ) -> Task:
     """Open what was passed, a task or rows, or else what the config names.
 
-    Where `math` or `choice` is a reward, right is what that says."""
+    Where `math` or `choice` is a reward, right is what that says. Where no reward asks
+    for right answers, evaluations of a table report the mean reward, too."""
     options = {name: getattr(config, name) for name in _TABLE}
     if task is None and config.task in TASKS:
         options["digits"] = config.digits  # only the package's own tasks have digits
@@ -73,7 +74,17 @@ def open_task(
         task = load_task(config.task, **options)
     else:
         task = as_task(task, **options)
-    return with_answer_rule(task, reward_funcs or config.reward_funcs)
+    names = reward_funcs or config.reward_funcs
+    task = with_answer_rule(task, names)
+    if isinstance(task, TableTask) and not _asking(names):
+        return replace(task, reports_reward=True)
+    return task
+
+
+def _asking(names: list[str | RewardFunction]) -> list[str]:
+    "Which of these rewards ask whether an answer is right."
+    asking = ("accuracy", "learned", "math", "choice")
+    return [name for name in names if isinstance(name, str) and name in asking]
 
 # %% ../../nbs/2_run/21_build.ipynb #d3b934de
 # name -> maker, which takes what it needs of: task, policy, tokenizer, longest, pattern
@@ -101,7 +112,7 @@ def check_rules(
     Raises: `ValueError` if one is to tell right from wrong, and the task does not; if
     the answers of its rows are no letters; if "format" has no pattern."""
     _check_form(names, task, format_pattern)
-    asks = [x for x in names if x in ("accuracy", "learned", "math", "choice")]
+    asks = _asking(names)
     if task.steps is None:
         asks += [name for name in names if name == "process"]
     if asks and task.is_right is None:

@@ -195,9 +195,7 @@ class RunOptions:
         False,
         "compute layers again in the backward pass: less memory, more time",
     )
-    use_vllm: bool = _option(
-        False, 'sample with vLLM, in this process (pip install "grpo_nb[vllm]")'
-    )
+    use_vllm: bool = _option(False, "sample with vLLM, in this process (extra vllm)")
     vllm_importance_sampling_correction: bool = _option(
         False, "weight each token's policy loss by pi_old / (pi that vLLM sampled from)"
     )
