@@ -92,8 +92,12 @@ def hub_options(
     return {"local_files_only": not within_reach(name)}
 
 # %% ../nbs/1_figure/16_names.ipynb #16a00007
+_OWN_PINS = ("vllm",)  # its torch and transformers are others than those pinned here
+
+
 def how_to_install(
     extra: str,  # of settings.ini
 ) -> str:
     "Write the command that installs what an option needs; it is run in the clone."
-    return f'in the clone, pip install -c constraints.txt -e ".[{extra}]"'
+    pins = "" if extra in _OWN_PINS else "-c constraints.txt "
+    return f'in the clone, pip install {pins}-e ".[{extra}]"'

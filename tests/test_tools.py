@@ -56,8 +56,12 @@ def test_every_extra_is_named_where_one_installs(settings):
     table = text.partition("| extra | what needs it |")[2].partition("\n\n")[0]
     firsts = [line.split("|")[1] for line in table.splitlines()[2:]]
     assert sorted(re.findall(r"`(\w+)`", "".join(firsts))) == sorted(extras)
-    command = how_to_install("peft").removeprefix("in the clone, ")
-    assert command.replace("peft", "notebooks,peft,math") in text
+    peft, vllm = (
+        how_to_install(extra).removeprefix("in the clone, ")
+        for extra in ("peft", "vllm")
+    )
+    assert peft.replace("peft", "notebooks,peft,math") in text
+    assert f"`{vllm}`" in table  # it has pins of its own
     named = set()
     for path in (ROOT / "grpo_nb").rglob("*.py"):
         source = path.read_text()

@@ -332,7 +332,7 @@ class Run:
 
 # %% ../../nbs/2_run/24_training.ipynb #24t00011
 def _reported(task: Task) -> dict[str, str]:
-    "What evaluations report of a task: by its rule, by its rewards; each with its form."
+    "What evaluations report of a task, by its rule or its rewards: name -> form."
     reported = {}
     if task.is_right is not None:
         reported["accuracy"] = ".1%"
