@@ -52,6 +52,9 @@ from grpo_nb.engine.data import (
     same_number,
     task_from_rows,
 )
+from grpo_nb.names import how_to_install
+from grpo_nb.run import training
+from grpo_nb.run.build import open_task
 from grpo_nb.run.command_line import chat, main
 from grpo_nb.run.training import evaluate, open_run, train
 from grpo_nb.task import TASKS
@@ -426,7 +429,7 @@ def test_a_missing_package_is_named_with_its_extra(
     path = write(tmp_path / "rows.jsonl", PROBLEMS)
     same_number.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"pip install \"grpo_nb\[{extra}\]\""):
+    with pytest.raises(ImportError, match=re.escape(how_to_install(extra))):
         load_task(name.format(path))
 
 
@@ -743,7 +746,9 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     ):
         main(["train", "--task", "row.jsonl"])
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(SystemExit, match=r"error: .*grpo_nb\[gym\]"):
+    with pytest.raises(
+        SystemExit, match="error: .*" + re.escape(how_to_install("gym"))
+    ):
         main(["train", "--task", "gym:gcd", "--output_dir", "other"])
     assert not (tmp_path / "other").exists()
 
@@ -803,6 +808,77 @@ def test_a_file_without_answers_of_which_nothing_is_scored(tmp_path):
         run.summary()["held-out reward after"] == "nan"
         and read_metrics(run.directory)[1]["eval/reward"] is None
     )
+
+
+def test_a_table_is_evaluated_by_rewards_of_ones_own_too(tmp_path):
+    """Its strict rule takes no sum for the sentence that the row has; the reward does.
+    Both are of the same greedy answers, here judged again. What a function logs then is
+    no step's."""
+    rows = [row | {"answer": f"It is {row['answer']}."} for row in SUMS]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def within(completions, answer, log_metric, **columns):
+        log_metric("judged", len(completions))
+        pairs = zip(completions, answer)
+        return [float(f" {text.strip()}." in right) for text, right in pairs]
+
+    options = {"task": path, "eval_size": 7, "eval_steps": 2}
+    run = two_steps(tmp_path / "own", functions=[within], **options)
+    first, last = read_metrics(run.directory)
+    queries = {query.text: query for query in run.task.queries("heldout", 7)}.values()
+    greedy = sample(run.policy, run.tokenizer, list(queries), 1, 8, top_k=1).completions
+    answers = [query.columns["answer"] for query in queries]
+    rewards = within(greedy, answers, lambda *_: None)
+    assert sum(rewards) > 0
+    assert last["eval/reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert last["eval/accuracy"] == first["eval/initial_accuracy"] == 0
+    assert first["judged"] == last["judged"] == len(run.completions) / 2
+    shown = run.summary()
+    assert shown["held-out accuracy after"] == "0.0%"
+    assert shown["held-out reward before"] == f"{first['eval/initial_reward']:.3f}"
+    assert shown["held-out reward after"] == f"{last['eval/reward']:.3f}"
+    assert shown.equals(open_run(run.directory, reward_funcs=[within]).summary())
+
+
+@pytest.mark.parametrize("named", [None, ["math"], ["accuracy", len], ["learned"]])
+def test_a_table_whose_rule_is_a_reward_is_evaluated_by_it_alone(tmp_path, named):
+    config = make_config(task=write(tmp_path / "rows.jsonl", SUMS))
+    assert not open_task(config, reward_funcs=named).reports_reward
+    assert open_task(config, reward_funcs=[len, "brevity"]).reports_reward
+
+
+def test_what_is_typed_is_asked_as_the_rows_are(tmp_path, monkeypatch, reader):
+    """A question is found without the system prompt of its row, and has its reward;
+    another one gets the system prompt."""
+    path = write(tmp_path / "rows.jsonl", CHATS)
+    run = two_steps(tmp_path / "run", reader, task=path, max_steps=1)
+    asked = []
+
+    def spy(policy, tokenizer, queries, *arguments, **options):
+        asked.append(queries[0].prompt)
+        return sample(policy, tokenizer, queries, *arguments, **options)
+
+    monkeypatch.setattr(training, "sample", spy)
+    row = CHATS[34]
+    typed = row["prompt"][-1]["content"]
+    assert run.answers(typed, 4)["reward"].notna().all()
+    assert run.answers("And now?", 4)["reward"].isna().all()
+    assert asked == [row["prompt"], row["prompt"][:1] + [user("And now?")]]
+    plain = dataclasses.replace(run, task=load_task("add"))
+    plain.answers("And now?", 4)
+    assert asked[2] == "And now?"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_a_word_problem_is_found_by_its_question(tmp_path):
+    task = load_task(f"gsm8k:{write(tmp_path / 'rows.jsonl', PROBLEMS)}")
+    for problem in PROBLEMS[::7]:
+        found = task.parse(problem["question"])
+        assert found.columns["answer"] == problem["answer"]
+    assert task.parse("How many has she now?") is None
 
 
 def test_a_model_that_cannot_read_the_prompts_is_refused(tmp_path):

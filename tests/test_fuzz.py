@@ -2448,6 +2448,7 @@ EXCEPTIONS = (
         "engine.micro_batch.logprobs_in_micro_batches": "in `reference_logprobs`",
         "names.within_reach": "asks the hub; test_bad_input.py",
         "names.near": "names that are nowhere in test_bad_input.py",
+        "names.how_to_install": "extras in test_tools.py",
         "checks.has_float64": "takes a device; test_accelerator.py",
         "names.check_name": "names that are nowhere in test_bad_input.py",
         "names.hub_options": "names that are nowhere in test_bad_input.py",

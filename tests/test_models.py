@@ -5,6 +5,7 @@ The plain way is written here: one forward pass a completion, no padding, nothin
 shared, and the losses from their definitions."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -27,6 +28,7 @@ from grpo_nb.evidence.plots import trained_parameters
 from grpo_nb.engine.judging import RewardModel
 from grpo_nb.engine.packing import shared_rows, shares_prompt
 from grpo_nb.loading import TINY
+from grpo_nb.names import how_to_install
 from grpo_nb.policy import load_policy, token_logprobs
 from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.decoding import sample
@@ -973,9 +975,9 @@ def test_what_adapters_cannot_do_is_refused(directory, tmp_path, monkeypatch):
         patched.setattr(
             build, "load_policy", lambda *_: pytest.fail("a model was loaded")
         )
-        with pytest.raises(ImportError, match=r'pip install "grpo_nb\[peft\]"'):
+        with pytest.raises(ImportError, match=re.escape(how_to_install("peft"))):
             train(small("tiny", tmp_path / "no", **LORA))
-        with pytest.raises(ImportError, match=r'pip install "grpo_nb\[peft\]"'):
+        with pytest.raises(ImportError, match=re.escape(how_to_install("peft"))):
             open_run(run.directory)
     assert not (tmp_path / "no").exists()
     assert train(

@@ -3,6 +3,7 @@ vLLM: by enumeration, by hand, and by TRL.
 
 test_vllm.py has the same with the engine itself."""
 
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from grpo_nb.algorithm import STEPS
 from grpo_nb.run.options import make_config
 from grpo_nb.engine.decoding import sample
 from grpo_nb.engine.packing import token_logprobs
+from grpo_nb.names import how_to_install
 from grpo_nb.policy import load_policy
 from grpo_nb.engine.data import load_task
 from grpo_nb.task import Query
@@ -378,7 +380,8 @@ def test_vllm_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkey
         build, "load_policy", lambda *_: pytest.fail("a model was loaded")
     )
     with pytest.raises(
-        ImportError, match=r'use_vllm = True needs vLLM: pip install "grpo_nb\[vllm\]"'
+        ImportError,
+        match=re.escape(f"use_vllm = True needs vLLM: {how_to_install('vllm')}"),
     ):
         train(
             short_config(use_vllm=True, output_dir=str(tmp_path / "run")),

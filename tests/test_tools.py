@@ -27,6 +27,7 @@ import check_docs
 import preview
 import readme
 import version_ends
+from grpo_nb.names import how_to_install
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,30 @@ def test_metadata_is_that_of_settings(settings):
     assert package.version == settings["version"]
     assert set(package.metadata.get_all("Provides-Extra")) == extras
     assert required <= {Requirement(r).name for r in package.requires}
+
+
+def test_every_extra_is_named_where_one_installs(settings):
+    "The table of the home page has each once; messages name extras that there are."
+    extras = {
+        key.removeprefix("extras_") for key in settings if key.startswith("extras_")
+    }
+    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
+    text = "".join(line for cell in cells for line in cell["source"])
+    table = text.partition("| extra | what needs it |")[2].partition("\n\n")[0]
+    firsts = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert sorted(re.findall(r"`(\w+)`", "".join(firsts))) == sorted(extras)
+    peft, vllm = (
+        how_to_install(extra).removeprefix("in the clone, ")
+        for extra in ("peft", "vllm")
+    )
+    assert peft.replace("peft", "notebooks,peft,math") in text
+    assert f"`{vllm}`" in table  # it has pins of its own
+    named = set()
+    for path in (ROOT / "grpo_nb").rglob("*.py"):
+        source = path.read_text()
+        assert 'pip install "grpo_nb' not in source, path
+        named |= set(re.findall(r"how_to_install\(['\"](\w+)", source))
+    assert named == {"peft", "vllm", "math"} <= extras
 
 
 def test_every_requirement_is_pinned_within_its_range(settings):

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from grpo_nb.run.dynamic_sampling import step_of
-from grpo_nb.run import run_directory, training
+from grpo_nb.run import command_line, run_directory, training
 from grpo_nb.run.options import CONFIGS, RECIPES, make_config
 from grpo_nb.engine.judging import RewardModel
 from grpo_nb.reward import accuracy_reward
@@ -1078,6 +1078,20 @@ def test_arguments_and_recipes():
         CONFIGS.items()
     ):  # what the command line makes of no flags is the config of the library
         assert parse_arguments(["--algorithm", algorithm]) == config()
+
+
+def test_chat_computes_where_it_is_told(finished, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        command_line, "open_run", lambda *_, **options: opened.append(options)
+    )
+    monkeypatch.setattr(command_line, "chat", lambda run: None)
+    for flags in ([], ["--device", "cpu"]):
+        main(["chat", str(finished.directory), *flags])
+    assert [options["device"] for options in opened] == ["auto", "cpu"]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="device .*cuda:99"):
+        main(["chat", str(finished.directory), "--device", "cuda:99"])
 
 
 def test_chat(finished, capsys):

@@ -29,7 +29,7 @@ from transformers.utils import cached_file, check_peft_version
 
 from .micro_batch import logprobs_in_micro_batches
 from ..loading import load_policy
-from ..names import hub_options
+from ..names import how_to_install, hub_options
 from ..rollout import Rollout
 from ..run.options import Config
 
@@ -39,7 +39,7 @@ def require_peft(what: str):
 
     Raises: `ImportError` if it is not, or is too old for this transformers."""
     if importlib.util.find_spec("peft") is None:
-        raise ImportError(f'{what} needs PEFT: pip install "grpo_nb[peft]"')
+        raise ImportError(f"{what} needs PEFT: {how_to_install('peft')}")
     needed = peft_integration.MIN_PEFT_VERSION
     try:
         check_peft_version(needed)

@@ -17,6 +17,7 @@ from functools import lru_cache
 from numbers import Rational, Real
 
 from .word_problems import extract_answer, same_number
+from ..names import how_to_install
 from ..reward import RewardFunction, text_of
 from ..task import Query, Task
 
@@ -344,8 +345,7 @@ def math_reward() -> RewardFunction:
         same_number("1", "1")
     except ImportError as error:
         raise ImportError(
-            'reward_funcs math needs the package math-verify: pip install "grpo_nb'
-            '[math]"'
+            f"reward_funcs math needs the package math-verify: {how_to_install('math')}"
         ) from error
     return _reward("math", is_right_math)
 

@@ -24,6 +24,7 @@ from .shapes import SHAPES, Reader, accepted_answers, is_same_answer
 from .shapes import is_text, makes_target, marked_answer, recognise
 from .word_problems import INTEGER, extract_answer, is_gold
 from .word_problems import same_number
+from ..names import how_to_install
 from ..task import TASKS, Query, Task
 
 # %% ../../nbs/3_engine/37_data.ipynb #37da0034
@@ -108,12 +109,25 @@ class _Table:
 
     def _by_text(self) -> dict[str, int]:
         queries = (as_query(row) for _, rows, as_query in self.parts for row in rows)
-        return {query.text.strip(): i for i, query in enumerate(queries)}
+        found = {}
+        for i, query in enumerate(queries):
+            found[query.text.strip()] = i
+            for question in _questions(query):
+                found.setdefault(question.strip(), i)
+        return found
 
     def parse(self, text: str) -> Query | None:
-        "Find the row whose prompt somebody typed."
+        "Find the row whose prompt, or question, somebody typed."
         i = self.by_text().get(text.strip())
         return None if i is None else self.query(i)
+
+
+def _questions(query: Query) -> list[str]:
+    "List the parts of a prompt that are its question: its key, its last message."
+    parts = [query.key]
+    if not isinstance(query.prompt, str):
+        parts.append(query.prompt[-1]["content"])
+    return [part for part in parts if part]
 
 
 def _readable(name: str, rows: Sequence[dict]) -> Iterator[dict]:
@@ -174,6 +188,8 @@ class TableTask(Task):
 
     about: str = ""  # one line: what was recognised, and what is held out
     table: _Table | None = field(default=None, repr=False)
+    # Do evaluations report the mean reward beside the accuracy?
+    reports_reward: bool = False
 
 
 def look_through(task: Task, queries: Iterable[Query]) -> Seen:
@@ -378,7 +394,7 @@ def gsm8k(
 
 def _missing(name: str, package: str, extra: str) -> ImportError:
     return ImportError(
-        f'task {name!r} needs the package {package}: pip install "grpo_nb[{extra}]"'
+        f"task {name!r} needs the package {package}: {how_to_install(extra)}"
     )
 
 # %% ../../nbs/3_engine/37_data.ipynb #a605b108
