@@ -2,10 +2,9 @@
  * the library, losses in float32, with a gradient. */
 
 import { dispose, np, tensor } from "./arrays.js";
-import { logprobs, positionsOf, values } from "./policy.js";
+import { logprobs, plainParts, positionsOf, values } from "./policy.js";
 
 /** @typedef {import("../types").Tensor} Tensor */
-/** @typedef {import("../types").Parts} Parts */
 /** @typedef {import("../types").Architecture} Architecture */
 
 const EPS = 1e-4; // added to the standard deviation of rewards
@@ -110,15 +109,15 @@ export async function whiten(rows) {
  * The loss of the policy, in the shape of all of GRPO's and PPO's variants: a weight
  * for each token, times the clipped surrogate (PPO 1707.06347, eq. 7) and the price of
  * the KL (k3; DeepSeekMath 2402.03300, eq. 3 and 4).
- * @param {Parts} parts
  * @param {Architecture} model
+ * @param {number} L - tokens of a row
  * @param {Tensor[]} parameters
- * @param {import("../types").PolicyBatch} batch - [R, L] each, x and target [R, L, V]
+ * @param {import("../types").PolicyBatch} batch - [N] each, x and target [N, V]
  * @returns {Tensor} one number
  */
-export function policyLoss(parts, model, parameters, batch) {
-  const at = positionsOf(model, batch.x.shape[1]);
-  const all = logprobs(parts, model, parameters, batch.x, at);
+export function policyLoss(model, L, parameters, batch) {
+  const at = positionsOf(model, L);
+  const all = logprobs(plainParts(model, L), model, parameters, batch.x, at);
   dispose(at);
   const lp = np.sum(all.mul(batch.target), -1);
 
@@ -134,15 +133,15 @@ export function policyLoss(parts, model, parameters, batch) {
 
 /**
  * The clipped loss of the value model (PPO2; InstructGPT 2203.02155).
- * @param {Parts} parts
  * @param {Architecture} model
+ * @param {number} L - tokens of a row
  * @param {Tensor[]} parameters
  * @param {import("../types").ValueBatch} batch
  * @returns {Tensor} one number
  */
-export function valueLoss(parts, model, parameters, batch) {
-  const at = positionsOf(model, batch.x.shape[1]);
-  const v = values(parts, model, parameters, batch.x, at);
+export function valueLoss(model, L, parameters, batch) {
+  const at = positionsOf(model, L);
+  const v = values(plainParts(model, L), model, parameters, batch.x, at);
   dispose(at);
   const lowest = batch.old.ref.sub(batch.range.ref);
   const highest = batch.old.add(batch.range);

@@ -8,16 +8,30 @@ import { compiledParts, logprobs, plainParts, positionsOf, values } from "./poli
 /** @typedef {import("../types").Architecture} Architecture */
 /** @typedef {import("../types").Row} Row */
 
-/* A number of rows that has been compiled costs nothing; a new one does. */
-const SIZES = [1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512];
+/* Each number of rows, and each width, has to be compiled once, which takes a second:
+ * so there are few of them, and what is larger is computed in pieces. */
+const SIZES = [16, 32, 64];
+const WIDTH = 10; // the tokens read of "12+34=" and an answer
 
 /** Rows to compute where n are wanted. @param {number} n */
-export function paddedSize(n) {
-  return SIZES.find((size) => size >= n) ?? 128 * Math.ceil(n / 128);
+const paddedSize = (n) => SIZES.find((size) => size >= n) ?? SIZES.at(-1);
+
+/** Tokens of a row to compute. @param {number[][]} rows */
+const paddedWidth = (rows) => Math.max(WIDTH, ...rows.map((row) => row.length));
+
+/**
+ * Rows in pieces of the largest size.
+ * @template T
+ * @param {T[]} rows
+ */
+function piecesOf(rows) {
+  const size = SIZES.at(-1);
+  const count = Math.ceil(rows.length / size);
+  return Array.from({ length: count }, (_, i) => rows.slice(i * size, (i + 1) * size));
 }
 
 /**
- * Token ids as one-hot rows, [R, L, V]; all 0 where `rows` has none.
+ * Token ids as one-hot rows, [R L, V]; all 0 where `rows` has none.
  * @param {(number | undefined)[][]} rows
  * @param {number} R
  * @param {number} L
@@ -26,11 +40,11 @@ export function paddedSize(n) {
 function oneHot(rows, R, L, V) {
   const data = new Float32Array(R * L * V);
   rows.forEach((row, i) => {
-    row.slice(0, L).forEach((id, t) => {
-      if (id !== undefined) data[(i * L + t) * V + id] = 1;
+    row.forEach((id, t) => {
+      if (id !== undefined && t < L) data[(i * L + t) * V + id] = 1;
     });
   });
-  return tensor(data, [R, L, V]);
+  return tensor(data, [R * L, V]);
 }
 
 /** The tokens that a model reads of a row; the last one is only a target. */
@@ -39,34 +53,32 @@ const inputsOf = (row) => [...row.prompt, ...row.tokens].slice(0, -1);
 /** Where the first token of a completion is predicted. */
 const startOf = (row) => row.prompt.length - 1;
 
-/** The widest row. @param {number[][]} rows */
-const widthOf = (rows) => Math.max(...rows.map((row) => row.length));
-
-/** Both ways through one architecture, shared by all models of it. */
+/** What is compiled for one architecture, shared by all models of it. */
 export class Network {
   /** @param {Architecture} model */
   constructor(model) {
     this.model = model;
     this.vocabularySize = model.vocabulary.length;
-    this.plain = plainParts(model);
-    this.compiled = compiledParts(this.plain);
-    this.positions = new Map();
-    this.policyGradient = jit(
-      valueAndGrad((parameters, batch) =>
-        policyLoss(this.plain, model, parameters, batch),
-      ),
-    );
-    this.valueGradient = jit(
-      valueAndGrad((parameters, batch) =>
-        valueLoss(this.plain, model, parameters, batch),
-      ),
-    );
+    this.found = new Map();
+  }
+
+  /** What belongs to rows of L tokens. @param {number} L */
+  of(L) {
+    if (!this.found.has(L)) this.found.set(L, this.make(L));
+    return this.found.get(L);
   }
 
   /** @param {number} L */
-  positionsFor(L) {
-    if (!this.positions.has(L)) this.positions.set(L, positionsOf(this.model, L));
-    return this.positions.get(L);
+  make(L) {
+    const { model } = this;
+    const gradientOf = (loss) =>
+      jit(valueAndGrad((parameters, batch) => loss(model, L, parameters, batch)));
+    return {
+      parts: compiledParts(plainParts(model, L)),
+      positions: positionsOf(model, L),
+      policyGradient: gradientOf(policyLoss),
+      valueGradient: gradientOf(valueLoss),
+    };
   }
 }
 
@@ -99,16 +111,23 @@ export class Model {
   }
 
   /**
-   * Run one of the two heads over rows of token ids.
+   * Run one of the two heads over rows of token ids; `size` numbers for each token.
    * @param {typeof logprobs} head
    * @param {number[][]} rows
+   * @param {number} size
+   * @returns {Promise<Float32Array[]>} of each row, [L size]
    */
-  async run(head, rows) {
-    const { compiled, model, vocabularySize } = this.network;
-    const L = widthOf(rows);
-    const x = oneHot(rows, paddedSize(rows.length), L, vocabularySize);
-    const at = this.network.positionsFor(L);
-    return { L, data: await head(compiled, model, this.refs(), x, at).data() };
+  async run(head, rows, size) {
+    const { model, vocabularySize } = this.network;
+    const L = paddedWidth(rows);
+    const { parts, positions } = this.network.of(L);
+    const results = [];
+    for (const piece of piecesOf(rows)) {
+      const x = oneHot(piece, paddedSize(piece.length), L, vocabularySize);
+      const data = await head(parts, model, this.refs(), x, positions).data();
+      piece.forEach((_, i) => results.push(data.slice(i * L * size, (i + 1) * L * size)));
+    }
+    return results;
   }
 
   /**
@@ -118,11 +137,8 @@ export class Model {
    */
   async next(rows) {
     const V = this.network.vocabularySize;
-    const { L, data } = await this.run(logprobs, rows);
-    return rows.map((row, i) => {
-      const start = (i * L + row.length - 1) * V;
-      return data.slice(start, start + V);
-    });
+    const found = await this.run(logprobs, rows, V);
+    return rows.map((row, i) => found[i].slice((row.length - 1) * V, row.length * V));
   }
 
   /**
@@ -132,9 +148,9 @@ export class Model {
    */
   async score(rows) {
     const V = this.network.vocabularySize;
-    const { L, data } = await this.run(logprobs, rows.map(inputsOf));
+    const found = await this.run(logprobs, rows.map(inputsOf), V);
     return rows.map((row, i) =>
-      row.tokens.map((id, t) => data[(i * L + startOf(row) + t) * V + id]),
+      row.tokens.map((id, t) => found[i][(startOf(row) + t) * V + id]),
     );
   }
 
@@ -144,21 +160,8 @@ export class Model {
    * @returns {Promise<number[][]>}
    */
   async value(rows) {
-    const { L, data } = await this.run(values, rows.map(inputsOf));
-    return rows.map((row, i) => row.tokens.map((_, t) => data[i * L + startOf(row) + t]));
-  }
-
-  /**
-   * Lay numbers of tokens out as [R, L], 0 elsewhere.
-   * @param {Row[]} rows
-   * @param {(row: Row) => number[]} numbersOf
-   * @param {number} R
-   * @param {number} L
-   */
-  layOut(rows, numbersOf, R, L) {
-    const data = new Float32Array(R * L);
-    rows.forEach((row, i) => data.set(numbersOf(row), i * L + startOf(row)));
-    return tensor(data, [R, L]);
+    const found = await this.run(values, rows.map(inputsOf), 1);
+    return rows.map((row, i) => row.tokens.map((_, t) => found[i][startOf(row) + t]));
   }
 
   /**
@@ -167,24 +170,17 @@ export class Model {
    * @param {(row: Row) => number[]} weightsOf - of each token's loss
    * @param {{ epsilon: number, beta: number }} options
    */
-  async policyGradient(rows, weightsOf, { epsilon, beta }) {
-    const inputs = rows.map(inputsOf);
-    const [R, L] = [paddedSize(rows.length), widthOf(inputs)];
-    const V = this.network.vocabularySize;
-    const targets = rows.map((row) => [...Array(startOf(row)), ...row.tokens]);
-    const put = (numbersOf) => this.layOut(rows, numbersOf, R, L);
-    const batch = {
-      x: oneHot(inputs, R, L, V),
-      target: oneHot(targets, R, L, V),
-      weights: put(weightsOf),
-      advantages: put((row) => row.advantages),
-      old: put((row) => row.logprobs),
-      reference: put((row) => row.refLogprobs),
+  policyGradient(rows, weightsOf, { epsilon, beta }) {
+    return this.gradient("policyGradient", rows, (layOut, oneHotTargets) => ({
+      target: oneHotTargets(),
+      weights: layOut(weightsOf),
+      advantages: layOut((row) => row.advantages),
+      old: layOut((row) => row.logprobs),
+      reference: layOut((row) => row.refLogprobs),
       low: scalar(1 - epsilon),
       high: scalar(1 + epsilon),
       beta: scalar(beta),
-    };
-    return download(this.network.policyGradient(this.refs(), batch));
+    }));
   }
 
   /**
@@ -193,24 +189,47 @@ export class Model {
    * @param {(row: Row) => number[]} weightsOf
    * @param {number} range - cliprange_value
    */
-  async valueGradient(rows, weightsOf, range) {
-    const inputs = rows.map(inputsOf);
-    const [R, L] = [paddedSize(rows.length), widthOf(inputs)];
-    const put = (numbersOf) => this.layOut(rows, numbersOf, R, L);
-    const batch = {
-      x: oneHot(inputs, R, L, this.network.vocabularySize),
-      weights: put(weightsOf),
-      old: put((row) => row.values),
-      returns: put((row) => row.returns),
+  valueGradient(rows, weightsOf, range) {
+    return this.gradient("valueGradient", rows, (layOut) => ({
+      weights: layOut(weightsOf),
+      old: layOut((row) => row.values),
+      returns: layOut((row) => row.returns),
       range: scalar(range),
-    };
-    return download(this.network.valueGradient(this.refs(), batch));
+    }));
   }
-}
 
-/** A loss and its gradient as numbers. @param {[Tensor, Tensor[]]} result */
-async function download([loss, gradient]) {
-  const gradients = [];
-  for (const part of gradient) gradients.push(await part.data());
-  return { loss: (await loss.data())[0], gradients };
+  /**
+   * A loss and its gradient. Weights of tokens are shares of the whole step, so those
+   * of pieces add up.
+   * @param {"policyGradient" | "valueGradient"} which
+   * @param {Row[]} rows
+   * @param {(layOut: Function, oneHotTargets: Function) => object} batchOf
+   */
+  async gradient(which, rows, batchOf) {
+    const V = this.network.vocabularySize;
+    const L = paddedWidth(rows.map(inputsOf));
+    const result = { loss: 0, gradients: this.numbers.map((x) => x.slice().fill(0)) };
+    for (const piece of piecesOf(rows)) {
+      const R = paddedSize(piece.length);
+      const layOut = (numbersOf) => {
+        const data = new Float32Array(R * L);
+        piece.forEach((row, i) => data.set(numbersOf(row), i * L + startOf(row)));
+        return tensor(data, [R * L]);
+      };
+      const oneHotTargets = () => {
+        const targets = piece.map((row) => [...Array(startOf(row)), ...row.tokens]);
+        return oneHot(targets, R, L, V);
+      };
+      const x = oneHot(piece.map(inputsOf), R, L, V);
+      const batch = { x, ...batchOf(layOut, oneHotTargets) };
+      const [loss, gradient] = this.network.of(L)[which](this.refs(), batch);
+      result.loss += (await loss.data())[0];
+      for (const [k, part] of gradient.entries()) {
+        const numbers = await part.data();
+        const sum = result.gradients[k];
+        for (let i = 0; i < sum.length; i++) sum[i] += numbers[i];
+      }
+    }
+    return result;
+  }
 }

@@ -15,40 +15,38 @@ import { jit, nn, np, tensor } from "./arrays.js";
 const PER_LAYER = 9; // q, k, v, o, gate, up, down, norm, norm
 
 /**
- * The parts of the forward pass; R rows of L tokens, D numbers a token.
+ * The parts of the forward pass. R rows of L tokens stand below each other, N = R L,
+ * with D numbers a token: [N, D].
  * @param {Architecture} model
+ * @param {number} L - tokens of a row
  * @returns {Parts}
  */
-export function plainParts(model) {
+export function plainParts(model, L) {
   const H = model.heads;
+  const D = model.width;
   return {
-    /** A product with the rows of a table; [R, L, V] one-hot -> [R, L, D]. */
+    /** The table's row of each token; [N, V] one-hot -> [N, D]. */
     embed(x, table) {
-      const [R, L, V] = x.shape;
-      return np.matmul(x.reshape([R * L, V]), table).reshape([R, L, model.width]);
+      return np.matmul(x, table);
     },
-    /** RMSNorm; [R, L, D] -> [R, L, D]. */
+    /** RMSNorm; [N, D] -> [N, D]. */
     norm(x, gain) {
       const square = np.mean(x.ref.mul(x.ref), -1, { keepdims: true });
       const scale = np.reciprocal(np.sqrt(square.add(model.eps)));
       return x.mul(scale).mul(gain);
     },
-    /** A linear layer without bias; [R, L, D] -> [R, L, E]. */
+    /** A linear layer without bias; [N, D] -> [N, E]. */
     linear(x, weight) {
-      const [R, L, D] = x.shape;
-      const E = weight.shape[0];
-      const y = np.matmul(x.reshape([R * L, D]), np.transpose(weight));
-      return y.reshape([R, L, E]);
+      return np.matmul(x, np.transpose(weight));
     },
-    /** Cut into heads; [R, L, D] -> [R, H, L, D / H]. */
+    /** Cut into heads; [N, D] -> [R, H, L, D / H]. */
     split(x) {
-      const [R, L, D] = x.shape;
-      return np.transpose(x.reshape([R, L, H, D / H]), [0, 2, 1, 3]);
+      const heads = x.reshape([x.shape[0] / L, L, H, D / H]);
+      return np.transpose(heads, [0, 2, 1, 3]);
     },
     /** The same, each pair of numbers turned by its position (RoPE). */
     turn(x, cos, sin) {
-      const [R, L, D] = x.shape;
-      const [a, b] = np.split(x.reshape([R, L, H, D / H]), 2, -1);
+      const [a, b] = np.split(x.reshape([x.shape[0] / L, L, H, D / H]), 2, -1);
       const left = a.ref.mul(cos.ref).sub(b.ref.mul(sin.ref));
       const right = b.mul(cos).add(a.mul(sin));
       return np.transpose(np.concatenate([left, right], -1), [0, 2, 1, 3]);
@@ -59,14 +57,17 @@ export function plainParts(model) {
     },
     /** Softmax over the tokens up to each one. */
     attend(scores, mask) {
-      const scale = (model.width / H) ** -0.5;
+      const scale = (D / H) ** -0.5;
       return nn.softmax(scores.mul(scale).add(mask), -1);
     },
-    /** Mix the values of the tokens attended to; -> [R, L, D]. */
+    /** Add up the values of the tokens attended to; -> [R, H, L, D / H]. */
     mix(attention, v) {
-      const [R, , L] = attention.shape;
-      const mixed = np.transpose(np.matmul(attention, v), [0, 2, 1, 3]);
-      return mixed.reshape([R, L, model.width]);
+      return np.matmul(attention, v);
+    },
+    /** Put the heads together; -> [N, D]. */
+    join(x) {
+      const N = x.shape[0] * L;
+      return np.transpose(x, [0, 2, 1, 3]).reshape([N, D]);
     },
     /** SwiGLU. */
     gate(a, b) {
@@ -116,11 +117,11 @@ export function positionsOf(model, L) {
 }
 
 /**
- * The last layer's states, [R, L, D]. Consumes the parameters and `x`.
+ * The last layer's states, [N, D]. Consumes the parameters and `x`.
  * @param {Parts} parts
  * @param {Architecture} model
  * @param {Tensor[]} parameters
- * @param {Tensor} x - one-hot tokens, [R, L, V]
+ * @param {Tensor} x - one-hot tokens, [N, V]
  * @param {Positions} at
  * @returns {Tensor}
  */
@@ -137,7 +138,7 @@ export function trunk(parts, model, parameters, x, at) {
     const k = parts.turn(parts.linear(a.ref, wk), at.cos.ref, at.sin.ref);
     const v = parts.split(parts.linear(a, wv));
     const attention = parts.attend(parts.match(q, k), at.mask.ref);
-    h = parts.add(h, parts.linear(parts.mix(attention, v), wo));
+    h = parts.add(h, parts.linear(parts.join(parts.mix(attention, v)), wo));
 
     const b = parts.norm(h.ref, between);
     const gated = parts.gate(parts.linear(b.ref, wGate), parts.linear(b, wUp));
@@ -147,7 +148,7 @@ export function trunk(parts, model, parameters, x, at) {
 }
 
 /**
- * Log-probabilities of every next token, [R, L, V]; the last table is the first one.
+ * Log-probabilities of every next token, [N, V]; the last table is the first one.
  * @param {Parts} parts
  * @param {Architecture} model
  * @param {Tensor[]} parameters
@@ -162,7 +163,7 @@ export function logprobs(parts, model, parameters, x, at) {
 }
 
 /**
- * The value before each next token, [R, L]; two parameters more than the trunk.
+ * The value before each next token, [N]; two parameters more than the trunk.
  * @param {Parts} parts
  * @param {Architecture} model
  * @param {Tensor[]} parameters - of the trunk, then weight [1, D] and bias [1]
@@ -171,8 +172,7 @@ export function logprobs(parts, model, parameters, x, at) {
  * @returns {Tensor}
  */
 export function values(parts, model, parameters, x, at) {
-  const [R, L] = x.shape;
   const [weight, bias] = parameters.slice(-2);
   const states = trunk(parts, model, parameters.slice(0, -2), x, at);
-  return parts.add(parts.linear(states, weight).reshape([R, L]), bias);
+  return parts.add(parts.linear(states, weight), bias).reshape([-1]);
 }

@@ -4,13 +4,14 @@ import { AdamW } from "./adamw.js";
 import { gae, groupAdvantages, whiten } from "./formulas.js";
 import { Model, Network } from "./model.js";
 import { distinct, likelyAnswers, LONGEST, sample, Tokenizer } from "./sampling.js";
-import { drawQueries, parseQuery, randomFrom, REWARDS, sumQuery } from "./task.js";
+import { drawQueries, parseQuery, randomFrom, REWARDS } from "./task.js";
 import { fromBase64, fromHalves, splitParameters } from "./weights.js";
 
 /** @typedef {import("../types").Row} Row */
 /** @typedef {import("../types").Options} Options */
 /** @typedef {import("../types").Architecture} Architecture */
 
+const HELDOUT = 128; // held-out queries of an evaluation
 const MAX_NORM = 1;
 const VALUE_RATE = 1e-3;
 const VALUE_RANGE = 0.2;
@@ -80,7 +81,7 @@ export class Trainer {
     const halves = new Uint16Array(fromBase64(architecture.weights).buffer);
     this.start = fromHalves(halves);
     this.reference = this.newModel();
-    this.heldout = drawQueries(true, 100, randomFrom(0));
+    this.heldout = drawQueries(true, HELDOUT, randomFrom(0));
     this.reset();
   }
 
