@@ -1,4 +1,102 @@
+/* The page: its parts, its state, its address. */
+
+import { Ask } from "./ask.js";
 import { Client } from "./client.js";
-const text = (id) => document.getElementById(id).textContent;
-const client = new Client(text("worker"));
-globalThis.live = client;
+import { byId } from "./dom.js";
+import { showExperiments } from "./find.js";
+import { Replay } from "./replay.js";
+import { DEFAULTS, parseHash, toHash } from "./state.js";
+import { Train } from "./train.js";
+
+const VIEWS = ["train", "ask", "replay", "find"];
+const text = (id) => byId(id).textContent;
+
+const policy = JSON.parse(text("policy"));
+
+const app = {
+  client: new Client(text("worker")),
+  state: parseHash(location.hash),
+  defaults: DEFAULTS,
+  vocabulary: policy.vocabulary,
+  figures: JSON.parse(text("figures")),
+  runs: JSON.parse(text("runs")),
+  ready: false,
+
+  /** @param {Record<string, any>} patch */
+  set(patch) {
+    Object.assign(app.state, patch);
+    remember();
+  },
+
+  /** @param {string} sentence */
+  say(sentence) {
+    byId("status").textContent = sentence;
+  },
+
+  /** The address of what is shown; options are those of the first step. */
+  address(initial) {
+    return location.href.split("#")[0] + toHash({ ...app.state, ...initial });
+  },
+
+  /** @param {string} view */
+  open(view) {
+    app.set({ view: VIEWS.includes(view) ? view : "train" });
+    for (const name of VIEWS) {
+      const chosen = name === app.state.view;
+      byId(name).hidden = !chosen;
+      byId(`tab-${name}`).setAttribute("aria-selected", String(chosen));
+      byId(`tab-${name}`).tabIndex = chosen ? 0 : -1;
+    }
+    if (app.state.view === "replay") replay.show();
+  },
+};
+
+/** Write the state into the address, where the page may. */
+function remember() {
+  try {
+    history.replaceState(null, "", toHash({ ...app.state, ...train?.initial }));
+  } catch {
+    /* a page inside another one has no address of its own */
+  }
+}
+
+/** Arrow keys move between tabs, as readers of the screen expect. */
+function moveTabs(event) {
+  const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!move) return;
+  const i = VIEWS.indexOf(app.state.view) + move + VIEWS.length;
+  app.open(VIEWS[i % VIEWS.length]);
+  byId(`tab-${app.state.view}`).focus();
+}
+
+/** @type {Train} */
+let train;
+train = new Train(app);
+const ask = new Ask(app);
+const replay = new Replay(app);
+showExperiments(train);
+
+for (const name of VIEWS) {
+  byId(`tab-${name}`).addEventListener("click", () => app.open(name));
+  byId(`tab-${name}`).addEventListener("keydown", moveTabs);
+}
+app.open(app.state.view);
+ask.fill();
+train.figure.show(app.state.algorithm);
+train.show();
+
+/** Wake the model, and go where the address says. */
+async function start() {
+  const { steps, changes } = app.state;
+  await app.client.call("start", policy);
+  await train.measure();
+  app.ready = true;
+  byId("ask-go").disabled = false;
+  app.say("Ready: the model from before training. Press Step, or Play.");
+  train.show();
+  if (steps) await train.goTo(Math.min(steps, 500), changes);
+  if (app.state.view === "ask") await ask.go();
+}
+
+globalThis.live = app.client; // for the tests
+start().catch((error) => app.say(`This browser could not start the model: ${error.message}`));

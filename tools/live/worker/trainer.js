@@ -81,6 +81,7 @@ export class Trainer {
     const halves = new Uint16Array(fromBase64(architecture.weights).buffer);
     this.start = fromHalves(halves);
     this.reference = this.newModel();
+    this.before = new Map(); // likely answers of the reference
     this.heldout = drawQueries(true, HELDOUT, randomFrom(0));
     this.reset();
   }
@@ -142,19 +143,23 @@ export class Trainer {
       row.values = guesses[i];
       row.advantages = ppo.advantages[i];
     });
-    const answers = await likelyAnswers(this.policy, this.tokenizer, query.prompt);
-    return { query, rows, advantages, answers, valueSteps: this.valueSteps };
+    return { query, rows, advantages, valueSteps: this.valueSteps };
   }
 
   /**
-   * Likely answers to a query, as the policy is now.
+   * Likely answers to a query: now, and before the first step.
    * @param {{ prompt: string }} how
    */
   async answers({ prompt }) {
     const query = parseQuery(prompt);
     if (!query) throw new Error("not a sum");
-    const answers = await likelyAnswers(this.policy, this.tokenizer, query.prompt);
-    return { query, answers };
+    const { tokenizer } = this;
+    if (!this.before.has(query.prompt)) {
+      const then = await likelyAnswers(this.reference, tokenizer, query.prompt);
+      this.before.set(query.prompt, then);
+    }
+    const now = await likelyAnswers(this.policy, tokenizer, query.prompt);
+    return { query, now, then: this.before.get(query.prompt) };
   }
 
   /** Share of held-out queries that the policy answers right, without chance. */
