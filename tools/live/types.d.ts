@@ -53,6 +53,7 @@ export interface Row {
   prompt: number[]; // token ids
   tokens: number[];
   text: string;
+  texts?: string[]; // of the tokens, in recorded runs
   logprobs: number[];
   entropy: number[];
   count: number; // equal completions that this one stands for

@@ -89,14 +89,29 @@ export class Ask {
             el("td", { class: "sign" }, signed(advantages.grpo[i])),
             el("td", {}, signed(advantages.drGrpo[i])),
             el("td", {}, signed(advantages.rloo[i])),
-            el("td", { class: "left" }, row.advantages.map((x) => signed(x)).join("  ")),
+            el(
+              "td",
+              { class: "left" },
+              row.advantages.map((x) => signed(x)).join("  "),
+            ),
           ]
         : Array.from({ length: 5 }, () => el("td", {}, "·"));
       const tokens = tokensOf(row, this.app.vocabulary, "probability", shown);
       return el("tr", {}, el("td", {}, tokens), ...cells);
     });
-    const caption = el("caption", { class: "help left" }, `${query.prompt} has the answer ${query.answer}. Under each token: how likely it was.`);
-    return el("table", {}, caption, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...lines));
+    const caption = el(
+      "caption",
+      { class: "help left" },
+      `${query.prompt} has the answer ${query.answer}. Under each token: how ` +
+        "likely it was.",
+    );
+    return el(
+      "table",
+      {},
+      caption,
+      el("thead", {}, el("tr", {}, ...head)),
+      el("tbody", {}, ...lines),
+    );
   }
 }
 
@@ -106,11 +121,19 @@ function sentence({ rows, query, advantages }) {
   const right = rows.filter((row) => row.text === query.answer).length;
   const start = `${right} of ${rows.length} answers are right.`;
   if (rewards.every((r) => r === rewards[0])) {
-    return `${start} All have the same reward, so none is better than the others: every advantage is 0, and this group would teach nothing.`;
+    return (
+      `${start} All have the same reward, so none is better than the others: ` +
+      "every advantage is 0, and this group would teach nothing."
+    );
   }
   const best = rewards.indexOf(Math.max(...rewards));
   const worst = rewards.indexOf(Math.min(...rewards));
-  return `${start} The group's mean reward is ${fixed(mean(rewards))}: that is what each answer is compared with. Above it the advantage is positive (${signed(advantages.grpo[best])} in GRPO) and the answer would become likelier; below it, negative (${signed(advantages.grpo[worst])}).`;
+  return (
+    `${start} The group's mean reward is ${fixed(mean(rewards))}: that is what ` +
+    "each answer is compared with. Above it the advantage is positive " +
+    `(${signed(advantages.grpo[best])} in GRPO) and the answer would become ` +
+    `likelier; below it, negative (${signed(advantages.grpo[worst])}).`
+  );
 }
 
 /** The four columns by hand, for the first answer. */
@@ -121,20 +144,53 @@ function why({ rows, advantages, valueSteps }) {
   const std = Math.sqrt(squares / (r.length - 1));
   const others = (m * r.length - r[0]) / (r.length - 1);
   const card = (name, address, words, sum) =>
-    el("div", {}, el("h3", {}, chapter(name, address)), el("p", {}, words), el("p", {}, el("code", {}, sum)));
+    el(
+      "div",
+      {},
+      el("h3", {}, chapter(name, address)),
+      el("p", {}, words),
+      el("p", {}, el("code", {}, sum)),
+    );
   const same = r.every((x) => x === r[0]);
   const scaled = same
     ? "all rewards are equal: 0"
     : `(${fixed(r[0])} − ${fixed(m)}) / ${fixed(std)} = ${signed(advantages.grpo[0])}`;
   const taught = valueSteps
     ? `It has learnt from ${valueSteps} steps of PPO.`
-    : "It has not learnt anything yet (train with PPO first): it guesses 0 everywhere, so all that is rewarded looks like a surprise.";
+    : "It has not learnt anything yet (train with PPO first): it guesses 0 " +
+      "everywhere, so all that is rewarded looks like a surprise.";
   return el(
     "div",
     { class: "why" },
-    card("GRPO", "figure/group.html", "The reward, less the mean of the group, divided by the group's spread (its standard deviation). First answer:", scaled),
-    card("Dr. GRPO", "figure/group.html", "The same without the division, so that easy and hard questions keep their weight.", `${fixed(r[0])} − ${fixed(m)} = ${signed(advantages.drGrpo[0])}`),
-    card("RLOO", "figure/group.html", "The mean of the other answers, leaving the own one out.", same ? "all rewards are equal: 0" : `${fixed(r[0])} − ${fixed(others)} = ${signed(advantages.rloo[0])}`),
-    card("PPO", "figure/gae.html", `No group: a second model, the value model, guesses before each token how the answer will end, and each token is compared with that guess. ${taught}`, `guesses before the first answer's tokens: ${rows[0].values.map((x) => fixed(x)).join(", ")}`),
+    card(
+      "GRPO",
+      "figure/group.html",
+      "The reward, less the mean of the group, divided by the group's spread " +
+        "(its standard deviation). First answer:",
+      scaled,
+    ),
+    card(
+      "Dr. GRPO",
+      "figure/group.html",
+      "The same without the division, so that easy and hard questions keep their " +
+        "weight.",
+      `${fixed(r[0])} − ${fixed(m)} = ${signed(advantages.drGrpo[0])}`,
+    ),
+    card(
+      "RLOO",
+      "figure/group.html",
+      "The mean of the other answers, leaving the own one out.",
+      same
+        ? "all rewards are equal: 0"
+        : `${fixed(r[0])} − ${fixed(others)} = ${signed(advantages.rloo[0])}`,
+    ),
+    card(
+      "PPO",
+      "figure/gae.html",
+      "No group: a second model, the value model, guesses before each token how " +
+        `the answer will end, and each token is compared with that guess. ${taught}`,
+      "guesses before the first answer's tokens: " +
+        `${rows[0].values.map((x) => fixed(x)).join(", ")}`,
+    ),
   );
 }

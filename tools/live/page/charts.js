@@ -19,11 +19,19 @@ export function curve(what) {
   const x = (step) => (W * step) / last;
   const y = (number) => H - (H * Math.min(number, highest)) / highest;
   const path = (points, kind) => {
-    const d = points.map(([s, n], i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(n).toFixed(1)}`);
+    const d = points.map(
+      ([s, n], i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(n).toFixed(1)}`,
+    );
     const alone = points.length === 1 ? "h.01" : "";
-    return svg("path", { d: d.join("") + alone, class: kind, "stroke-linecap": "round" });
+    return svg("path", {
+      d: d.join("") + alone,
+      class: kind,
+      "stroke-linecap": "round",
+    });
   };
-  const shapes = [0, H / 2, H].map((level) => svg("path", { d: `M0 ${level}H${W}`, class: "grid" }));
+  const shapes = [0, H / 2, H].map((level) =>
+    svg("path", { d: `M0 ${level}H${W}`, class: "grid" }),
+  );
   if (at) shapes.push(svg("path", { d: `M${x(at)} 0V${H}`, class: "at" }));
   if (other.length) shapes.push(path(other, "then"));
   if (series.length) shapes.push(path(series, "now"));
@@ -34,7 +42,12 @@ export function curve(what) {
   return el(
     "div",
     { class: "curve" },
-    el("div", { class: "name" }, el("a", { href: address }, name), el("span", { class: "value" }, value + beside)),
+    el(
+      "div",
+      { class: "name" },
+      el("a", { href: address }, name),
+      el("span", { class: "value" }, value + beside),
+    ),
     svg("svg", { ...picture, role: "img", "aria-label": label }, ...shapes),
     el("small", {}, help),
   );
@@ -61,15 +74,28 @@ export function beforeAndAfter(now, then, right) {
   const rows = texts.slice(0, 6).map((text) => {
     const [p, q] = [after.get(text) ?? 0, before.get(text) ?? 0];
     const words = `${percent(q, 1)} → ${percent(p, 1)}`;
-    const bar = (kind, share) => el("div", { class: kind, style: `width:${100 * share}%` });
+    const bar = (kind, share) =>
+      el("div", { class: kind, style: `width:${100 * share}%` });
     return el(
       "div",
       { class: "answer" },
       el("code", {}, text || "(empty)", text === right ? " ✓" : ""),
-      el("div", { class: "bars", "aria-hidden": "true" }, bar("then", q), bar("now", p)),
+      el(
+        "div",
+        { class: "bars", "aria-hidden": "true" },
+        bar("then", q),
+        bar("now", p),
+      ),
       el("span", {}, words),
     );
   });
-  const key = el("p", { class: "help" }, el("span", { class: "key then" }), "before the first step", el("span", { class: "key now" }), "now");
+  const key = el(
+    "p",
+    { class: "help" },
+    el("span", { class: "key then" }),
+    "before the first step",
+    el("span", { class: "key now" }),
+    "now",
+  );
   return el("div", {}, el("div", { class: "answers" }, ...rows), key);
 }

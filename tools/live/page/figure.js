@@ -3,6 +3,9 @@
 
 import { calm, svg, wait } from "./dom.js";
 
+/** @typedef {{ boxes: string[], values?: Record<string, string[]>, says: string }}
+ *   Stage */
+
 const LINE = 16; // height of a line of values
 const ROOM = { grpo: 7, ppo: 4 }; // lines
 const MONO = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace";
@@ -14,6 +17,12 @@ export class Figure {
     this.figures = figures;
     this.half = null;
     this.token = 0;
+    this.hurried = false;
+  }
+
+  /** Go to the end of the walk. */
+  hurry() {
+    this.hurried = true;
   }
 
   /** Draw one half without values. @param {"grpo" | "ppo"} half */
@@ -33,7 +42,10 @@ export class Figure {
     const box = this.figures[this.half].boxes[name];
     const group = this.boxes.get(name).querySelector("g");
     const lines = shortened(values, ROOM[this.half]);
-    const width = Math.max(box.w, 8 * Math.max(...lines.map((line) => line.length)) + 12);
+    const width = Math.max(
+      box.w,
+      8 * Math.max(...lines.map((line) => line.length)) + 12,
+    );
     const height = Math.max(34, LINE * lines.length + 10);
     const rect = group.querySelector("rect");
     rect.setAttribute("x", box.x - width / 2);
@@ -51,7 +63,7 @@ export class Figure {
 
   /**
    * Light the boxes in order, each with its values and a sentence.
-   * @param {{ boxes: string[], values?: Record<string, string[]>, says: string }[]} stages
+   * @param {Stage[]} stages
    * @param {number} pause - milliseconds a stage; 0: all at once
    * @param {(sentence: string) => void} say
    */
@@ -59,8 +71,10 @@ export class Figure {
     this.show(this.half);
     const token = this.token;
     const slow = pause > 0 && !calm();
+    this.hurried = false;
     if (slow) {
-      for (const part of this.root.querySelectorAll("a")) part.parentNode.classList.add("wait");
+      for (const part of this.root.querySelectorAll("a"))
+        part.parentElement.classList.add("wait");
     }
     for (const { boxes, values = {}, says } of stages) {
       if (token !== this.token) return;
@@ -70,10 +84,9 @@ export class Figure {
         this.boxes.get(name).classList.toggle("now", slow);
       }
       for (const [name, lines] of Object.entries(values)) this.write(name, lines);
-      if (slow) {
-        say(says);
-        await wait(pause);
-      }
+      if (slow) say(says);
+      const until = performance.now() + pause;
+      while (slow && !this.hurried && performance.now() < until) await wait(50);
     }
     for (const link of this.boxes.values()) link.classList.remove("now");
   }
@@ -81,7 +94,9 @@ export class Figure {
 
 /** At most so many lines, of at most nine characters. */
 function shortened(values, room) {
-  const short = values.map((text) => (text.length <= 9 ? text : `${text.slice(0, 8)}…`));
+  const short = values.map((text) =>
+    text.length <= 9 ? text : `${text.slice(0, 8)}…`,
+  );
   if (short.length <= room) return short;
   return [...short.slice(0, room - 2), "⋮", short.at(-1)];
 }

@@ -3,7 +3,7 @@
 import { Ask } from "./ask.js";
 import { Client } from "./client.js";
 import { byId } from "./dom.js";
-import { showExperiments } from "./find.js";
+import { bindExperiments, enableExperiments } from "./find.js";
 import { Replay } from "./replay.js";
 import { DEFAULTS, parseHash, toHash } from "./state.js";
 import { Train } from "./train.js";
@@ -74,7 +74,7 @@ let train;
 train = new Train(app);
 const ask = new Ask(app);
 const replay = new Replay(app);
-showExperiments(train);
+bindExperiments(train);
 
 for (const name of VIEWS) {
   byId(`tab-${name}`).addEventListener("click", () => app.open(name));
@@ -92,6 +92,7 @@ async function start() {
   await train.measure();
   app.ready = true;
   byId("ask-go").disabled = false;
+  enableExperiments();
   app.say("Ready: the model from before training. Press Step, or Play.");
   train.show();
   if (steps) await train.goTo(Math.min(steps, 500), changes);
@@ -99,4 +100,6 @@ async function start() {
 }
 
 globalThis.live = app.client; // for the tests
-start().catch((error) => app.say(`This browser could not start the model: ${error.message}`));
+start().catch((error) =>
+  app.say(`This browser could not start the model: ${error.message}`),
+);

@@ -6,8 +6,13 @@ export const FIELDS = [
   {
     key: "algorithm",
     label: "Algorithm",
-    help: "GRPO compares answers with each other; PPO with the guess of a second model.",
-    choices: [["grpo", "GRPO"], ["ppo", "PPO"]],
+    help:
+      "GRPO compares answers with each other; PPO with the guess of a second " +
+      "model.",
+    choices: [
+      ["grpo", "GRPO"],
+      ["ppo", "PPO"],
+    ],
   },
   {
     key: "reward",
@@ -31,7 +36,10 @@ export const FIELDS = [
     label: "Learning rate",
     help: "How far one step moves the weights.",
     choices: [
-      [1e-5, "0.00001"], [3e-5, "0.00003"], [1e-4, "0.0001"], [3e-4, "0.0003"],
+      [1e-5, "0.00001"],
+      [3e-5, "0.00003"],
+      [1e-4, "0.0001"],
+      [3e-4, "0.0003"],
       [1e-3, "0.001 (× 10)"],
     ],
   },
@@ -44,7 +52,9 @@ export const FIELDS = [
   {
     key: "epsilon",
     label: "ε, clip",
-    help: "How much likelier or less likely a token may get before that pays no more. Felt only with several updates a batch.",
+    help:
+      "How much likelier or less likely a token may get before that pays no " +
+      "more. Felt only with several updates a batch.",
     choices: numbers(0.05, 0.1, 0.2, 0.5),
   },
   {
@@ -59,7 +69,8 @@ export const FIELDS = [
     only: "grpo",
     help: "What the distance from the group's mean is divided by.",
     choices: [
-      ["group", "the group's spread"], ["batch", "the batch's spread"],
+      ["group", "the group's spread"],
+      ["batch", "the batch's spread"],
       ["none", "nothing (Dr. GRPO)"],
     ],
   },
@@ -68,7 +79,8 @@ export const FIELDS = [
     label: "Loss type",
     help: "How the losses of tokens become one number.",
     choices: [
-      ["grpo", "each answer counts the same"], ["dapo", "each token counts the same"],
+      ["grpo", "each answer counts the same"],
+      ["dapo", "each token counts the same"],
       ["dr_grpo", "divided by a fixed length"],
     ],
   },

@@ -4,22 +4,83 @@ import { curve } from "./charts.js";
 import { byId, chapter, el, fixed, percent } from "./dom.js";
 import { groupTable } from "./tokens.js";
 
-const SHOWN = [
-  ["reward", "Mean reward", "figure/reward.html", (x) => fixed(x, 3)],
-  ["kl", "KL to the reference", "figure/reference.html", (x) => fixed(x, 4)],
-  ["entropy", "Entropy", "figure/policy.html", (x) => fixed(x, 3)],
-  ["length", "Length, tokens", "figure/sampling.html", (x) => fixed(x, 2)],
-  ["norm", "Norm of the gradient", "figure/update.html", (x) => fixed(x, 2)],
-  ["equal", "Groups of equal rewards", "figure/group.html", percent],
+const digits = (n) => (x) => fixed(x, n);
+
+/** @typedef {{ key: string, name: string, address: string,
+ *   format: (x: number) => string, highest?: number }} Shown */
+
+/** @type {Shown[]} */
+const NUMBERS = [
+  {
+    key: "reward",
+    name: "Mean reward",
+    address: "figure/reward.html",
+    format: digits(3),
+    highest: 1,
+  },
+  {
+    key: "kl",
+    name: "KL to the reference",
+    address: "figure/reference.html",
+    format: digits(4),
+  },
+  {
+    key: "entropy",
+    name: "Entropy",
+    address: "figure/policy.html",
+    format: digits(3),
+  },
+  {
+    key: "length",
+    name: "Length, tokens",
+    address: "figure/sampling.html",
+    format: digits(2),
+  },
+  {
+    key: "norm",
+    name: "Norm of the gradient",
+    address: "figure/update.html",
+    format: digits(2),
+  },
+  {
+    key: "equal",
+    name: "Groups of equal rewards",
+    address: "figure/group.html",
+    format: percent,
+  },
 ];
+
+/** @type {Shown} */
+const ACCURACY = {
+  key: "accuracy",
+  name: "Held-out accuracy",
+  address: "figure/task.html",
+  format: percent,
+  highest: 1,
+};
+
+/** What is drawn as a curve. */
+const CURVES = [...NUMBERS.slice(0, 3), ACCURACY];
+
+/** The points of a curve. @param {any} run @param {string} key */
+function pointsOf(run, key) {
+  if (!run) return [];
+  if (key === "accuracy") return run.accuracy;
+  return (run.metrics[key] ?? []).map((y, i) => [i + 1, y]);
+}
 
 export class Replay {
   /** @param {any} app */
   constructor(app) {
     this.app = app;
-    const names = app.runs.map(({ name }, i) => el("option", { value: String(i) }, name));
+    const names = app.runs.map(({ name }, i) =>
+      el("option", { value: String(i) }, name),
+    );
     byId("run-a").append(...names);
-    byId("run-b").append(el("option", { value: "-1" }, "nothing"), ...names.map((name) => name.cloneNode(true)));
+    byId("run-b").append(
+      el("option", { value: "-1" }, "nothing"),
+      ...names.map((name) => name.cloneNode(true)),
+    );
     const set = (key) => (event) => {
       app.set({ [key]: Number(event.target.value) });
       this.show();
@@ -32,7 +93,9 @@ export class Replay {
   show() {
     const { state, runs } = this.app;
     if (!runs.length) {
-      byId("replayed").replaceChildren(el("p", {}, "No runs are recorded in this page."));
+      byId("replayed").replaceChildren(
+        el("p", {}, "No runs are recorded in this page."),
+      );
       return;
     }
     const run = runs[state.run] ?? runs[0];
@@ -53,43 +116,66 @@ export class Replay {
   }
 
   curves(run, other, step) {
-    const points = (one, key) => (one?.metrics[key] ?? []).map((y, i) => [i + 1, y]);
-    const shown = [...SHOWN.slice(0, 3), ["accuracy", "Held-out accuracy", "figure/task.html", percent]];
-    return shown.map(([key, name, address, format]) => {
-      const of = (one) => (key === "accuracy" ? (one?.accuracy ?? []) : points(one, key));
-      const highest = key === "reward" || key === "accuracy" ? 1 : undefined;
-      const help = other ? `${run.name} (full line) / ${other.name} (dashed)` : "";
-      return curve({ name, help, address, format, highest, series: of(run), other: of(other), at: step });
+    const help = other ? `${run.name} (full line) / ${other.name} (dashed)` : "";
+    return CURVES.map(({ key, ...shown }) => {
+      const series = pointsOf(run, key);
+      return curve({ ...shown, help, series, other: pointsOf(other, key), at: step });
     });
   }
 
   /** The numbers of a step, each with its chapter. */
   numbers(both, step) {
-    const lines = SHOWN.filter(([key]) => both.some((run) => run.metrics[key])).map(([key, name, address, format]) =>
-      el(
-        "tr",
-        {},
-        el("td", {}, chapter(name, address)),
-        ...both.map((run) => {
-          const x = run.metrics[key]?.[step - 1];
-          return el("td", {}, x === undefined || x === null ? "–" : format(x));
-        }),
-      ),
+    const known = NUMBERS.filter(({ key }) => both.some((run) => run.metrics[key]));
+    const lines = known.map(({ key, name, address, format }) => {
+      const cells = both.map((run) => {
+        const x = run.metrics[key]?.[step - 1];
+        return el("td", {}, x === undefined || x === null ? "–" : format(x));
+      });
+      return el("tr", {}, el("td", {}, chapter(name, address)), ...cells);
+    });
+    const head = el(
+      "tr",
+      {},
+      el("th", {}, `step ${step}`),
+      ...both.map((run) => el("th", {}, run.name)),
     );
-    const head = el("tr", {}, el("th", {}, `step ${step}`), ...both.map((run) => el("th", {}, run.name)));
-    return el("div", { class: "frame", tabindex: "0", role: "region", "aria-label": "Numbers of this step" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...lines)));
+    return el(
+      "div",
+      {
+        class: "frame",
+        tabindex: "0",
+        role: "region",
+        "aria-label": "Numbers of this step",
+      },
+      el("table", {}, el("thead", {}, head), el("tbody", {}, ...lines)),
+    );
   }
 
   /** The newest recorded group at a step. */
   group(run, step) {
-    const found = run.groups.filter((group) => group.step <= step).at(-1) ?? run.groups[0];
-    const table = groupTable(found.rows, this.app.vocabulary, "advantage", run.algorithm === "ppo");
+    const found =
+      run.groups.filter((group) => group.step <= step).at(-1) ?? run.groups[0];
+    const table = groupTable(
+      found.rows,
+      this.app.vocabulary,
+      "advantage",
+      run.algorithm === "ppo",
+    );
     return el(
       "div",
       {},
       el("h3", {}, `${run.name}: a group of step ${found.step}`),
       el("p", { class: "help" }, found.query),
-      el("div", { class: "frame", tabindex: "0", role: "region", "aria-label": `Answers of ${run.name}` }, table),
+      el(
+        "div",
+        {
+          class: "frame",
+          tabindex: "0",
+          role: "region",
+          "aria-label": `Answers of ${run.name}`,
+        },
+        table,
+      ),
     );
   }
 }

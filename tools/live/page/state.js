@@ -34,12 +34,22 @@ export const DEFAULTS = {
 
 /** The options of a step. */
 export const OPTIONS = [
-  "algorithm", "G", "reward", "rate", "beta", "epsilon", "iterations", "scale", "loss",
-  "lam", "seed",
+  "algorithm",
+  "G",
+  "reward",
+  "rate",
+  "beta",
+  "epsilon",
+  "iterations",
+  "scale",
+  "loss",
+  "lam",
+  "seed",
 ];
 
 /** @param {Record<string, any>} state @returns {Options} */
 export function optionsOf(state) {
+  /** @type {any} */
   const options = Object.fromEntries(OPTIONS.map((key) => [key, state[key]]));
   return { ...options, queries: state.algorithm === "ppo" ? 64 : 16 };
 }
@@ -62,7 +72,9 @@ export function parseHash(hash) {
 /** Only what differs from the defaults. @param {Record<string, any>} state */
 export function toHash(state) {
   const entries = Object.entries(state);
-  const other = entries.filter(([key, value]) => key in DEFAULTS && value !== DEFAULTS[key]);
+  const other = entries.filter(
+    ([key, value]) => key in DEFAULTS && value !== DEFAULTS[key],
+  );
   const text = new URLSearchParams(other.map(([key, value]) => [key, String(value)]));
   return `#${text}`;
 }

@@ -10,21 +10,27 @@ const END = "⏎";
 export const COLOURS = {
   advantage: {
     label: "advantage A",
-    help: "Green: better than expected, will become likelier. Red: worse, will become less likely. Grey: 0, teaches nothing.",
+    help:
+      "Green: better than expected, will become likelier. Red: worse, will " +
+      "become less likely. Grey: 0, teaches nothing.",
     of: (row, t) => row.advantages?.[t],
     write: (x) => signed(x),
     paint: (x) => diverging(x / 2),
   },
   rho: {
     label: "ρ, change by this step",
-    help: "ρ: how many times likelier a token is after this step than before it. Green: likelier. Red: less likely.",
+    help:
+      "ρ: how many times likelier a token is after this step than before it. " +
+      "Green: likelier. Red: less likely.",
     of: (row, t) => row.newLogprobs && Math.exp(row.newLogprobs[t] - row.logprobs[t]),
     write: (x) => `×${fixed(x)}`,
     paint: (x) => diverging(3 * Math.log(x)),
   },
   kl: {
     label: "KL to the reference",
-    help: "KL: how far the policy has moved from the model before training, at this token. The stronger, the farther.",
+    help:
+      "KL: how far the policy has moved from the model before training, at this " +
+      "token. The stronger, the farther.",
     of: (row, t) => row.refLogprobs && k3(row.refLogprobs[t] - row.logprobs[t]),
     write: (x) => fixed(x),
     paint: (x) => `rgba(var(--far), ${Math.min(0.6, 2 * x).toFixed(3)})`,
@@ -61,7 +67,12 @@ export function tokensOf(row, vocabulary, colour, shown = Infinity) {
     const style = x === undefined ? null : `background:${paint(x)}`;
     const kind = t === shown - 1 ? "token new" : "token";
     const title = `${id === 1 ? "end of the answer" : text}: ${label} ${words}`;
-    return el("span", { class: kind, style, title }, el("b", {}, text), el("i", {}, words));
+    return el(
+      "span",
+      { class: kind, style, title },
+      el("b", {}, text),
+      el("i", {}, words),
+    );
   });
   return el("span", { class: "tokens" }, ...tokens);
 }
@@ -95,7 +106,9 @@ export function groupTable(rows, vocabulary, colour, isPpo) {
       el("td", {}, tokensOf(row, vocabulary, colour)),
       many ? el("td", {}, String(row.count)) : null,
       el("td", {}, fixed(row.reward)),
-      isPpo ? el("td", { class: "left" }, row.values.map((x) => fixed(x)).join("  ")) : null,
+      isPpo
+        ? el("td", { class: "left" }, row.values.map((x) => fixed(x)).join("  "))
+        : null,
       isPpo
         ? el("td", { class: "left" }, row.advantages.map((x) => signed(x)).join("  "))
         : el("td", { class: "sign" }, signed(row.advantages[0] ?? 0)),

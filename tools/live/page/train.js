@@ -1,7 +1,7 @@
 /* Train: step by step, or as it runs. */
 
 import { beforeAndAfter, curve } from "./charts.js";
-import { byId, el, fixed, percent, wait } from "./dom.js";
+import { byId, calm, el, fixed, percent, wait } from "./dom.js";
 import { Figure } from "./figure.js";
 import { FIELDS, wordsOf } from "./options.js";
 import { stagesOf, summaryOf } from "./stages.js";
@@ -12,11 +12,39 @@ const EVERY = 10; // steps between evaluations
 const PAUSE = { slow: 1100, fast: 0 }; // milliseconds a box
 const BREATH = 30; // milliseconds between two steps, for the page to be drawn
 
+/** @type {{ key: string, name: string, help: string, address: string,
+ *   format: (x: number) => string, highest?: number }[]} */
 const CURVES = [
-  ["reward", "Reward", "Mean of the batch. What training pushes up.", "figure/reward.html", (x) => fixed(x), 1],
-  ["accuracy", "Held-out accuracy", "Right answers to 128 questions that are never trained on.", "figure/task.html", percent, 1],
-  ["kl", "KL", "Distance from the model before training, a token. β keeps it small.", "figure/reference.html", (x) => fixed(x, 3)],
-  ["entropy", "Entropy", "How undecided the model is. At 0 all answers are the same.", "figure/policy.html", (x) => fixed(x, 3)],
+  {
+    key: "reward",
+    name: "Reward",
+    help: "Mean of the batch. What training pushes up.",
+    address: "figure/reward.html",
+    format: fixed,
+    highest: 1,
+  },
+  {
+    key: "accuracy",
+    name: "Held-out accuracy",
+    help: "Right answers to 128 questions that are never trained on.",
+    address: "figure/task.html",
+    format: percent,
+    highest: 1,
+  },
+  {
+    key: "kl",
+    name: "KL",
+    help: "Distance from the model before training, a token. β keeps it small.",
+    address: "figure/reference.html",
+    format: (x) => fixed(x, 3),
+  },
+  {
+    key: "entropy",
+    name: "Entropy",
+    help: "How undecided the model is. At 0 all answers are the same.",
+    address: "figure/policy.html",
+    format: (x) => fixed(x, 3),
+  },
 ];
 
 export class Train {
@@ -28,7 +56,12 @@ export class Train {
     this.busy = false;
     this.clear();
     this.makeFields();
-    byId("step").addEventListener("click", () => this.one());
+    byId("step").addEventListener("click", () =>
+      this.busy ? this.figure.hurry() : this.one(),
+    );
+    byId("speed").addEventListener("change", () => {
+      this.chosen = true;
+    });
     byId("play").addEventListener("click", () => this.toggle());
     byId("reset").addEventListener("click", () => this.reset());
     byId("link").addEventListener("click", () => this.copyLink());
@@ -37,7 +70,11 @@ export class Train {
       this.showGroup();
       this.fillFigure(0);
     });
-    byId("colour").append(...Object.entries(COLOURS).map(([key, { label }]) => el("option", { value: key }, label)));
+    byId("colour").append(
+      ...Object.entries(COLOURS).map(([key, { label }]) =>
+        el("option", { value: key }, label),
+      ),
+    );
     byId("colour").addEventListener("change", (event) => {
       app.set({ colour: event.target.value });
       this.showGroup();
@@ -49,7 +86,7 @@ export class Train {
   }
 
   clear() {
-    this.series = Object.fromEntries(CURVES.map(([key]) => [key, []]));
+    this.series = Object.fromEntries(CURVES.map(({ key }) => [key, []]));
     this.steps = 0;
     this.result = null;
     this.group = 0;
@@ -59,10 +96,20 @@ export class Train {
   makeFields() {
     const fields = FIELDS.map(({ key, label, help, choices, only }) => {
       const id = `option-${key}`;
-      const options = choices.map(([value, words]) => el("option", { value: String(value) }, words));
+      const options = choices.map(([value, words]) =>
+        el("option", { value: String(value) }, words),
+      );
       const select = el("select", { id, "aria-describedby": `${id}-help` }, ...options);
-      select.addEventListener("change", () => this.change(key, choices[select.selectedIndex][0]));
-      return el("div", { class: "field", "data-only": only }, el("label", { for: id }, label), select, el("small", { id: `${id}-help` }, help));
+      select.addEventListener("change", (event) => {
+        this.change(key, choices[event.target.selectedIndex][0]);
+      });
+      return el(
+        "div",
+        { class: "field", "data-only": only },
+        el("label", { for: id }, label),
+        select,
+        el("small", { id: `${id}-help` }, help),
+      );
     });
     byId("options").append(...fields);
     byId("options").addEventListener("submit", (event) => event.preventDefault());
@@ -97,14 +144,20 @@ export class Train {
     byId("count").textContent = String(this.steps);
     byId("play").textContent = this.playing ? "Pause" : "Play";
     byId("play").setAttribute("aria-pressed", String(this.playing));
-    for (const id of ["step", "reset"]) byId(id).disabled = !this.app.ready || this.busy;
+    byId("reset").disabled = !this.app.ready || this.busy;
+    byId("step").disabled = !this.app.ready || (this.busy && !this.walking);
+    byId("step").textContent = this.walking ? "Skip" : "Step";
     byId("play").disabled = !this.app.ready || (this.busy && !this.playing);
   }
 
   summary() {
     const { state } = this.app;
     const size = state.algorithm === "grpo" ? `, G = ${state.G}` : "";
-    return `${wordsOf("algorithm", state.algorithm)}${size}, ${wordsOf("reward", state.reward)}, β = ${state.beta}, learning rate ${wordsOf("rate", state.rate)}`;
+    return (
+      `${wordsOf("algorithm", state.algorithm)}${size}, ` +
+      `${wordsOf("reward", state.reward)}, β = ${state.beta}, learning rate ` +
+      `${wordsOf("rate", state.rate)}`
+    );
   }
 
   /** Back to the first model. */
@@ -145,6 +198,7 @@ export class Train {
 
   async toggle() {
     this.playing = !this.playing;
+    if (!this.chosen) byId("speed").value = "fast"; // box by box is for single steps
     this.fill();
     while (this.playing) {
       await this.one();
@@ -168,16 +222,21 @@ export class Train {
     this.group = mixedGroup(this.result.groups);
     app.set({ steps: this.steps });
     this.fillGroups();
+    this.walking = pause > 0 && !calm();
+    this.fill();
     await this.fillFigure(pause);
+    this.walking = false;
     if (this.steps % EVERY === 0) await this.measure();
     else await this.showWatched();
-    const sentence = summaryOf(this.result, options);
-    byId("caption").textContent = sentence;
-    if (!this.playing || pause) app.say(sentence);
+    if (!this.playing || pause) app.say(summaryOf(this.result, options));
     this.show();
   }
 
-  /** Run to a step, as a link asks for. @param {number} steps @param {string} changes */
+  /**
+   * Run to a step, as a link asks for.
+   * @param {number} steps
+   * @param {string} changes
+   */
   async goTo(steps, changes) {
     this.busy = true;
     this.planned = parseChanges(changes);
@@ -186,7 +245,6 @@ export class Train {
       await this.take(0);
     }
     this.planned = null;
-    this.app.set({ changes });
     this.busy = false;
     this.app.say(summaryOf(this.result, this.used));
     this.show();
@@ -196,9 +254,13 @@ export class Train {
   fillFigure(pause) {
     if (!this.result) return this.figure.show(this.app.state.algorithm);
     const stages = stagesOf(this.result, this.group, this.used);
-    return this.figure.run(stages, pause, (sentence) => {
+    const say = (sentence) => {
       byId("caption").textContent = sentence;
-    });
+    };
+    const compared = stages.find(
+      ({ boxes }) => boxes[0] === "group" || boxes[0] === "gae",
+    );
+    return this.figure.run(stages, pause, say).then(() => say(compared.says));
   }
 
   show() {
@@ -208,8 +270,8 @@ export class Train {
   }
 
   showCurves() {
-    const curves = CURVES.map(([key, name, help, address, format, highest]) =>
-      curve({ name, help, address, format, highest, series: this.series[key] }),
+    const curves = CURVES.map(({ key, ...shown }) =>
+      curve({ ...shown, series: this.series[key] }),
     );
     byId("curves").replaceChildren(...curves);
   }
@@ -217,12 +279,21 @@ export class Train {
   async showWatched() {
     const place = byId("before-after");
     try {
-      const { query, now, then } = await this.app.client.call("answers", { prompt: this.app.state.watched });
-      const side = query.heldout ? "held out: never trained on" : "may come up in training";
-      place.replaceChildren(el("p", { class: "help" }, `${query.prompt}${query.answer} (${side})`), beforeAndAfter(now, then, query.answer));
+      const { query, now, then } = await this.app.client.call("answers", {
+        prompt: this.app.state.watched,
+      });
+      const side = query.heldout
+        ? "held out: never trained on"
+        : "may come up in training";
+      place.replaceChildren(
+        el("p", { class: "help" }, `${query.prompt}${query.answer} (${side})`),
+        beforeAndAfter(now, then, query.answer),
+      );
     } catch (error) {
       if (!String(error).includes("not a sum")) throw error;
-      place.replaceChildren(el("p", { class: "help" }, "Please type a sum, such as 47+85="));
+      place.replaceChildren(
+        el("p", { class: "help" }, "Please type a sum, such as 47+85="),
+      );
     }
   }
 
@@ -230,7 +301,8 @@ export class Train {
     const { queries, groups } = this.result;
     const options = queries.map((query, i) => {
       const rewards = new Set(groups[i].map((row) => row.reward));
-      const words = rewards.size > 1 ? "rewards differ" : `reward ${fixed([...rewards][0])}`;
+      const words =
+        rewards.size > 1 ? "rewards differ" : `reward ${fixed([...rewards][0])}`;
       return el("option", { value: String(i) }, `${query.prompt} (${words})`);
     });
     byId("group").replaceChildren(...options);
@@ -243,13 +315,17 @@ export class Train {
     const isPpo = this.app.state.algorithm === "ppo";
     byId("group-help").textContent = isPpo
       ? "PPO has one answer to each question; each token has an advantage of its own."
-      : "All answers to one question. They share a baseline, the mean of their rewards, because it is the same question: what is left says which answer was better, not whether the question was easy.";
+      : "All answers to one question. They share a baseline, the mean of their " +
+        "rewards, because it is the same question: what is left says which answer " +
+        "was better, not whether the question was easy.";
     if (!this.result) {
       byId("answers").replaceChildren(el("p", { class: "help" }, "No step yet."));
       return;
     }
     const rows = this.result.groups[this.group];
-    byId("answers").replaceChildren(groupTable(rows, this.app.vocabulary, colour, this.used.algorithm === "ppo"));
+    byId("answers").replaceChildren(
+      groupTable(rows, this.app.vocabulary, colour, this.used.algorithm === "ppo"),
+    );
   }
 
   async copyLink() {
@@ -262,14 +338,17 @@ export class Train {
     }
   }
 
-  /** Set something up and start anew. @param {Record<string, any>} options @param {string} hint */
+  /**
+   * Set something up and start anew.
+   * @param {Record<string, any>} options
+   * @param {string} hint
+   */
   async prepare(options, hint) {
     const defaults = this.app.defaults;
     const fresh = Object.fromEntries(OPTIONS.map((key) => [key, defaults[key]]));
     this.app.set({ ...fresh, ...options });
     byId("hint").textContent = hint;
     byId("hint").hidden = false;
-    byId("speed").value = "fast";
     this.app.open("train");
     await this.reset();
     byId("play").focus();

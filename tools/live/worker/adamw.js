@@ -1,5 +1,5 @@
 /* AdamW as torch's, with the library's settings (no weight decay), and its clipping of
- * the gradient's norm. On plain numbers: 0.9 million of them take a few milliseconds. */
+ * the gradient's norm. On plain numbers: 0.9 million take a few milliseconds. */
 
 const BETA1 = 0.9;
 const BETA2 = 0.999;

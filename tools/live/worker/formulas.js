@@ -63,7 +63,10 @@ export async function gae(rewards, guesses, gamma, lam) {
   const T = Math.max(...rewards.map((row) => row.length));
   const r = columnsOf(rewards, T);
   const v = columnsOf(guesses, T);
-  const real = columnsOf(rewards.map((row) => row.map(() => 1)), T);
+  const real = columnsOf(
+    rewards.map((row) => row.map(() => 1)),
+    T,
+  );
   const found = [];
   let advantage = np.zeros([N], { dtype: np.float64 });
   let next = np.zeros([N], { dtype: np.float64 });

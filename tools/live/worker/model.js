@@ -125,7 +125,9 @@ export class Model {
     for (const piece of piecesOf(rows)) {
       const x = oneHot(piece, paddedSize(piece.length), L, vocabularySize);
       const data = await head(parts, model, this.refs(), x, positions).data();
-      piece.forEach((_, i) => results.push(data.slice(i * L * size, (i + 1) * L * size)));
+      piece.forEach((_, i) =>
+        results.push(data.slice(i * L * size, (i + 1) * L * size)),
+      );
     }
     return results;
   }

@@ -49,7 +49,9 @@ export function tokenWeights(loss, rows) {
 
 /** k3 of each token; 0 or more. */
 const klOf = (row) =>
-  row.logprobs.map((x, t) => Math.expm1(row.refLogprobs[t] - x) - row.refLogprobs[t] + x);
+  row.logprobs.map(
+    (x, t) => Math.expm1(row.refLogprobs[t] - x) - row.refLogprobs[t] + x,
+  );
 
 /**
  * Mean over the tokens of all completions.
@@ -67,10 +69,11 @@ function tokenMean(rows, numbersOf) {
 }
 
 /** Mean over completions. */
-const rowMean = (rows, numberOf) => tokenMean(
-  rows.map((row) => ({ ...row, tokens: [0] })),
-  (row) => [numberOf(row)],
-);
+const rowMean = (rows, numberOf) =>
+  tokenMean(
+    rows.map((row) => ({ ...row, tokens: [0] })),
+    (row) => [numberOf(row)],
+  );
 
 export class Trainer {
   /** @param {Architecture} architecture */
