@@ -62,10 +62,20 @@ def live(open_page):
     return awake(open_page(build_live.PAGE))
 
 
+@pytest.fixture(scope="module")
+def numbers(browser, site):
+    "One page for all that is only computed: what it compiles is compiled once."
+    window = browser.new_page()
+    errors = []
+    window.on("pageerror", lambda error: errors.append(str(error)))
+    window.goto((site / build_live.PAGE).as_uri())
+    yield awake(window)
+    window.close()
+    assert not errors
+
+
 def awake(window):
-    window.wait_for_function(
-        "!document.getElementById('step').disabled", timeout=WAKE
-    )
+    window.wait_for_function("!document.getElementById('step').disabled", timeout=WAKE)
     return window
 
 
@@ -180,17 +190,17 @@ def test_the_page_is_small_and_loads_nothing():
     assert html == build_live.page()
 
 
-def test_logprobs_are_those_of_torch(live, policy, rollout):
+def test_logprobs_are_those_of_torch(numbers, policy, rollout):
     model, _ = policy
     with torch.no_grad():
         truth = token_logprobs(model, rollout)
-    found = call(live, "score", rows_of(rollout))
+    found = call(numbers, "score", rows_of(rollout))
     for i, mask in enumerate(rollout.completion_mask):
         assert found[i] == pytest.approx(truth[i][mask].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_gradient_of_grpo(live, policy, rollout, loss_type):
+def test_gradient_of_grpo(numbers, policy, rollout, loss_type):
     model, tokenizer = policy
     config = make_config(
         algorithm="grpo",
@@ -208,14 +218,19 @@ def test_gradient_of_grpo(live, policy, rollout, loss_type):
     loss.backward()
     assert sums["clip_ratio/region_mean"] > 10  # the clip is at work
 
-    argument = {"rows": rows_of(rollout), "loss": loss_type, "epsilon": 0.2, "beta": 0.1}
-    found = live.evaluate(PACK, ["policyGradient", argument])
+    argument = {
+        "rows": rows_of(rollout),
+        "loss": loss_type,
+        "epsilon": 0.2,
+        "beta": 0.1,
+    }
+    found = numbers.evaluate(PACK, ["policyGradient", argument])
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-4)
     parameters = [*model.parameters()]
     assert_same_gradient(unpacked(found, parameters), [x.grad for x in parameters])
 
 
-def test_gradients_of_ppo(live, policy, rollout):
+def test_gradients_of_ppo(numbers, policy, rollout):
     model, tokenizer = policy
     mask = rollout.completion_mask
     advantages = torch.where(mask, torch.randn(mask.shape), 0.0)
@@ -229,7 +244,7 @@ def test_gradients_of_ppo(live, policy, rollout):
 
     rows = rows_of(rollout, advantages)
     argument = {"rows": rows, "loss": "dapo", "epsilon": 0.2, "beta": 0}
-    found = live.evaluate(PACK, ["policyGradient", argument])
+    found = numbers.evaluate(PACK, ["policyGradient", argument])
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     parameters = [*model.parameters()]
     assert_same_gradient(unpacked(found, parameters), [x.grad for x in parameters])
@@ -242,7 +257,7 @@ def test_gradients_of_ppo(live, policy, rollout):
     loss.backward()
     head = value_model.head.weight[0].tolist()
     argument = {"rows": rows, "head": head, "range": 0.2}
-    found = live.evaluate(PACK, ["valueGradient", argument])
+    found = numbers.evaluate(PACK, ["valueGradient", argument])
     for i in range(len(mask)):
         truth = values[i][mask[i]].tolist()
         assert found["values"][i] == pytest.approx(truth, abs=1e-4)
@@ -251,7 +266,7 @@ def test_gradients_of_ppo(live, policy, rollout):
     assert_same_gradient(unpacked(found, parameters), [x.grad for x in parameters])
 
 
-def test_advantages_are_those_of_the_library(live):
+def test_advantages_are_those_of_the_library(numbers):
     rng = np.random.default_rng(0)
     rewards = rng.choice([0.0, 1.0, 0.3], (8, 4))
     rewards[2] = 1  # equal rewards
@@ -260,13 +275,13 @@ def test_advantages_are_those_of_the_library(live):
         for baseline in ("mean", "leave_one_out"):
             argument = {"rewards": r.tolist(), "G": 4, "scale": scale}
             argument["baseline"] = baseline
-            found = as_list(call(live, "groupAdvantages", argument))
+            found = as_list(call(numbers, "groupAdvantages", argument))
             truth = group_advantages(r, 4, scale, baseline)
             assert found == pytest.approx(truth.tolist(), abs=1e-12)
             assert found[8:12] == [0, 0, 0, 0]
 
 
-def test_gae_is_that_of_the_library(live):
+def test_gae_is_that_of_the_library(numbers):
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([5, 1, 3, 4, 2, 5])
@@ -276,20 +291,20 @@ def test_gae_is_that_of_the_library(live):
         "values": [x[m].tolist() for x, m in zip(values, mask)],
     }
     for gamma, lam in [(1.0, 0.95), (0.9, 0.0), (1.0, 1.0)]:
-        found = call(live, "gae", rows | {"gamma": gamma, "lam": lam})
+        found = call(numbers, "gae", rows | {"gamma": gamma, "lam": lam})
         advantages, returns = gae(rewards, values, mask, gamma, lam)
         for i in range(6):
             A, R = advantages[i][mask[i]], returns[i][mask[i]]
             assert found["advantages"][i] == pytest.approx(A.tolist(), abs=1e-12)
             assert found["returns"][i] == pytest.approx(R.tolist(), abs=1e-12)
-    white = call(live, "whiten", rows["rewards"])
+    white = call(numbers, "whiten", rows["rewards"])
     truth = whiten(rewards, mask)
     for i in range(6):
         assert white[i] == pytest.approx(truth[i][mask[i]].tolist(), abs=1e-12)
-    assert call(live, "whiten", [[2, 2], [2]]) == [[0, 0], [0]]
+    assert call(numbers, "whiten", [[2, 2], [2]]) == [[0, 0], [0]]
 
 
-def test_the_optimiser_is_torchs(live):
+def test_the_optimiser_is_torchs(numbers):
     torch.manual_seed(0)
     x = torch.nn.Parameter(torch.randn(50))
     start = x.tolist()
@@ -300,13 +315,13 @@ def test_the_optimiser_is_torchs(live):
         torch.nn.utils.clip_grad_norm_([x], 1.0)
         optimizer.step()
     argument = {"parameters": start, "gradients": gradients.tolist()}
-    found = call(live, "adamw", argument | {"rate": 1e-2, "maxNorm": 1.0})
+    found = call(numbers, "adamw", argument | {"rate": 1e-2, "maxNorm": 1.0})
     assert as_list(found) == pytest.approx(x.tolist(), abs=1e-6)
 
 
-def test_queries_and_rewards_are_those_of_the_library(live):
+def test_queries_and_rewards_are_those_of_the_library(numbers):
     keys = [f"{a}+{b}" for a in (10, 47, 99) for b in range(10, 100)]
-    assert call(live, "crc32", keys) == [zlib.crc32(key.encode()) for key in keys]
+    assert call(numbers, "crc32", keys) == [zlib.crc32(key.encode()) for key in keys]
     argument = {"G": 8, "temperature": 1.5, "seed": 3, "lam": 0.95}
     functions = {
         "accuracy": accuracy_reward(TASK),
@@ -317,7 +332,7 @@ def test_queries_and_rewards_are_those_of_the_library(live):
         query = TASK.parse(prompt)
         for name, function in functions.items():
             asked = argument | {"prompt": prompt, "reward": name}
-            found = call(live, "ask", asked)
+            found = call(numbers, "ask", asked)
             assert found["query"]["heldout"] == query.is_heldout
             assert found["query"]["answer"] == query.columns["answer"]
             texts = [row["text"] for row in found["rows"]]

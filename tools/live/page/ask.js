@@ -154,7 +154,7 @@ function why({ rows, advantages, valueSteps }) {
   const same = r.every((x) => x === r[0]);
   const scaled = same
     ? "all rewards are equal: 0"
-    : `(${fixed(r[0])} − ${fixed(m)}) / ${fixed(std)} = ${signed(advantages.grpo[0])}`;
+    : `(${fixed(r[0])} − ${fixed(m)}) / ${fixed(std)} = ` + signed(advantages.grpo[0]);
   const taught = valueSteps
     ? `It has learnt from ${valueSteps} steps of PPO.`
     : "It has not learnt anything yet (train with PPO first): it guesses 0 " +

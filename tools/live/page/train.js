@@ -100,8 +100,8 @@ export class Train {
         el("option", { value: String(value) }, words),
       );
       const select = el("select", { id, "aria-describedby": `${id}-help` }, ...options);
-      select.addEventListener("change", (event) => {
-        this.change(key, choices[event.target.selectedIndex][0]);
+      select.addEventListener("change", () => {
+        this.change(key, choices[byId(id).selectedIndex][0]);
       });
       return el(
         "div",
