@@ -5,6 +5,13 @@ import { tokensOf } from "./tokens.js";
 
 const SLIDERS = { "ask-G": "answers", "ask-T": "temperature", "ask-seed": "dice" };
 
+const frame = {
+  class: "frame",
+  tabindex: "0",
+  role: "region",
+  "aria-label": "Answers and their advantages",
+};
+
 export class Ask {
   /** @param {any} app */
   constructor(app) {
@@ -65,7 +72,7 @@ export class Ask {
     const first = calm() ? longest : 1;
     for (let shown = first; shown <= longest && token === this.token; shown++) {
       const done = shown === longest;
-      byId("ask-table").replaceChildren(this.table(result, shown, done));
+      byId("ask-table").replaceChildren(...this.table(result, shown, done));
       if (!done) await wait(220);
     }
     if (token !== this.token) return;
@@ -100,18 +107,18 @@ export class Ask {
       return el("tr", {}, el("td", {}, tokens), ...cells);
     });
     const caption = el(
-      "caption",
-      { class: "help left" },
+      "p",
+      { class: "help" },
       `${query.prompt} has the answer ${query.answer}. Under each token: how ` +
         "likely it was.",
     );
-    return el(
+    const table = el(
       "table",
       {},
-      caption,
       el("thead", {}, el("tr", {}, ...head)),
       el("tbody", {}, ...lines),
     );
+    return [caption, el("div", frame, table)];
   }
 }
 

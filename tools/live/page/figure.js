@@ -61,6 +61,12 @@ export class Figure {
     });
   }
 
+  /** On a phone the figure is wider than the page: show this box. */
+  scrollTo(link) {
+    const [box, frame] = [link, this.frame].map((e) => e.getBoundingClientRect());
+    this.frame.scrollLeft += (box.left + box.right - frame.left - frame.right) / 2;
+  }
+
   /**
    * Light the boxes in order, each with its values and a sentence.
    * @param {Stage[]} stages
@@ -84,7 +90,10 @@ export class Figure {
         this.boxes.get(name).classList.toggle("now", slow);
       }
       for (const [name, lines] of Object.entries(values)) this.write(name, lines);
-      if (slow) say(says);
+      if (slow) {
+        say(says);
+        this.scrollTo(this.boxes.get(boxes[0]));
+      }
       const until = performance.now() + pause;
       while (slow && !this.hurried && performance.now() < until) await wait(50);
     }

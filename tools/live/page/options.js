@@ -21,7 +21,7 @@ export const FIELDS = [
     choices: [
       ["accuracy", "1 for the right answer"],
       ["brevity", "more for shorter answers"],
-      ["format", "1 for any number"],
+      ["constant", "1 for every answer"],
     ],
   },
   {
