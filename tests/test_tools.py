@@ -141,7 +141,11 @@ def test_site_check_reads_stylesheets_and_weighs_the_site(tmp_path):
         file.truncate(26_000_000)
     (tmp_path / "page.html").write_text("x" * 7_000_000)
     size, page, font = check_docs.check(tmp_path)
-    assert "33.0 MB" in size and "page.html has 7.0 MB" in page and "loads https://example.org/a.woff2" in font
+    assert (
+        "33.0 MB" in size
+        and "page.html has 7.0 MB" in page
+        and "loads https://example.org/a.woff2" in font
+    )
 
 
 def test_saved_pictures_must_be_on_the_page(tmp_path):

@@ -46,6 +46,9 @@ export const COLOURS = {
 
 const k3 = (d) => Math.expm1(Math.min(d, 20)) - d;
 
+/** Blanks and ends of lines as something to see. @param {string} text */
+const visible = (text) => text.replace(/\n/g, "↵").replace(/^ +$/, "␣");
+
 /** Green above 0, red below, none at 0. */
 function diverging(x) {
   const strength = Math.min(0.5, 0.5 * Math.abs(x)).toFixed(3);
@@ -62,7 +65,7 @@ export function tokensOf(row, vocabulary, colour, shown = Infinity) {
   const { label, of, write, paint } = COLOURS[colour];
   const tokens = row.tokens.slice(0, shown).map((id, t) => {
     const x = of(row, t);
-    const text = id === 1 ? END : (row.texts?.[t] ?? vocabulary[id]);
+    const text = id === 1 ? END : visible(row.texts?.[t] ?? vocabulary[id]);
     const words = x === undefined ? "" : write(x);
     const style = x === undefined ? null : `background:${paint(x)}`;
     const kind = t === shown - 1 ? "token new" : "token";
