@@ -376,7 +376,7 @@ def test_it_learns(live):
 def test_a_step_shows_its_values(live):
     live.select_option("#speed", "fast")
     press_step(live)
-    texts = live.locator("#figure svg text").all_inner_texts()
+    texts = live.locator("#figure svg text").all_text_contents()
     assert any(re.fullmatch(r"\d\d\+\d\d=", text) for text in texts)
     rewards = {text for text in texts if text in ("0", "1")}
     signs = {text[0] for text in texts if re.fullmatch(r"[+−]\d\.\d\d", text)}
