@@ -102,7 +102,7 @@ def press_step(window):
     )
 
 
-# ---------------------------------------------------------------- numbers of the library
+# ------------------------------------------------------------- numbers of the library
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_queries_and_rewards_are_those_of_the_library(numbers):
             assert [row["reward"] for row in found["rows"]] == pytest.approx(truth)
 
 
-# ---------------------------------------------------------------- what a reader does
+# ------------------------------------------------------------- what a reader does
 
 
 def browser_seconds() -> float:
@@ -437,7 +437,7 @@ def test_a_link_leads_to_the_same_step(live, open_page):
     live.locator("#settings summary").click()
     live.select_option("#option-beta", "1")
     press_step(live)
-    said = live.inner_text("#status")
+    sentence = live.inner_text("#status")
     hash_ = live.evaluate("location.hash")
     assert "steps=2" in hash_ and "changes=1%3Abeta%3D1" in hash_
     live.goto("about:blank")
@@ -449,7 +449,7 @@ def test_a_link_leads_to_the_same_step(live, open_page):
         "document.getElementById('status').textContent.startsWith('Step 2')",
         timeout=WAKE,
     )
-    assert window.inner_text("#status") == said
+    assert window.inner_text("#status") == sentence
     assert window.input_value("#option-beta") == "1"
 
 

@@ -144,7 +144,7 @@ export class Train {
     byId("count").textContent = String(this.steps);
     byId("play").textContent = this.playing ? "Pause" : "Play";
     byId("play").setAttribute("aria-pressed", String(this.playing));
-    byId("reset").disabled = !this.app.ready || this.busy;
+    byId("reset").disabled = !this.app.ready || (this.busy && !this.playing);
     byId("step").disabled = !this.app.ready || (this.busy && !this.walking);
     byId("step").textContent = this.walking ? "Skip" : "Step";
     byId("play").disabled = !this.app.ready || (this.busy && !this.playing);
