@@ -75,6 +75,7 @@ def numbers(browser, site):
 
 
 def awake(window):
+    window.set_default_timeout(WAKE)
     window.wait_for_function("!document.getElementById('step').disabled", timeout=WAKE)
     return window
 
