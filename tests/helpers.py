@@ -297,6 +297,12 @@ def short_config(**options):
     return make_config(**small | options)
 
 
+def tagged(cells):
+    "The places of the cells with the tag `parameters`, which papermill looks for."
+    tags = [cell.metadata.get("tags", []) for cell in cells]
+    return [i for i, names in enumerate(tags) if "parameters" in names]
+
+
 def read_metrics(directory):
     "The lines of metrics.jsonl; a NaN or an infinity is not JSON, and refused."
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_nb.engine.adapters import find_adapter, load_model
-from grpo_nb.engine.adapters import reference_logprobs
 from grpo_nb.engine.data import as_task
 from grpo_nb.engine.decoding import sample
 from grpo_nb.loading import TINY
@@ -151,10 +150,10 @@ def test_a_run_from_an_adapter_trains_a_plain_model(base, tmp_path, capsys):
     assert 0 < moved < (logits(start) - logits(plain(base))).abs().max()
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_an_adapter_is_continued(base, tmp_path, capsys, algorithm):
-    """The same A and B go on; the reference is what the run began with, not the base;
-    so is a value model that is a copy."""
+@pytest.mark.parametrize("algorithm, every", [("grpo", 0), ("ppo", 0), ("grpo", 2)])
+def test_an_adapter_is_continued(base, tmp_path, capsys, algorithm, every):
+    """The same A and B go on; the reference is what the run began with, not the base,
+    also if it is renewed later; so is a value model that is a copy."""
     path = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     config = short_config(
         algorithm=algorithm,
@@ -163,6 +162,7 @@ def test_an_adapter_is_continued(base, tmp_path, capsys, algorithm):
         lora_r=4,
         lora_alpha=8,
         lora_target_modules=["v_proj", "q_proj"],
+        ref_model_sync_steps=every,
         output_dir=str(tmp_path / "run"),
     )
     models = build_models(config, load_task("add"))
@@ -179,7 +179,7 @@ def test_an_adapter_is_continued(base, tmp_path, capsys, algorithm):
     with torch.no_grad():
         right = token_logprobs(merged, rollout)
         off = token_logprobs(plain(base), rollout)
-    ours = reference_logprobs(models.reference, rollout)
+    ours = models.reference_logprobs(rollout, config)
     assert torch.allclose(ours, right, atol=1e-5)
     assert not torch.allclose(ours, off, atol=1e-2)
     if algorithm == "ppo":

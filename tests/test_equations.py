@@ -285,6 +285,26 @@ def far_loss(log_rho, A, dtype, **options):
     return loss.item(), logprobs.grad.item(), statistics["rho"].item()
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_gspo_on_fresh_samples_is_grpo(loss_type):
+    """With one advantage an answer and rho = 1 the gradient of a sequence's ratio,
+    clipped at 3e-4, is that of the tokens' ratios, by the log-probs of all tokens."""
+    g = torch.Generator().manual_seed(0)
+    old = torch.randn(6, 7, dtype=torch.float64, generator=g)
+    A = torch.randn(6, dtype=torch.float64, generator=g)
+    mask = torch.arange(7) < torch.tensor([[7], [1], [3], [5], [2], [6]])
+    slopes = []
+    for level, bounds in [("token", (0.2, 0.2)), ("sequence", (3e-4, 4e-4))]:
+        logprobs = old.clone().requires_grad_()
+        loss, _ = policy_loss(
+            logprobs, old, A, mask, *bounds, importance_sampling_level=level
+        )
+        aggregate(loss, mask, loss_type, 9).backward()
+        slopes.append(logprobs.grad)
+    assert slopes[0].abs().max() > 0.01
+    assert torch.allclose(*slopes, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, DOUBLE], ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 @pytest.mark.parametrize("log_rho", FAR)

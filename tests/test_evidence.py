@@ -2,7 +2,9 @@
 results that are kept and not made twice."""
 
 import json
+import math
 from itertools import combinations, product
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +16,13 @@ from hypothesis import strategies as st
 from grpo_nb.evidence import statistics
 from grpo_nb.evidence.statistics import (
     Claim,
+    Comparison,
     difference,
     interval,
     iqm,
+    paired_difference,
     pass_at_k,
+    plot_pairs,
     plot_summary,
     probe,
     read_metrics,
@@ -64,6 +69,206 @@ def test_one_run_has_no_interval():
     assert all(map(np.isnan, interval([0.5]))) and np.isnan(
         difference([1.0], [0.0, 0.0])[1]
     )
+
+
+def pairs(min_size=2, max_size=9):
+    "Two settings of as many seeds."
+    pair = st.tuples(st.floats(-9, 9), st.floats(-9, 9))
+    return st.lists(pair, min_size=min_size, max_size=max_size)
+
+
+# Two-sided 95 % quantiles of Student's t as tables print them, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 4: 2.776, 7: 2.365, 15: 2.131, 30: 2.042}
+
+
+@pytest.mark.parametrize("freedom, quantile", STUDENT.items())
+def test_a_paired_interval_is_students(freedom, quantile):
+    n = freedom + 1
+    first = [math.sin(i) for i in range(n)]
+    second = [math.cos(3 * i) for i in range(n)]
+    differences = [a - b for a, b in zip(first, second)]
+    half = quantile * stdev(differences) / math.sqrt(n)
+    found = paired_difference(first, second)
+    assert found.effect == pytest.approx(fmean(differences))
+    assert found.sd == pytest.approx(stdev(differences)) and found.n == n
+    assert found.high - found.effect == pytest.approx(half, rel=3e-4)
+    assert found.effect - found.low == pytest.approx(half, rel=3e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs(), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_a_paired_interval_is_scipys(both, level):
+    from scipy.stats import ttest_rel
+
+    first, second = np.array(both).T
+    found = paired_difference(first, second, level)
+    if found.sd > 1e-6:
+        expected = ttest_rel(first, second).confidence_interval(level)
+        assert np.allclose([found.low, found.high], expected)
+    else:
+        assert np.allclose([found.low, found.high], found.effect, atol=1e-4)
+
+
+def test_three_pairs_have_a_bootstrap_interval_from_the_lowest_to_the_highest():
+    "One resample of 27 is three times the lowest: more than 2.5 %."
+    found = paired_difference([1.0, 5.0, 9.0], [1.0, 3.0, 2.0])
+    assert (found.boot_low, found.boot_high) == (0.0, 7.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(pairs(4, 4))
+def test_a_paired_bootstrap_is_that_of_all_resamples(both):
+    "The pairs are redrawn, not the two settings: of four pairs there are 256 ways."
+    first, second = np.array(both).T
+    every = np.sort([np.mean(x) for x in product(first - second, repeat=4)])
+    found = paired_difference(first, second)
+    assert every[2] - 1e-9 <= found.boot_low <= every[11] + 1e-9
+    assert every[-12] - 1e-9 <= found.boot_high <= every[-3] + 1e-9
+
+
+def test_what_both_settings_share_cancels():
+    "A seed's own effect is in both, however large it is."
+    first, second = np.array([0.1, 0.3, 0.2]), np.array([0.2, 0.2, 0.2])
+    shared = np.array([1.0, -2.0, 4.0])
+    plain = paired_difference(first, second)
+    moved = paired_difference(first + shared, second + shared)
+    assert np.allclose(ends(plain), ends(moved))
+
+
+def ends(found):
+    "The four ends, in order."
+    return [found.low, found.high, found.boot_low, found.boot_high]
+
+
+@settings(max_examples=30, deadline=None)
+@given(pairs())
+def test_the_settings_the_other_way_round_turn_the_sign(both):
+    first, second = np.array(both).T
+    found = ends(paired_difference(first, second))
+    other = ends(paired_difference(second, first))
+    turned = [-other[1], -other[0], -other[3], -other[2]]
+    # quantiles between two resamples: the bootstrap may round to the other one
+    assert np.allclose(found, turned, atol=1e-6)
+
+
+def test_how_often_the_intervals_of_three_pairs_are_right():
+    """For normal numbers Student's is right in 95 % of all cases. The bootstrap's ends
+    are the lowest and the highest of three: wrong where all lie on one side of the
+    truth, in 2 of 8 cases."""
+    rng, experiments = np.random.default_rng(0), 400
+    right = np.zeros(2)
+    for _ in range(experiments):
+        found = paired_difference(rng.normal(size=3), np.zeros(3))
+        right += [found.low <= 0 <= found.high, found.boot_low <= 0 <= found.boot_high]
+    for counted, share in zip(right / experiments, (0.95, 0.75)):
+        error = math.sqrt(share * (1 - share) / experiments)
+        assert abs(counted - share) < 4 * error
+
+
+def compared(low, high):
+    "A comparison with these ends."
+    middle = (low + high) / 2
+    return Comparison(middle, low, high, low, high, sd=1.0, n=5, level=0.95)
+
+
+@pytest.mark.parametrize(
+    "low, high, margin, expected",
+    [
+        (0.03, 0.05, 0.02, "higher"),
+        (-0.05, -0.03, 0.02, "lower"),
+        (-0.01, 0.02, 0.02, "equal within the margin"),
+        (0.001, 0.019, 0.02, "equal within the margin"),
+        (0.01, 0.03, 0.02, "undecided"),
+        (-0.03, -0.01, 0.02, "undecided"),
+        (-0.1, 0.1, 0.02, "undecided"),
+        (0.02, 0.03, 0.02, "undecided"),
+        (0.001, 0.01, 0, "higher"),
+        (-0.01, -0.001, 0, "lower"),
+        (-0.01, 0.01, 0, "undecided"),
+        (0.0, 0.0, 0, "equal within the margin"),
+    ],
+)
+def test_a_decision_is_the_part_that_holds_the_interval(low, high, margin, expected):
+    assert compared(low, high).decide(margin) == expected
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_decision_holds_for_every_number_of_the_interval(low, width, margin):
+    found = compared(low, low + width)
+    where = {
+        "higher"
+        if x > margin
+        else "lower"
+        if x < -margin
+        else "equal within the margin"
+        for x in (found.low, found.effect, found.high)
+    }
+    (only,) = where if len(where) == 1 else ["undecided"]
+    assert found.decide(margin) == only
+
+
+def test_one_pair_has_an_effect_and_decides_nothing():
+    found = paired_difference([0.5], [0.25])
+    assert found.effect == 0.25 and all(map(math.isnan, [found.sd, *ends(found)]))
+    assert found.decide(0) == found.decide(1) == "undecided"
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ([], [], "first and second.*one number per seed"),
+        ([1.0], [1.0, 2.0], r"first and second.*\(1,\) and \(2,\)"),
+        ([1.0, 2.0, 3.0], [1.0], r"first and second.*\(3,\) and \(1,\)"),
+        (1.0, 2.0, "first and second"),
+        ([[1.0]], [[2.0]], "first and second"),
+        ([1.0, math.nan], [1.0, 2.0], "first and second.*nan and 2.0 as pair 1"),
+        ([1.0, 2.0], [math.inf, 2.0], "first and second.*1.0 and inf as pair 0"),
+    ],
+)
+def test_what_is_no_pair_is_refused(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        paired_difference(first, second)
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.5, 95, math.nan])
+def test_a_level_is_a_share(level):
+    with pytest.raises(ValueError, match="level"):
+        paired_difference([1.0, 2.0], [0.0, 0.0], level)
+
+
+@pytest.mark.parametrize("margin", [-0.01, math.nan, math.inf])
+def test_a_margin_is_a_width(margin):
+    with pytest.raises(ValueError, match="margin"):
+        compared(0, 1).decide(margin)
+
+
+def test_pairs_are_formed_by_position():
+    "The index of a table's column is of no account, as it says nothing of seeds."
+    first = pd.Series([3.0, 4.0], index=[0, 1])
+    second = pd.Series([1.0, 1.0], index=[1, 2])
+    assert paired_difference(first, second).effect == 2.5
+    assert (
+        str(paired_difference(first, second)) == "+2.5 [-3.85, +8.85] (t, 95 %, n = 2)"
+    )
+
+
+def test_a_picture_of_pairs_shows_every_seed():
+    import matplotlib.pyplot as plt
+
+    axes = plt.subplots(1, 2)[1]
+    first = pd.Series([3.0, 5.0, 4.0], index=[4, 5, 6])
+    found = plot_pairs(axes, first, [2.0, 2.0, 2.0], ("a", "b"), margin=0.5)
+    assert [list(line.get_ydata()) for line in axes[0].lines] == [
+        [3, 2],
+        [5, 2],
+        [4, 2],
+    ]
+    drawn = [list(line.get_xdata()) for line in axes[1].lines]
+    assert [1.0, 3.0, 2.0] in drawn and [found.low, found.high] in drawn
+    assert [found.boot_low, found.boot_high] in drawn
+    assert found == paired_difference(first, [2.0, 2.0, 2.0])
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["a", "b"]
+    plt.close("all")
 
 
 @given(

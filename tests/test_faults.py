@@ -2,9 +2,11 @@
 failing rewards, gradients that are no numbers, signals, memory."""
 
 import errno
+import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from safetensors.torch import load_file, save_file
 
 from grpo_nb import update
 from grpo_nb.algorithm import STEPS
@@ -255,6 +258,22 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, straight, monkeypatch
 
 def breaks(*_, **__):
     raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_random_numbers_of_another_kind_of_device_are_refused(tmp_path):
+    "A GPU's generator has a state of another size than a CPU's."
+    run_with(tmp_path / "run", max_steps=2, save_steps=1)
+    newest = checkpoints(tmp_path / "run")[-1][1]
+    tensors = load_file(newest / "state.safetensors")
+    tensors["generator"] = torch.zeros(16, dtype=torch.uint8)  # a seed and an offset
+    save_file(tensors, newest / "state.safetensors")
+    rest = json.loads((newest / "trainer.json").read_text())
+    rest.pop("sha256")
+    rest["sha256"] = checkpoint._digest(newest / "state.safetensors", rest)
+    (newest / "trainer.json").write_text(json.dumps(rest))
+    shutil.rmtree(tmp_path / "run/model")
+    with pytest.raises(ValueError, match="device = 'cpu' cannot go on with the random"):
+        run_with(tmp_path / "run", max_steps=2, save_steps=1, resume=True)
 
 
 @pytest.mark.parametrize("name", ["save_checkpoint", "_write_rows", "finish"])

@@ -70,6 +70,7 @@ from grpo_nb.evidence.statistics import (
     difference,
     interval,
     iqm,
+    paired_difference,
     pass_at_k,
     verdicts,
 )
@@ -1265,7 +1266,7 @@ def test_models_on_rollouts(rollout, temperature, max_tokens):
     of_reference = {"reference": LLAMA, "rollout": rollout, "temperature": temperature}
     again = outcome(reference_logprobs, of_reference)
     assert (again is not None) == right
-    limited = of_reference | {"max_tokens": max_tokens}
+    limited = of_reference | {"max_tokens": max_tokens, "with_adapters": right}
     cut = outcome(adapters.reference_logprobs, limited)
     assert (cut is not None) == (right and allowed)
     assert adapters.reference_logprobs(None, rollout) is None
@@ -2265,7 +2266,7 @@ def test_costs(a, b, c):
     assert measure_flops(lambda: a)[0] is a
 
 
-@fuzz(iqm, interval, difference, pass_at_k, times=1)
+@fuzz(iqm, interval, difference, paired_difference, pass_at_k, times=1)
 @given(
     st.lists(st.floats(-9, 9), max_size=6),
     st.lists(st.floats(-9, 9), max_size=6),
@@ -2283,6 +2284,15 @@ def test_statistics(x, y, level, n, c, k):
         assert min(x) - 1e-9 <= ends[0] <= ends[1] <= max(x) + 1e-9
     if x and y:
         assert math.isclose(difference(x, y)[0], middle - iqm(y), abs_tol=1e-12)
+    both = {"first": x, "second": y, "level": level}
+    pairs = outcome(paired_difference, both)
+    assert (pairs is None) == (ends is None or len(x) != len(y) or not x)
+    if pairs and len(x) > 1:
+        gaps = [a - b for a, b in zip(x, y)]
+        assert pairs.low - 1e-9 <= pairs.effect <= pairs.high + 1e-9
+        assert min(gaps) - 1e-9 <= pairs.boot_low <= pairs.boot_high <= max(gaps) + 1e-9
+        allowed = isinstance(c, (int, float)) and 0 <= c < math.inf
+        assert (outcome(pairs.decide, {"margin": c}) is not None) == allowed
     found = outcome(pass_at_k, {"n": n, "c": c, "k": k})
     whole = all(type(v) in (int, bool) for v in (n, c, k))
     assert (found is not None) == (whole and 0 <= c <= n and 1 <= k <= n)
@@ -2521,6 +2531,7 @@ EXCEPTIONS = (
         "engine.attention.find_parts": "all shapes, in test_attention.py",
         "engine.attention.attend_in_parts": "all shapes, in test_attention.py",
         "engine.attention.RowMask": "made by `row_mask`",
+        "engine.attention.pays_in_parts": "through `row_mask`, in test_attention.py",
         "engine.attention.row_mask": "in `shared_rows`",
         "engine.adapters.without_adapters": "takes a model; test_models.py",
         "engine.adapters.Adapter": "made by `find_adapter`",
@@ -2564,13 +2575,14 @@ EXCEPTIONS = (
         "run.iterative.outer_iteration": "part of `train`",
         "run.training.step_queries": "`Task.queries`",
         "run.command_line.chat": "any line of text is a question: `Task.parse`",
+        "evidence.statistics.Comparison": "made by `paired_difference`",
         "evidence.statistics.summarise": "pandas",
         "evidence.statistics.probe": "`sample` and a task",
         "evidence.statistics.read_metrics": "of runs that `sweep` made",
     }
     | dict.fromkeys(
         [f"evidence.plots.{name}" for name in plots.__all__]
-        + ["evidence.statistics.plot_summary"],
+        + ["evidence.statistics.plot_summary", "evidence.statistics.plot_pairs"],
         "draws what a run holds",
     )
     | dict.fromkeys(

@@ -35,6 +35,7 @@ from grpo_nb.task import Query
 from grpo_nb.run.build import build_models, load_value_model
 from grpo_nb.run.checkpoint import checkpoints
 from grpo_nb.run.command_line import chat, parse_arguments
+from grpo_nb.run.iterative import outer_iteration
 from grpo_nb.run.training import open_run, train
 from grpo_nb.value import predict_values
 from helpers import (
@@ -696,6 +697,76 @@ def test_the_reference_is_the_policy_without_its_adapters(
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_policy_with_its_adapters_becomes_the_reference(
+    directory, tmp_path, family
+):
+    """An outer iteration renews the adapters of the reference; they stay when the
+    policy moves on. What they stand beside is one model, and none of it is trained."""
+    options = LORA | {"ref_model_sync_steps": 2, "beta": 0.1}
+    config = small(directory(family), tmp_path, **options)
+    models = build_models(config, task := load_task("add"))
+    base, tokenizer = load(directory(family))
+    policy, rollout = models.policy, random_rollout(base, tokenizer)
+    generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def moved():
+        for name, p in policy.named_parameters():
+            if "lora_" in name:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+        return token_logprobs(policy, rollout)
+
+    def of_reference():
+        return models.reference_logprobs(rollout, config)
+
+    start = reference_logprobs(base, rollout)
+    assert of_reference().equal(start)
+    first = moved()
+    assert of_reference().equal(start)  # frozen in the first iteration
+    assert outer_iteration(config, task, models, generator, 2, []) == {}
+    assert of_reference().equal(start)  # not yet due
+    outer_iteration(config, task, models, generator, 3, [])
+    assert torch.allclose(of_reference(), first, atol=1e-6)
+    assert not torch.allclose(first, start, atol=1e-2)
+    second = moved()
+    assert torch.allclose(of_reference(), first, atol=1e-6)
+    assert not torch.allclose(second, first, atol=1e-2)
+    with torch.no_grad():
+        assert token_logprobs(policy, rollout).equal(second)  # its own are on
+    pairs = dict(models.reference.named_parameters())
+    for name, p in policy.named_parameters():
+        assert (pairs[name] is not p) == p.requires_grad == ("lora_" in name)
+        assert not pairs[name].requires_grad
+
+
+def test_outer_iterations_of_adapters_resume(tmp_path):
+    """Four steps at once, or three and one more: the same, bit for bit. The KL begins
+    at 0 in each iteration; a checkpoint holds the adapters of both models alone."""
+    options = LORA | {"ref_model_sync_steps": 2, "num_generations": 8}
+    options |= {"save_steps": 1, "eval_steps": 1}
+    for name, steps in {"once": [4], "twice": [3, 4]}.items():
+        for n in steps:
+            config = small(
+                "tiny", tmp_path / name, max_steps=n, resume=n != steps[0], **options
+            )
+            run = train(config, reward_funcs=[recorded([])], progress=False)
+            if n == 3:
+                shutil.rmtree(tmp_path / name / "model")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert [reproducible(line) for line in read_metrics(once)] == [
+        reproducible(line) for line in read_metrics(twice)
+    ]
+    for name in ("model/adapter_model.safetensors", "checkpoint-4/state.safetensors"):
+        assert (once / name).read_bytes() == (twice / name).read_bytes(), name
+    kls = run.metrics["kl"]
+    assert kls[1] < 1e-6 and kls[3] < 1e-6 < 1e-4 < min(kls[2], kls[4])
+    kept = load_file(once / "checkpoint-4/state.safetensors")
+    weights = {name for name in kept if ".weights." in name}
+    assert {name.split(".")[0] for name in weights} == {"policy", "reference"}
+    assert all("lora_" in name for name in weights)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"algorithm": "ppo"}, {"algorithm": "ppo", "value_model": "head"}],
@@ -877,9 +948,15 @@ def test_adapters_with_less_memory(tmp_path, options):
 
 def test_what_adapters_cannot_do_is_refused(directory, tmp_path, monkeypatch):
     "By name, and before anything is written."
-    for wrong in ({"ref_model_sync_steps": 2}, {"reference_dtype": "bfloat16"}):
-        with pytest.raises(ValueError, match=f"use_peft.*{next(iter(wrong))}"):
-            small("tiny", tmp_path / "no", **LORA, **wrong)
+    for options in ({}, {"ref_model_sync_steps": 2}):
+        with pytest.raises(ValueError, match="use_peft.*reference_dtype.*bfloat16"):
+            small(
+                "tiny",
+                tmp_path / "no",
+                reference_dtype="bfloat16",
+                **LORA,
+                **options,
+            )
     with pytest.raises(ValueError, match="lora_target_modules"):
         small("tiny", tmp_path / "no", **LORA, lora_target_modules=[])
     with pytest.raises(

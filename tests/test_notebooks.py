@@ -4,15 +4,18 @@ are run with parameters run."""
 import ast
 import json
 import re
+import shlex
 import shutil
 
 import nbformat
 import pandas as pd
 import papermill
 import pytest
+import yaml
+from nbconvert import HTMLExporter
 
 from grpo_nb.run.options import CONFIGS, make_config
-from helpers import ROOT, read_metrics
+from helpers import ROOT, read_metrics, tagged
 
 NOTEBOOKS = sorted(
     path
@@ -37,13 +40,9 @@ def name_of(path):
 def parameters_of(path, cells_above=0):
     "What the one cell tagged `parameters` sets, with so many cells above it."
     cells = nbformat.read(path, 4).cells
-    (tagged,) = [
-        i
-        for i, cell in enumerate(cells)
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
+    (place,) = tagged(cells)
     values = {}
-    for cell in cells[tagged - cells_above : tagged + 1]:
+    for cell in cells[place - cells_above : place + 1]:
         exec(cell["source"], {}, values)
     return values
 
@@ -87,6 +86,53 @@ def test_no_saved_picture_is_svg_alone(path):
             saved = set(output.get("data", {}))
             drawn = {"image/png", "application/vnd.vegalite.v5+json"} & saved
             assert "image/svg+xml" not in saved or drawn, cell.source
+
+
+def raw_syntax(markdown):
+    "What only Quarto reads: GitHub, nbviewer and JupyterLab show it as it is."
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", markdown, flags=re.M | re.S)
+    pattern = r":::|\{\{<|\{[#.][a-zA-Z][^}]*\}|@(?:eq|fig|sec|tbl)-\w+|\[\^\w+\]"
+    return re.findall(pattern, text)
+
+
+@pytest.mark.parametrize(
+    "markdown, found",
+    [
+        ("::: {.callout-note}\nx\n:::", [":::", "{.callout-note}", ":::"]),
+        ("$$x$$ {#eq-x}, see @eq-x and @fig-y", ["{#eq-x}", "@eq-x", "@fig-y"]),
+        ("a footnote[^1]", ["[^1]"]),
+        ("`{#eq-x}` is a name, $\\frac{.3}{.8}$ a formula, a@b.org an address", []),
+        ("```\n::: {.callout}\n```", []),
+    ],
+)
+def test_raw_syntax_is_seen(markdown, found):
+    assert raw_syntax(markdown) == found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_needs_no_quarto(path):
+    "Its texts and its pictures are seen where only nbconvert looks at it."
+    for cell in nbformat.read(path, 4).cells:
+        assert cell.cell_type != "markdown" or not raw_syntax(cell.source)
+        hidden = cell.source.startswith("#| hide")
+        for output in [] if hidden else cell.get("outputs", []):
+            data = output.get("data", {})
+            shown = set(data) - {"text/plain"}
+            text = data.get("text/plain", "")
+            assert shown or not re.match(r"<[\w.]+ .*at 0x|<Figure|<IPython", text)
+
+
+@pytest.mark.parametrize("name", ["1_figure/08_gae", "experiments/compare"])
+def test_pictures_survive_nbconvert(name):
+    "As many pictures as were saved."
+    notebook = nbformat.read(ROOT / f"nbs/{name}.ipynb", 4)
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    kinds = [set(output.get("data", {})) for output in outputs]
+    pictures = {"image/png", "image/svg+xml"}
+    assert page.count('class="jp-RenderedImage') + page.count(
+        'class="jp-RenderedSVG'
+    ) >= sum(bool(kind & pictures) for kind in kinds)
 
 
 def code_of(path):
@@ -205,6 +251,105 @@ def test_the_parameters_of_train_are_the_fields_of_the_configs():
     values = parameters_of(TRAIN, cells_above=1)
     assert values.keys() == fields == papermill.inspect_notebook(TRAIN).keys()
     assert make_config(**values) == make_config()
+
+
+PARAMETERIZED = [path for path in NOTEBOOKS if tagged(nbformat.read(path, 4).cells)]
+
+
+def derived(source):
+    """The lines of a `parameters` cell that papermill would leave old: all but names
+    with a literal, and a name that is itself (set in a cell above)."""
+    wrong = []
+    for statement in ast.parse(source).body:
+        line = ast.unparse(statement)
+        try:
+            name, text = line.split(" = ", 1)
+            if not name.isidentifier():
+                raise ValueError
+            if text != name:
+                ast.literal_eval(text)
+        except ValueError:
+            wrong.append(line)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "source, wrong",
+    [
+        ("G = 8  # of a query\nbeta = None\nnames = ['a', 1e-4, -1]", []),
+        ("model = model", []),
+        ("sampled = G * prompts", ["sampled = G * prompts"]),
+        ("G = H", ["G = H"]),
+        ("path = f'{x}'\nG: int = 8", ["path = f'{x}'", "G: int = 8"]),
+        ("seeds = list(range(3))", ["seeds = list(range(3))"]),
+        ("import os", ["import os"]),
+        ("a, b = 1, 2", ["a, b = (1, 2)"]),
+    ],
+)
+def test_what_is_derived_is_seen(source, wrong):
+    assert derived(source) == wrong
+
+
+@pytest.mark.parametrize("path", PARAMETERIZED, ids=name_of)
+def test_parameters_are_literals(path):
+    """One tagged cell; papermill injects its own below it, so what is computed there
+    would stay as it was; and papermill's help knows every name."""
+    cells = nbformat.read(path, 4).cells
+    (place,) = tagged(cells)
+    source = cells[place].source
+    assert not derived(source)
+    names = [a.targets[0].id for a in ast.parse(source).body]
+    assert list(papermill.inspect_notebook(path)) == names
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PARAMETERIZED if p.parent == EXPERIMENTS], ids=name_of
+)
+def test_an_experiment_says_where_its_parameters_are(path):
+    "Above them: which cell it is, where the guide is, where what it makes goes."
+    cells = nbformat.read(path, 4).cells
+    above = cells[: tagged(cells)[0]]
+    text = "\n".join(c.source for c in above if c.cell_type == "markdown")
+    for words in ("tag", "`parameters`", "papermill", "`output_dir`"):
+        assert words in text
+    assert "(../guides/parameters.ipynb)" in text
+
+
+def test_the_parameters_of_compare_and_recipes_are_the_defaults():
+    "What they write out is what the config has, but for the size of the experiment."
+    sized = {"seeds", "max_steps", "completions_per_step", "eval_steps", "recipes"}
+    for path in (COMPARE, RECIPES):
+        values = parameters_of(path)
+        for algorithm, config in CONFIGS.items():
+            own = values.keys() & config.__dataclass_fields__.keys() - sized
+            written = make_config(algorithm=algorithm, **{x: values[x] for x in own})
+            assert written == make_config(algorithm=algorithm)
+
+
+def documented_commands():
+    "Every `papermill` line of the texts, as words; lines that go on are joined."
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            text = cell.source.replace("\\\n", " ")
+            blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+            for block in blocks if cell.cell_type == "markdown" else []:
+                for line in block.splitlines():
+                    if line.startswith("papermill "):
+                        yield shlex.split(line, comments=True)
+
+
+def test_documented_commands_give_parameters_that_exist():
+    "Each name is the notebook's, and a list is not given with -p, which is for texts."
+    commands = list(documented_commands())
+    assert len(commands) >= 8
+    for words in commands:
+        known = papermill.inspect_notebook(ROOT / words[1])
+        for flag, name, value in zip(words, words[1:], [*words[2:], ""]):
+            if flag == "-p":
+                assert name in known and value[0] not in "[{", words
+            if flag == "-y":
+                given = yaml.safe_load(name)
+                assert given.keys() <= known.keys(), words
 
 
 def test_train_notebook(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import typing
 
 import nbformat
 import pytest
-from helpers import ROOT, short_config
+from helpers import ROOT, short_config, tagged
+from pydantic.dataclasses import dataclass
 
 from grpo_nb import gae, group, objective, reference, reward, sampling, update, value
 from grpo_nb.checks import alternatives
@@ -188,6 +189,23 @@ def comments_of(source):
     return found
 
 
+def test_refills_belong_to_the_librarys_grpo(monkeypatch):
+    """A kind of GRPOConfig has the option, but a step of its own, which gets no spare
+    queries: refused by name, also where a recipe brings it; 0 is fine."""
+
+    @dataclass(config={"extra": "forbid"}, kw_only=True)
+    class MineConfig(options.GRPOConfig):
+        algorithm: typing.Literal["mine"] = "mine"
+
+    monkeypatch.setitem(CONFIGS, "mine", MineConfig)
+    for refills in ({"dynamic_sampling": 3}, {"recipe": "dapo"}):
+        with pytest.raises(ValueError, match="dynamic_sampling = [34]: must be 0") as e:
+            make_config(algorithm="mine", **refills)
+        assert 'algorithm = "mine"' in str(e.value)
+    assert make_config(algorithm="mine", dynamic_sampling=0).dynamic_sampling == 0
+    assert make_config(recipe="dapo").dynamic_sampling == 4
+
+
 def defaults_of(name):
     "The defaults of an option, by algorithm."
     return {
@@ -226,11 +244,7 @@ def test_the_comments_of_the_train_notebook():
     """Each parameter is explained by its help text and its choices, as they are now;
     those of the first cell have their defaults."""
     notebook = nbformat.read(ROOT / "nbs/experiments/train.ipynb", 4)
-    (k,) = [
-        k
-        for k, cell in enumerate(notebook.cells)
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
+    (k,) = tagged(notebook.cells)
     first, rest = (comments_of(notebook.cells[i].source) for i in (k - 1, k))
     fields = {}
     for config in (*CONFIGS.values(), Config):

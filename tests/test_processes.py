@@ -237,6 +237,26 @@ def test_a_run_is_that_of_one_process(tmp_path, engine, monkeypatch):
     assert open_run(tmp_path / "two").accuracy == alone.accuracy
 
 
+def test_outer_iterations_of_adapters_are_those_of_one_process(tmp_path):
+    "The reference's adapters are cut over the processes, renewed and kept as alone."
+    options = GREEDY | {"use_peft": True, "lora_r": 4, "ref_model_sync_steps": 2}
+    options |= {"learning_rate": 1e-2, "gradient_noise": False}
+    alone = train(
+        short_config(output_dir=str(tmp_path / "one"), **options), progress=False
+    )
+    program = ("-m", "grpo_nb", *line(tmp_path / "two", options))
+    status, said = launch(*program, launcher=ACCELERATE, cwd=tmp_path)
+    assert status == 0, said
+    kls = [x["kl"] for x in read_metrics(tmp_path / "two")]
+    assert max(abs(a - b) for a, b in zip(alone.metrics["kl"], kls)) < 1e-4
+    assert kls[0] < 1e-6 and kls[2] < 1e-6 < 1e-2 < min(kls[1], kls[3])
+    name = "checkpoint-4/state.safetensors"
+    a, b = (load_file(tmp_path / kind / name) for kind in ("one", "two"))
+    assert a.keys() == b.keys()
+    a.pop("generator")
+    assert max((x - b[k]).abs().max().item() for k, x in a.items()) < 1e-4
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     "A run of GRPO by two processes that nothing happens to."

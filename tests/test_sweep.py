@@ -125,6 +125,45 @@ def test_a_cell_that_fails_is_said_and_the_others_go_on(notebook, tmp_path, caps
     assert "how=raise" in capsys.readouterr().out
 
 
+RESUMABLE = """
+import json, pathlib
+folder = pathlib.Path(output_dir)
+begun = (folder / "config.json").exists()
+if begun and not resume: raise ValueError("already holds a run")
+(folder / "config.json").write_text("{}")
+if not begun: raise RuntimeError("killed")
+(folder / "result.json").write_text(json.dumps({"x": x, "resume": resume}))
+"""
+
+
+def test_the_same_sweep_goes_on_with_a_run_that_was_killed(notebook, tmp_path):
+    resumable = nbformat.read(notebook, 4)
+    resumable.cells[0].source = "x = 1\nresume = None\noutput_dir = None"
+    resumable.cells[1].source = RESUMABLE
+    path = tmp_path / "resumable.ipynb"
+    nbformat.write(resumable, path)
+    for cells in ([{"x": 2}], [{"x": 2, "resume": False}]):
+        place = tmp_path / str(len(cells[0]))
+        begun = sweep(path, cells, place, progress=False)
+        assert begun["error"][0] == "RuntimeError: killed"
+        later = sweep(path, cells, place, progress=False)
+        assert later["directory"].equals(begun["directory"])
+        if "resume" in cells[0]:  # what the cell says stays
+            assert later["error"][0] == "ValueError: already holds a run"
+        else:
+            assert later["error"][0] is None
+            assert result(later.loc[0]) == {"x": 2, "resume": True}
+
+
+def test_a_notebook_that_cannot_resume_is_not_asked_to(notebook, tmp_path):
+    folder = tmp_path / cell_name({"x": 1})
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    table = sweep(notebook, [{"x": 1}], tmp_path, progress=False)
+    assert table["error"][0] is None
+    assert "resume" not in (folder / "notebook.ipynb").read_text()
+
+
 @pytest.mark.parametrize(
     "wrong, says",
     [

@@ -570,8 +570,9 @@ def test_the_chapter_names_what_is_free_to_change():
     "The chapter's list is that of the code."
     chapter = json.loads((ROOT / "nbs/2_run/22_run_directory.ipynb").read_text("utf-8"))
     prose = "".join("".join(cell["source"]) for cell in chapter["cells"])
-    (sentence,) = re.findall(r"Free to change are (.*?):", prose)
-    named = set(re.findall(r"`(\w+)`", sentence))
+    (table,) = re.findall(r"\| free to change .*?\n\n", prose, re.DOTALL)
+    first_column = "".join(row.split("|")[1] for row in table.splitlines() if row)
+    named = set(re.findall(r"`(\w+)`", first_column))
     assert named == run_directory._FREE - {"resume", "passed"} | {"max_steps"}
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -358,11 +358,13 @@ def reference_logprobs(
     rollout: Rollout,
     temperature: float = 1.0,  # the one it was sampled with
     max_tokens: int | None = None,  # of one forward pass; None: no limit
+    with_adapters: bool = False,  # True: they are the reference's own
 ) -> Float[Tensor, "N T"] | None:  # nats; None without a reference
     """Score each completion token under the reference, in micro-batches.
 
-    A model with adapters is scored without them; afterwards they are on again."""
+    A policy with adapters is scored without them; afterwards they are on again."""
     if reference is None:
         return None
-    with without_adapters(reference):
+    switched = nullcontext() if with_adapters else without_adapters(reference)
+    with switched:
         return logprobs_in_micro_batches(reference, rollout, temperature, max_tokens)

@@ -88,6 +88,7 @@ class EngineModels(Models):
             rollout,
             config.temperature,
             config.max_tokens_per_micro_batch,
+            with_adapters=self.reference is not self.policy,
         )
 
     def score(self, rollout: Rollout, config) -> dict[str, float]:

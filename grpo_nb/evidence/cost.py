@@ -176,7 +176,8 @@ def flops(
 ) -> dict[str, float]:  # FLOPs of each box
     """Count the FLOPs of one training step by box (DeepSeekMath 2402.03300, fig. 4).
 
-    0 for a box that the algorithm does not have.
+    0 for a box that the algorithm does not have. Shared rows attend as on a CPU, in
+    parts where that pays; elsewhere they compute the square.
 
     Raises: `ValueError`: a length below one token, or not finite."""
     lengths = (prompt_length, completion_length)

@@ -80,13 +80,21 @@ def _papermill(notebook, cell, folder, threads) -> subprocess.CompletedProcess:
     "The command of papermill, in a process of its own."
     command = [sys.executable, "-m", "papermill", notebook, folder / "notebook.ipynb"]
     command += ["--kernel", "python3", "--cwd", notebook.parent, "--no-progress-bar"]
-    cell = cell | {"output_dir": str(folder)}
-    command += ["--parameters_yaml", json.dumps(cell)]
+    command += ["--parameters_yaml", json.dumps(_handed(notebook, cell, folder))]
     environment = dict(os.environ)
     environment["OMP_NUM_THREADS"] = str(threads)
     environment["MKL_NUM_THREADS"] = str(threads)
     streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     return subprocess.run(command, env=environment, **streams)
+
+
+def _handed(notebook: Path, cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    "What the notebook is given; a run that has begun there is to go on."
+    handed = cell | {"output_dir": str(folder)}
+    begun = (folder / "config.json").exists()
+    if begun and "resume" in _parameters_of(notebook):
+        handed = {"resume": True} | handed
+    return handed
 
 
 def _reason(ended: subprocess.CompletedProcess) -> str:

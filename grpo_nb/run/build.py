@@ -349,10 +349,10 @@ def build_models(
     names = reward_funcs or config.reward_funcs
     rewards = load_rewards_of(config, names, task, start, tokenizer)
     policy.requires_grad_(True)
-    reference = _make_reference(config, policy, start)
     value = _make_value_model(config, policy, start)
     if config.use_peft:
-        put_adapters(policy, adapter, config)  # last: what was copied has none
+        put_adapters(policy, adapter, config)  # the value model has none
+    reference = _make_reference(config, policy, start)
     models = ObservedModels(
         policy,
         tokenizer,
@@ -386,9 +386,11 @@ def _make_reference(
     config: Config, policy: PreTrainedModel, start: PreTrainedModel
 ) -> PreTrainedModel | None:
     """A frozen copy of the start; with new adapters the policy itself, which has them
-    off."""
+    off, or, if it is to be renewed, a copy of the adapters."""
     if config.beta == 0:
         return None
+    if config.use_peft and config.ref_model_sync_steps:
+        return _copy_adapters(policy)
     if config.use_peft and start is policy:
         return policy
     reference = copy.deepcopy(start).requires_grad_(False)
@@ -396,6 +398,12 @@ def _make_reference(
     for p in reference.parameters():  # not buffers: rotary frequencies do not bear it
         p.data = p.data.to(dtype)
     return reference
+
+
+def _copy_adapters(policy: PreTrainedModel) -> PreTrainedModel:
+    "Copy a policy's adapters, frozen; what they stand beside is shared, not copied."
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
 
 
 def _make_value_model(

@@ -65,8 +65,8 @@ def save_checkpoint(state: RunState):
     models = state.models
     generator = all_gather_rows(state.generator.get_state()[None]).squeeze(0)
     tensors = {"generator": generator}
-    for name, model in renewed_models(state.config, models).items():
-        for k, p in model.named_parameters():
+    for name, parameters in _renewed_parameters(state).items():
+        for k, p in parameters.items():
             tensors[f"{name}.weights.{k}"] = full_tensor(p.detach())
     for name, (model, optimizer) in models.trained().items():
         for k, p in model.named_parameters():
@@ -107,6 +107,19 @@ def _write_checkpoint(directory: Path, tensors: dict, rest: dict, limit: int):
         for _, old in checkpoints(directory)[:-limit]:
             remove_path(old)
 
+
+def _renewed_parameters(state: RunState) -> dict[str, dict[str, torch.Tensor]]:
+    "The weights of each blue box that are renewed: of a reference, what is trained."
+    policy = state.models.policy.named_parameters()
+    trained = {k for k, p in policy if p.requires_grad}
+    renewed = {}
+    for name, model in renewed_models(state.config, state.models).items():
+        parameters = dict(model.named_parameters())
+        if name == "reference":  # what its adapters stand beside stays as it was
+            parameters = {k: p for k, p in parameters.items() if k in trained}
+        renewed[name] = parameters
+    return renewed
+
 # %% ../../nbs/2_run/23_checkpoint.ipynb #087d8c26
 def _digest(path: Path, rest: dict) -> str:
     "SHA-256 of a file and of what is kept beside it."
@@ -133,15 +146,14 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 # %% ../../nbs/2_run/23_checkpoint.ipynb #42476d0c
 def load_checkpoint(path: Path, state: RunState):
-    "Put a checkpoint back into a run whose models are freshly built."
+    """Put a checkpoint back into a run whose models are freshly built.
+
+    Raises: `ValueError` on another kind of device, which has other random numbers."""
     tensors = load_file(path / "state.safetensors")
     rest = json.loads((path / "trainer.json").read_text())
-    rank, world_size = get_rank(), get_world_size()
-    own = tensors["generator"].view(world_size, -1)[rank]
-    state.generator.set_state(own.clone())  # it must begin where its storage does
-    renewed = renewed_models(state.config, state.models)
-    for name, model in renewed.items():
-        _put_weights(tensors, name, dict(model.named_parameters()))
+    _put_random_numbers(path, tensors["generator"], state)
+    for name, parameters in _renewed_parameters(state).items():
+        _put_weights(tensors, name, parameters)
     for name, (model, optimizer) in state.models.trained().items():
         parameters = model.named_parameters()
         _put_weights(tensors, name, {k: p for k, p in parameters if p.requires_grad})
@@ -152,6 +164,18 @@ def load_checkpoint(path: Path, state: RunState):
             group["lr"] = lr
     state.models.beta = rest["beta"]
     state.step = rest["step"]
+
+
+def _put_random_numbers(path: Path, saved: torch.Tensor, state: RunState):
+    "The random numbers of this process, from a checkpoint's; devices have their own."
+    own = saved.view(get_world_size(), -1)[get_rank()]
+    if own.shape != state.generator.get_state().shape:
+        device = str(state.generator.device)
+        raise ValueError(
+            f"device = {device!r} cannot go on with the random numbers of {path}; "
+            "allowed: a device of the kind that they were drawn on"
+        )
+    state.generator.set_state(own.clone())  # it must begin where its storage does
 
 
 def load_weights(

@@ -381,12 +381,11 @@ class Config(
             )
 
     def _check_engine(self):
-        "Refuse what adapters and vLLM cannot do."
-        other_reference = self.ref_model_sync_steps or self.reference_dtype != "float32"
-        if self.use_peft and self.beta and other_reference:
+        "Refuse options of adapters and vLLM that need, or rule out, another option."
+        if self.use_peft and self.beta and self.reference_dtype != "float32":
             raise ValueError(
-                "use_peft: the reference is the policy without adapters; "
-                "ref_model_sync_steps must be 0, reference_dtype float32, or beta 0"
+                "use_peft: the reference has the policy's weights in common with it; "
+                f"reference_dtype must be float32 or beta 0, got {self.reference_dtype}"
             )
         if self.vllm_importance_sampling_correction and not self.use_vllm:
             raise ValueError(
@@ -406,6 +405,17 @@ class GRPOConfig(GroupOptions, Config):
     use_bias_correction_kl: bool = _option(
         False, "rho * k3 in the loss: an unbiased KL gradient"
     )
+
+    @field_validator("dynamic_sampling")
+    @classmethod
+    def _check_refills(cls, value, info: ValidationInfo):
+        "Refuse refills where a step of another algorithm would not make them."
+        algorithm = info.data.get("algorithm", "grpo")
+        if value and algorithm != "grpo":
+            raise ValueError(
+                f'must be 0 with algorithm = "{algorithm}": only "grpo" refills a step'
+            )
+        return value
 
     def _check_kl(self):
         super()._check_kl()

@@ -549,7 +549,7 @@ def _has_loader(name: str) -> bool:
     return True
 
 # %% ../../nbs/2_run/22_run_directory.ipynb #22d0000c
-# what may be another value when a run goes on: it changes no number of the run
+# what may be another value when a run goes on: it is the same experiment with each
 _FREE = {
     "resume",
     "device",

@@ -35,7 +35,8 @@ from transformers import LlamaForCausalLM, MistralForCausalLM  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 # needs several processes or vLLM, is about the CPU, or is no code of a run
-LEFT_OUT = {"distributed", "vllm_sampler", "ledger", "oracles", "trl_oracles"}
+LEFT_OUT = {"attention", "distributed", "vllm_sampler"}
+LEFT_OUT |= {"ledger", "oracles", "trl_oracles"}
 NAME = r"(?:self\.)?[\w.]+"
 PATTERNS = {  # of what is taken out: what stands there then
     rf", device={NAME}(?=[,)])": "",
