@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).resolve().parent / "live"
 JAX = Path(__file__).resolve().parent / "jax/jax.min.js"
-TINY = ROOT / "grpo_nb/models/tiny"
 RUNS = ROOT / "nbs/guides/live_runs.json"  # made by nbs/guides/live.ipynb
 PAGE = "live.html"
+SITE = "https://grpo-nb.github.io/grpo_nb/"
 
 IMPORT = re.compile(r'^import \{([^}]*)\} from "([^"]+)";\n', re.M)
 EXPORT = re.compile(r"^export (?=(?:async function|function|class|const) )", re.M)
@@ -119,10 +119,15 @@ def page(runs: list | None = None) -> str:
     """Write the page.
 
     `runs`: recorded runs to show under Replay, as `record` in nbs/guides/live.ipynb
-    makes them; None: those that are committed."""
+    makes them; None: those that are committed. A page with other runs does not stand
+    on the site, so its links lead there."""
+    base = ""
     if runs is None:
         runs = json.loads(RUNS.read_text()) if RUNS.exists() else []
+    else:
+        base = f'<base href="{SITE}" target="_blank">'
     parts = {
+        "base": base,
         "style": theme() + (SOURCE / "page/style.css").read_text(),
         "policy": as_script(architecture()),
         "figures": as_script(figures()),

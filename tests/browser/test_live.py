@@ -3,6 +3,7 @@
 What it computes is compared with the library: the same numbers go through both."""
 
 import base64
+import copy
 import json
 import random
 import re
@@ -21,11 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import build_live
 
+from grpo_nb.algorithm import STEPS as ALGORITHMS
 from grpo_nb.gae import gae, whiten
-from grpo_nb.group import group_advantages
+from grpo_nb.group import group_advantages, informative
 from grpo_nb.models import Models
-from grpo_nb.policy import as_rollout, load_policy, token_logprobs
+from grpo_nb.policy import as_rollout, encode_prompts, load_policy, token_logprobs
 from grpo_nb.reward import accuracy_reward, brevity_reward
+from grpo_nb.rollout import Rollout
 from grpo_nb.run.options import make_config
 from grpo_nb.task import load_task
 from grpo_nb.update import batch_loss
@@ -189,6 +192,8 @@ def test_the_page_is_small_and_loads_nothing():
     shell = re.sub(r"<script.*?</script>", "", html, flags=re.S)
     assert not re.search(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="', shell)
     assert html == build_live.page()
+    assert "<base" not in html
+    assert f'<base href="{build_live.SITE}"' in build_live.page([])
 
 
 def test_logprobs_are_those_of_torch(numbers, policy, rollout):
@@ -340,6 +345,145 @@ def test_queries_and_rewards_are_those_of_the_library(numbers):
             assert [row["reward"] for row in found["rows"]] == pytest.approx(truth)
 
 
+# ------------------------------------------------------------- a step of the library
+
+OPTIONS = {
+    "algorithm": "grpo",
+    "G": 16,
+    "queries": 16,
+    "rate": 1e-4,
+    "beta": 0.01,
+    "epsilon": 0.2,
+    "iterations": 1,
+    "scale": "group",
+    "loss": "grpo",
+    "reward": "accuracy",
+    "lam": 0.95,
+    "seed": 0,
+}
+
+
+def drawn(result: dict, tokenizer, num_generations: int) -> tuple[Rollout, list[dict]]:
+    "What the page has drawn, as a rollout; and the page's row of each completion."
+    rows = []
+    for group in result["groups"]:
+        for row in group:
+            rows += [row] * row["count"]
+    queries = [TASK.parse(query["prompt"]) for query in result["queries"]]
+    prompt_ids, prompt_mask = encode_prompts(tokenizer, queries)
+    ids = [torch.tensor(row["tokens"]) for row in rows]
+    lengths = torch.tensor([len(row) for row in ids])
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    texts = [row["text"] for row in rows]
+    truncated = torch.tensor([row["tokens"][-1] != 1 for row in rows])
+    rollout = Rollout(
+        queries, prompt_ids, prompt_mask, ids, mask, texts, truncated, num_generations
+    )
+    return rollout, rows
+
+
+def assert_same_step(found: dict, rows: list[dict], rollout, metrics: dict, after):
+    "The page's numbers of a step, and the library's."
+    per_token = {
+        "logprobs": rollout.logprobs,
+        "refLogprobs": rollout.ref_logprobs,
+        "values": rollout.values,
+        "newLogprobs": after,
+    }
+    for i, (row, mask) in enumerate(zip(rows, rollout.completion_mask, strict=True)):
+        assert row["reward"] == rollout.rewards[i]
+        A = rollout.advantages[i].expand(len(mask))[mask]
+        assert row["advantages"] == pytest.approx(A.tolist(), abs=1e-3)
+        for name, x in per_token.items():
+            if x is not None:
+                truth = x[i][mask].tolist()
+                assert row[name] == pytest.approx(truth, abs=1e-3), name
+    assert found["loss"] == pytest.approx(metrics["loss"], abs=1e-4)
+    assert found["reward"] == pytest.approx(rollout.rewards.mean().item())
+    if rollout.num_generations > 1:
+        equal = 1 - informative(rollout).float().mean().item()
+        assert found["equal"] == pytest.approx(equal)
+
+
+def constant(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_step_is_that_of_the_library(numbers, policy, algorithm):
+    "Answers that the page has drawn go through the library's step, three in a row."
+    start, tokenizer = policy
+    model = copy.deepcopy(start)
+    value = ValueModel(model) if algorithm == "ppo" else None
+    models = Models(model, tokenizer, reference=start, value=value, beta=0.1)
+    models.optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0)
+    G = 4 if algorithm == "grpo" else 1
+    config = {"beta": 0.1, "num_iterations": 2, "epsilon": 0.05}
+    config |= {"max_completion_length": 5}
+    options = OPTIONS | {"algorithm": algorithm, "G": G, "queries": 64 // G}
+    options |= {"rate": 3e-4, "beta": 0.1, "iterations": 2, "epsilon": 0.05}
+    if value is not None:
+        trained = value.parameters()
+        models.value_optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.0)
+        options |= {"loss": "dapo"}
+    else:
+        config |= {"num_generations": G}
+
+    call(numbers, "reset")
+    for step in range(3):
+        models.rewards = [accuracy_reward(TASK)]
+        if step == 2 and algorithm == "grpo":  # only what AdamW remembers moves it
+            models.rewards = [constant]
+            options |= {"reward": "constant", "beta": 0}
+            config |= {"beta": 0.0}
+        result = call(numbers, "step", options)
+        rollout, rows = drawn(result, tokenizer, G)
+        with torch.no_grad():
+            rollout.logprobs = token_logprobs(model, rollout)
+        models.sample = lambda *_, rollout=rollout: rollout
+        made = make_config(algorithm=algorithm, **config)
+        rollout, metrics = ALGORITHMS[algorithm](models, rollout.queries, made)
+        with torch.no_grad():
+            after = token_logprobs(model, rollout)
+        assert (after - rollout.logprobs).abs().max() > 0.01
+        assert_same_step(result["metrics"], rows, rollout, metrics, after)
+    call(numbers, "reset")
+
+
+def trained(numbers, steps: int, **options) -> tuple[dict, float]:
+    "The metrics of so many steps' last one, and the accuracy then."
+    call(numbers, "reset")
+    for _ in range(steps):
+        result = call(numbers, "step", OPTIONS | options)
+    accuracy = call(numbers, "evaluate")
+    call(numbers, "reset")
+    return result["metrics"], accuracy
+
+
+def test_what_the_experiments_say(numbers):
+    "The numbers in the texts of “Find out”."
+    metrics, accuracy = trained(numbers, 30, reward="brevity", beta=0, rate=3e-4)
+    assert metrics["length"] < 1.5 and metrics["kl"] > 1
+    assert accuracy == 0
+    metrics, accuracy = trained(numbers, 30, reward="brevity", beta=1, rate=3e-4)
+    assert metrics["length"] > 2.5 and accuracy > 0.5
+    metrics, accuracy = trained(numbers, 30, rate=1e-3)
+    assert accuracy < 0.1
+    metrics, _ = trained(numbers, 1, G=2)
+    assert 0.65 <= metrics["equal"] <= 0.85
+
+
+def test_numbers_lead_to_the_functions_that_compute_them():
+    text = (build_live.SOURCE / "page/chapters.js").read_text()
+    links = re.findall(r'"(figure|run)/(\w+)\.html#(\w+)"', text)
+    assert len(links) > 8
+    for book, chapter, function in links:
+        folder = {"figure": "1_figure", "run": "2_run"}[book]
+        (notebook,) = (ROOT / "nbs" / folder).glob(f"*_{chapter}.ipynb")
+        assert f"def {function}(" in notebook.read_text(), (chapter, function)
+
+
 # ------------------------------------------------------------- what a reader does
 
 
@@ -441,17 +585,33 @@ def test_a_link_leads_to_the_same_step(live, open_page):
     sentence = live.inner_text("#status")
     hash_ = live.evaluate("location.hash")
     assert "steps=2" in hash_ and "changes=1%3Abeta%3D1" in hash_
+    live.select_option("#group", "3")
+    group = live.inner_text("#answers")
+    hash_ = live.evaluate("location.hash")
     live.goto("about:blank")
     window = awake(open_page(build_live.PAGE))
-    window.goto(window.url + hash_)
-    window.reload()
-    awake(window)
+    window.goto(window.url + hash_)  # another link in an open page
     window.wait_for_function(
         "document.getElementById('status').textContent.startsWith('Step 2')",
         timeout=WAKE,
     )
     assert window.inner_text("#status") == sentence
     assert window.input_value("#option-beta") == "1"
+    assert window.input_value("#group") == "3"
+    assert window.inner_text("#answers") == group
+
+
+def test_a_broken_link_is_the_start(open_page):
+    hash_ = "#G=1&rate=x&reward=none&steps=-3&colour=no&changes=1%3Abeta&run=99"
+    window = open_page(build_live.PAGE)
+    window.goto(window.url + hash_)
+    window.reload()
+    awake(window)
+    assert window.input_value("#option-G") == "16"
+    assert window.input_value("#colour") == "advantage"
+    press_step(window)
+    window.get_by_role("tab", name="Replay").click()
+    assert window.inner_text("#run-step-out").startswith("1 of")
 
 
 def test_ask(live):
@@ -462,9 +622,10 @@ def test_ask(live):
     assert re.match(r"\d of 8 answers are right", live.inner_text("#ask-says"))
     rows = live.locator("#ask-table tbody tr").all()
     cells = [row.locator("td").all_inner_texts() for row in rows]
-    r = torch.tensor([float(cell[1]) for cell in cells], dtype=torch.float64)
+    assert all(re.fullmatch(r"\d+\.\d %", cell[1]) for cell in cells)
+    r = torch.tensor([float(cell[2]) for cell in cells], dtype=torch.float64)
     ways = [("group", "mean"), ("none", "mean"), ("none", "leave_one_out")]
-    for column, way in enumerate(ways, 2):
+    for column, way in enumerate(ways, 3):
         found = [float(cell[column].replace("−", "-")) for cell in cells]
         truth = group_advantages(r, 8, *way).tolist()
         assert found == pytest.approx(truth, abs=0.0051)
@@ -487,11 +648,17 @@ def test_replay_shows_what_was_recorded(live):
     for run in runs[:2]:
         if run["steps"] == last:
             assert f"{run['metrics']['reward'][-1]:.3f}" in numbers
-    for link in live.locator("#replayed a").all():
-        chapter = link.get_attribute("href").partition("#")[0]
-        assert chapter.startswith("figure/")
-        name = chapter.removeprefix("figure/").removesuffix(".html")
-        assert [*(ROOT / "nbs/1_figure").glob(f"*_{name}.ipynb")], chapter
+    assert live.locator("#replayed a").count() > 8  # each number leads to its function
+    recorded = [group for group in runs[0]["groups"] if group["step"] == last]
+    assert len(recorded) == 16
+    group = recorded[-1]
+    live.select_option("#run-question", group["query"])
+    live.select_option("#run-colour", "rho")
+    tables = live.locator("#replayed .two .frame")
+    for i, row in enumerate(group["rows"]):
+        shown = tables.first.locator("tbody tr").nth(i)
+        assert shown.locator(".token b").all_inner_texts() == row["texts"]
+    assert "×" in tables.last.inner_text()
 
 
 def test_keyboard_alone(live):

@@ -28,12 +28,12 @@ export interface Architecture {
 export type Parts = Record<string, (...arrays: any[]) => Tensor>;
 
 export interface PolicyBatch {
-  x: Tensor; // one-hot tokens, [R, L, V]
-  target: Tensor; // one-hot next tokens, [R, L, V]; all 0 where there is no loss
-  weights: Tensor; // of each token's loss, [R, L]
-  advantages: Tensor; // [R, L]
-  old: Tensor; // log-probs when sampled, [R, L]
-  reference: Tensor; // log-probs of the reference, [R, L]
+  x: Tensor; // one-hot tokens, [N, V]; N = R rows of L tokens
+  target: Tensor; // one-hot next tokens, [N, V]; all 0 where there is no loss
+  weights: Tensor; // of each token's loss, [N]
+  advantages: Tensor; // [N]
+  old: Tensor; // log-probs when sampled, [N]
+  reference: Tensor; // log-probs of the reference, [N]
   low: Tensor; // 1 - epsilon
   high: Tensor; // 1 + epsilon
   beta: Tensor;
@@ -41,7 +41,7 @@ export interface PolicyBatch {
 
 export interface ValueBatch {
   x: Tensor;
-  weights: Tensor; // [R, L]
+  weights: Tensor; // of each token's loss, [N]
   old: Tensor; // values when sampled
   returns: Tensor;
   range: Tensor; // cliprange_value

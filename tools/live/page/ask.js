@@ -1,6 +1,8 @@
 /* Ask: one question, a group of answers, four ways to an advantage. */
 
-import { byId, calm, chapter, el, fixed, mean, signed, wait } from "./dom.js";
+import { chapter } from "./chapters.js";
+import { byId, calm, el, fixed, mean, percent, signed, wait } from "./dom.js";
+import { wordsOf } from "./options.js";
 import { tokensOf } from "./tokens.js";
 
 const SLIDERS = { "ask-G": "answers", "ask-T": "temperature", "ask-seed": "dice" };
@@ -39,6 +41,7 @@ export class Ask {
     if (byId("prompt").value !== state.prompt) byId("prompt").value = state.prompt;
     for (const [id, key] of Object.entries(SLIDERS)) {
       byId(id).value = state[key];
+      state[key] = Number(byId(id).value); // within its range
       byId(`${id}-out`).textContent = String(state[key]);
     }
   }
@@ -82,16 +85,19 @@ export class Ask {
 
   table({ rows, advantages, query }, shown, done) {
     const head = [
-      el("th", {}, chapter("answer, token by token", "figure/sampling.html")),
-      el("th", {}, chapter("reward", "figure/reward.html")),
-      el("th", {}, chapter("GRPO", "figure/group.html")),
-      el("th", {}, chapter("Dr. GRPO", "figure/group.html")),
-      el("th", {}, chapter("RLOO", "figure/group.html")),
-      el("th", { class: "left" }, chapter("PPO, a token each", "figure/gae.html")),
+      el("th", {}, chapter("answer, token by token", "answers")),
+      el("th", {}, "likely"),
+      el("th", {}, chapter("reward", "reward")),
+      el("th", {}, chapter("GRPO", "group")),
+      el("th", {}, chapter("Dr. GRPO", "group")),
+      el("th", {}, chapter("RLOO", "group")),
+      el("th", { class: "left" }, chapter("PPO, a token each", "gae")),
     ];
     const lines = rows.map((row, i) => {
+      const logprob = row.logprobs.reduce((sum, x) => sum + x, 0);
       const cells = done
         ? [
+            el("td", {}, percent(Math.exp(logprob), 1)),
             el("td", {}, fixed(row.reward, row.reward % 1 ? 2 : 0)),
             el("td", { class: "sign" }, signed(advantages.grpo[i])),
             el("td", {}, signed(advantages.drGrpo[i])),
@@ -102,15 +108,16 @@ export class Ask {
               row.advantages.map((x) => signed(x)).join("  "),
             ),
           ]
-        : Array.from({ length: 5 }, () => el("td", {}, "·"));
+        : Array.from({ length: 6 }, () => el("td", {}, "·"));
       const tokens = tokensOf(row, this.app.vocabulary, "probability", shown);
       return el("tr", {}, el("td", {}, tokens), ...cells);
     });
     const caption = el(
       "p",
       { class: "help" },
-      `${query.prompt} has the answer ${query.answer}. Under each token: how ` +
-        "likely it was.",
+      `${query.prompt} has the answer ${query.answer}. Reward: ` +
+        `${wordsOf("reward", this.app.state.reward)}. Under each token: how likely ` +
+        "it was; likely: the whole answer, all of its tokens multiplied.",
     );
     const table = el(
       "table",
@@ -171,21 +178,21 @@ function why({ rows, advantages, valueSteps }) {
     { class: "why" },
     card(
       "GRPO",
-      "figure/group.html",
+      "group",
       "The reward, less the mean of the group, divided by the group's spread " +
         "(its standard deviation). First answer:",
       scaled,
     ),
     card(
       "Dr. GRPO",
-      "figure/group.html",
+      "group",
       "The same without the division, so that easy and hard questions keep their " +
         "weight.",
       `${fixed(r[0])} − ${fixed(m)} = ${signed(advantages.drGrpo[0])}`,
     ),
     card(
       "RLOO",
-      "figure/group.html",
+      "group",
       "The mean of the other answers, leaving the own one out.",
       same
         ? "all rewards are equal: 0"
@@ -193,7 +200,7 @@ function why({ rows, advantages, valueSteps }) {
     ),
     card(
       "PPO",
-      "figure/gae.html",
+      "gae",
       "No group: a second model, the value model, guesses before each token how " +
         `the answer will end, and each token is compared with that guess. ${taught}`,
       "guesses before the first answer's tokens: " +

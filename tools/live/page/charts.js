@@ -1,5 +1,6 @@
 /* Curves and bars. */
 
+import { chapter } from "./chapters.js";
 import { el, percent, svg } from "./dom.js";
 
 const W = 200;
@@ -7,12 +8,12 @@ const H = 80;
 
 /**
  * A curve, and perhaps a second one beside it.
- * @param {{ name: string, help: string, address: string, format: (x: number) => string,
+ * @param {{ key: string, name: string, help: string, format: (x: number) => string,
  *   highest?: number, series: [number, number][], other?: [number, number][],
  *   last?: number, at?: number }} what - points are (step, number)
  */
 export function curve(what) {
-  const { name, help, address, format, series, other = [], at } = what;
+  const { key, name, help, format, series, other = [], at } = what;
   const all = [...series, ...other];
   const last = Math.max(what.last ?? 10, ...all.map(([x]) => x));
   const highest = what.highest ?? 1.15 * Math.max(1e-9, ...all.map(([, y]) => y));
@@ -45,7 +46,7 @@ export function curve(what) {
     el(
       "div",
       { class: "name" },
-      el("a", { href: address }, name),
+      chapter(name, key),
       el("span", { class: "value" }, value + beside),
     ),
     svg("svg", { ...picture, role: "img", "aria-label": label }, ...shapes),

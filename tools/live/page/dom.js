@@ -32,9 +32,6 @@ function setAll(element, attributes) {
   }
 }
 
-/** A link to a chapter; its address as on the site. */
-export const chapter = (words, address) => el("a", { href: address }, words);
-
 /** Numbers with a real minus sign. @param {number} x @param {number} digits */
 export function fixed(x, digits = 2) {
   const text = x.toFixed(digits);

@@ -6,7 +6,7 @@ import { byId } from "./dom.js";
 import { bindExperiments, enableExperiments } from "./find.js";
 import { Replay } from "./replay.js";
 import { DEFAULTS, parseHash, toHash } from "./state.js";
-import { Train } from "./train.js";
+import { READY, Train } from "./train.js";
 
 const VIEWS = ["train", "ask", "replay", "find"];
 const text = (id) => byId(id).textContent;
@@ -34,8 +34,8 @@ const app = {
   },
 
   /** The address of what is shown; options are those of the first step. */
-  address(initial) {
-    return location.href.split("#")[0] + toHash({ ...app.state, ...initial });
+  address() {
+    return location.href.split("#")[0] + toHash({ ...app.state, ...train?.initial });
   },
 
   /** @param {string} view */
@@ -54,7 +54,7 @@ const app = {
 /** Write the state into the address, where the page may. */
 function remember() {
   try {
-    history.replaceState(null, "", toHash({ ...app.state, ...train?.initial }));
+    history.replaceState(null, "", app.address());
   } catch {
     /* a page inside another one has no address of its own */
   }
@@ -87,17 +87,20 @@ train.show();
 
 /** Wake the model, and go where the address says. */
 async function start() {
-  const { steps, changes } = app.state;
+  const link = { ...app.state };
   await app.client.call("start", policy);
   await train.measure();
   app.ready = true;
   byId("ask-go").disabled = false;
   enableExperiments();
-  app.say("Ready: the model from before training. Press Step, or Play.");
+  app.say(READY);
   train.show();
-  if (steps) await train.goTo(Math.min(steps, 500), changes);
+  if (link.steps) await train.goTo(link);
   if (app.state.view === "ask") await ask.go();
 }
+
+/* Another link in the same window. */
+addEventListener("hashchange", () => location.reload());
 
 globalThis.live = app.client; // for the tests
 start().catch((error) =>

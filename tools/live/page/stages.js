@@ -151,13 +151,23 @@ function ppoStages(rows, query, { metrics, queries }, { beta, lam }) {
 /** The step in a sentence. @param {any} result @param {any} options */
 export function summaryOf({ step, metrics, queries }, options) {
   const answers = queries.length * (options.algorithm === "grpo" ? options.G : 1);
-  const start =
+  const sentences = [
     `Step ${step}: mean reward ${fixed(metrics.reward)} over ${answers} ` +
-    `answers, KL ${fixed(metrics.kl, 3)}.`;
-  if (options.algorithm === "ppo") return start;
-  const equal = Math.round(metrics.equal * queries.length);
-  return (
-    `${start} In ${equal} of ${queries.length} groups ` +
-    `(${percent(metrics.equal)}) all rewards were equal: those taught nothing.`
-  );
+      `answers, KL ${fixed(metrics.kl, 3)}.`,
+  ];
+  if (options.reward === "brevity") {
+    sentences.push(`An answer has ${fixed(metrics.length, 1)} digits on average.`);
+  }
+  if (options.iterations > 1) {
+    const share = percent(metrics.outside, 1);
+    sentences.push(`${share} of the tokens moved farther than ε = ${options.epsilon}.`);
+  }
+  if (options.algorithm === "grpo") {
+    const equal = Math.round(metrics.equal * queries.length);
+    sentences.push(
+      `In ${equal} of ${queries.length} groups (${percent(metrics.equal)}) all ` +
+        "rewards were equal: those taught nothing.",
+    );
+  }
+  return sentences.join(" ");
 }

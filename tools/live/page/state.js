@@ -1,6 +1,11 @@
 /* What the reader has set, and the address that says it. */
 
+import { FIELDS } from "./options.js";
+import { COLOURS } from "./tokens.js";
+
 /** @typedef {import("../types").Options} Options */
+
+const LONGEST = 500; // steps that a link may ask for
 
 /** @type {Record<string, any>} */
 export const DEFAULTS = {
@@ -19,6 +24,7 @@ export const DEFAULTS = {
   seed: 0,
   steps: 0,
   changes: "", // of options after the first step: "12:beta=0;20:rate=0.001"
+  group: -1, // the one that the page chooses
   watched: "47+85=",
   colour: "advantage",
   // asking
@@ -30,6 +36,7 @@ export const DEFAULTS = {
   run: 0,
   against: -1,
   at: 1,
+  asked: "", // the question that is shown
 };
 
 /** The options of a step. */
@@ -47,6 +54,9 @@ export const OPTIONS = [
   "seed",
 ];
 
+/** Those that are not changed on the way. */
+export const NEW_START = ["algorithm", "seed"];
+
 /** @param {Record<string, any>} state @returns {Options} */
 export function optionsOf(state) {
   /** @type {any} */
@@ -54,18 +64,24 @@ export function optionsOf(state) {
   return { ...options, queries: state.algorithm === "ppo" ? 64 : 16 };
 }
 
-/** A text as a value of the same kind as the default. */
-const read = (key, text) =>
-  typeof DEFAULTS[key] === "number" ? Number(text) : String(text);
+/** What there is to choose from. @type {Record<string, any[]>} */
+const CHOICES = { colour: Object.keys(COLOURS) };
+for (const { key, choices } of FIELDS) CHOICES[key] = choices.map(([value]) => value);
+
+/** A text as a value of the same kind as the default; the default if it is none. */
+function read(key, text) {
+  const value = typeof DEFAULTS[key] === "number" ? Number(text) : text;
+  const allowed = CHOICES[key]?.includes(value) ?? !Number.isNaN(value);
+  return allowed ? value : DEFAULTS[key];
+}
 
 /** @param {string} hash - with its # or without */
 export function parseHash(hash) {
   const state = { ...DEFAULTS };
   for (const [key, text] of new URLSearchParams(hash.replace(/^#/, ""))) {
-    if (!(key in DEFAULTS)) continue;
-    const value = read(key, text);
-    if (!Number.isNaN(value)) state[key] = value;
+    if (key in DEFAULTS) state[key] = read(key, text);
   }
+  state.steps = Math.min(Math.max(state.steps, 0), LONGEST);
   return state;
 }
 
@@ -88,8 +104,8 @@ export function parseChanges(text) {
   const changes = new Map();
   for (const part of text.split(";").filter(Boolean)) {
     const [step, rest] = part.split(":");
-    const [key, value] = rest.split("=");
-    if (!OPTIONS.includes(key)) continue;
+    const [key, value] = (rest ?? "").split("=");
+    if (!OPTIONS.includes(key) || NEW_START.includes(key)) continue;
     const found = changes.get(Number(step)) ?? {};
     changes.set(Number(step), { ...found, [key]: read(key, value) });
   }

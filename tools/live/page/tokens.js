@@ -1,6 +1,7 @@
 /* Answers as rows of tokens, coloured by one of their numbers. */
 
-import { chapter, el, fixed, percent, signed } from "./dom.js";
+import { chapter } from "./chapters.js";
+import { byId, el, fixed, percent, signed } from "./dom.js";
 
 /** @typedef {import("../types").Row} Row */
 
@@ -43,6 +44,20 @@ export const COLOURS = {
     paint: (x) => `rgba(var(--far), ${(0.45 * x).toFixed(3)})`,
   },
 };
+
+/** Let a list choose among them. @param {string} id */
+export function fillColours(id) {
+  const options = Object.entries(COLOURS).map(([key, { label }]) =>
+    el("option", { value: key }, label),
+  );
+  byId(id).append(...options);
+}
+
+/** The first group with different rewards; else the first one. @param {Row[][]} groups */
+export function mixedGroup(groups) {
+  const differs = (rows) => rows.some((row) => row.reward !== rows[0].reward);
+  return Math.max(0, groups.findIndex(differs));
+}
 
 const k3 = (d) => Math.expm1(Math.min(d, 20)) - d;
 
@@ -91,15 +106,15 @@ export function groupTable(rows, vocabulary, colour, isPpo) {
   const head = el(
     "tr",
     {},
-    el("th", {}, chapter("answer, token by token", "figure/sampling.html")),
+    el("th", {}, chapter("answer, token by token", "answers")),
     rows.some((row) => row.count > 1) ? el("th", {}, "times") : null,
-    el("th", {}, chapter("reward r", "figure/reward.html")),
+    el("th", {}, chapter("reward r", "reward")),
     isPpo
-      ? el("th", { class: "left" }, chapter("guesses v", "figure/value.html"))
+      ? el("th", { class: "left" }, chapter("guesses v", "value"))
       : null,
     isPpo
-      ? el("th", { class: "left" }, chapter("advantages A", "figure/gae.html"))
-      : el("th", {}, chapter("advantage A", "figure/group.html")),
+      ? el("th", { class: "left" }, chapter("advantages A", "gae"))
+      : el("th", {}, chapter("advantage A", "group")),
   );
   const many = rows.some((row) => row.count > 1);
   const lines = rows.map((row) =>

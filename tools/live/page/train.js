@@ -5,21 +5,22 @@ import { byId, calm, el, fixed, percent, wait } from "./dom.js";
 import { Figure } from "./figure.js";
 import { FIELDS, wordsOf } from "./options.js";
 import { stagesOf, summaryOf } from "./stages.js";
-import { OPTIONS, optionsOf, parseChanges } from "./state.js";
-import { COLOURS, groupTable } from "./tokens.js";
+import { NEW_START, OPTIONS, optionsOf, parseChanges } from "./state.js";
+import { COLOURS, fillColours, groupTable, mixedGroup } from "./tokens.js";
 
 const EVERY = 10; // steps between evaluations
 const PAUSE = { slow: 1100, fast: 0 }; // milliseconds a box
 const BREATH = 30; // milliseconds between two steps, for the page to be drawn
+export const READY =
+  "Ready: the model from before training. Press Step, or Play.";
 
-/** @type {{ key: string, name: string, help: string, address: string,
- *   format: (x: number) => string, highest?: number }[]} */
+/** @type {{ key: string, name: string, help: string, format: (x: number) => string,
+ *   highest?: number }[]} */
 const CURVES = [
   {
     key: "reward",
     name: "Reward",
     help: "Mean of the batch. What training pushes up.",
-    address: "figure/reward.html",
     format: fixed,
     highest: 1,
   },
@@ -27,7 +28,6 @@ const CURVES = [
     key: "accuracy",
     name: "Held-out accuracy",
     help: "Right answers to 128 questions that are never trained on.",
-    address: "figure/task.html",
     format: percent,
     highest: 1,
   },
@@ -35,14 +35,12 @@ const CURVES = [
     key: "kl",
     name: "KL",
     help: "Distance from the model before training, a token. β keeps it small.",
-    address: "figure/reference.html",
     format: (x) => fixed(x, 3),
   },
   {
     key: "entropy",
     name: "Entropy",
     help: "How undecided the model is. At 0 all answers are the same.",
-    address: "figure/policy.html",
     format: (x) => fixed(x, 3),
   },
 ];
@@ -52,8 +50,11 @@ export class Train {
   constructor(app) {
     this.app = app;
     this.figure = new Figure(byId("figure"), app.figures);
+    this.intro = byId("caption").textContent;
     this.playing = false;
+    this.looping = false;
     this.busy = false;
+    this.walking = false;
     this.clear();
     this.makeFields();
     byId("step").addEventListener("click", () =>
@@ -66,15 +67,11 @@ export class Train {
     byId("reset").addEventListener("click", () => this.reset());
     byId("link").addEventListener("click", () => this.copyLink());
     byId("group").addEventListener("change", (event) => {
-      this.group = Number(event.target.value);
+      app.set({ group: Number(event.target.value) });
       this.showGroup();
       this.fillFigure(0);
     });
-    byId("colour").append(
-      ...Object.entries(COLOURS).map(([key, { label }]) =>
-        el("option", { value: key }, label),
-      ),
-    );
+    fillColours("colour");
     byId("colour").addEventListener("change", (event) => {
       app.set({ colour: event.target.value });
       this.showGroup();
@@ -85,12 +82,19 @@ export class Train {
     });
   }
 
+  /** Forget what the steps have shown. */
   clear() {
     this.series = Object.fromEntries(CURVES.map(({ key }) => [key, []]));
     this.steps = 0;
     this.result = null;
-    this.group = 0;
-    this.initial = optionsOf(this.app.state);
+    this.initial = null; // the options of the first step
+  }
+
+  /** The group that is shown: the one that was chosen, or one with something to see. */
+  get group() {
+    const { group } = this.app.state;
+    const { groups } = this.result;
+    return group in groups ? group : mixedGroup(groups);
   }
 
   makeFields() {
@@ -120,14 +124,14 @@ export class Train {
     const { app } = this;
     const patch = { [key]: value };
     if (key === "algorithm") patch.loss = value === "ppo" ? "dapo" : "grpo";
-    const again = key === "algorithm" || key === "seed";
-    if (!again && this.steps) {
+    const anew = NEW_START.includes(key);
+    if (!anew && this.steps) {
       const changes = app.state.changes ? `${app.state.changes};` : "";
       patch.changes = `${changes}${this.steps}:${key}=${value}`;
     }
     app.set(patch);
     this.fill();
-    if (again || !this.steps) this.reset();
+    if (anew) this.reset();
   }
 
   /** Show what is set. */
@@ -139,7 +143,7 @@ export class Train {
       select.closest(".field").hidden = Boolean(only) && only !== state.algorithm;
     }
     byId("summary").textContent = this.summary();
-    byId("colour").value = state.colour in COLOURS ? state.colour : "advantage";
+    byId("colour").value = state.colour;
     byId("watched").value = state.watched;
     byId("count").textContent = String(this.steps);
     byId("play").textContent = this.playing ? "Pause" : "Play";
@@ -160,20 +164,37 @@ export class Train {
     );
   }
 
+  /**
+   * Do one thing at a time, and say what went wrong.
+   * @param {() => Promise<void>} work
+   */
+  async alone(work) {
+    while (this.busy) await wait(20);
+    this.busy = true;
+    this.fill();
+    try {
+      await work();
+    } catch (error) {
+      this.playing = false;
+      this.app.say(String(error));
+    }
+    this.busy = false;
+    this.show();
+  }
+
   /** Back to the first model. */
   async reset() {
     this.playing = false;
-    while (this.busy) await wait(20);
-    this.busy = true;
-    this.app.set({ steps: 0, changes: "" });
-    this.clear();
-    this.figure.show(this.app.state.algorithm);
-    this.show();
-    await this.app.client.call("reset");
-    await this.measure();
-    this.app.say("Ready: the model from before training. Press Step, or Play.");
-    this.busy = false;
-    this.show();
+    await this.alone(async () => {
+      this.clear();
+      this.app.set({ steps: 0, changes: "", group: -1 });
+      this.figure.show(this.app.state.algorithm);
+      byId("caption").textContent = this.intro;
+      this.show();
+      await this.app.client.call("reset");
+      await this.measure();
+      this.app.say(READY);
+    });
   }
 
   /** Accuracy, and the question that is watched. */
@@ -183,28 +204,28 @@ export class Train {
   }
 
   async one() {
-    if (this.busy) return;
-    this.busy = true;
-    this.fill();
-    try {
-      await this.take(PAUSE[byId("speed").value]);
-    } catch (error) {
-      this.playing = false;
-      this.app.say(String(error));
-    }
-    this.busy = false;
-    this.fill();
+    await this.alone(() => this.take(PAUSE[byId("speed").value]));
   }
 
+  /** Play, or pause. */
   async toggle() {
     this.playing = !this.playing;
     if (!this.chosen) byId("speed").value = "fast"; // box by box is for single steps
     this.fill();
+    if (this.looping) return;
+    this.looping = true;
     while (this.playing) {
       await this.one();
       await wait(BREATH);
     }
+    this.looping = false;
+    this.sumUp();
     this.fill();
+  }
+
+  /** Say what the last step has brought. */
+  sumUp() {
+    if (this.result) this.app.say(summaryOf(this.result, this.used));
   }
 
   /** One step, shown box by box with a pause, or at once. @param {number} pause */
@@ -213,14 +234,14 @@ export class Train {
     const patch = this.planned?.get(this.steps);
     if (patch) app.set(patch);
     const options = optionsOf(app.state);
+    this.initial ??= options;
     this.result = await app.client.call("step", options);
     this.used = options;
     this.steps = this.result.step;
     for (const key of ["reward", "kl", "entropy"]) {
       this.series[key].push([this.steps, this.result.metrics[key]]);
     }
-    this.group = mixedGroup(this.result.groups);
-    app.set({ steps: this.steps });
+    app.set({ steps: this.steps, group: -1 });
     this.fillGroups();
     this.walking = pause > 0 && !calm();
     this.fill();
@@ -228,26 +249,27 @@ export class Train {
     this.walking = false;
     if (this.steps % EVERY === 0) await this.measure();
     else await this.showWatched();
-    if (!this.playing || pause) app.say(summaryOf(this.result, options));
+    if (!this.playing || pause) this.sumUp();
     this.show();
   }
 
   /**
    * Run to a step, as a link asks for.
-   * @param {number} steps
-   * @param {string} changes
+   * @param {{ steps: number, changes: string, group: number }} link
    */
-  async goTo(steps, changes) {
-    this.busy = true;
-    this.planned = parseChanges(changes);
-    while (this.steps < steps) {
-      this.app.say(`Going to step ${steps} of the link: ${this.steps + 1} …`);
-      await this.take(0);
-    }
-    this.planned = null;
-    this.busy = false;
-    this.app.say(summaryOf(this.result, this.used));
-    this.show();
+  async goTo({ steps, changes, group }) {
+    await this.alone(async () => {
+      this.planned = parseChanges(changes);
+      while (this.steps < steps) {
+        this.app.say(`Going to step ${steps} of the link: ${this.steps + 1} …`);
+        await this.take(0);
+      }
+      this.planned = null;
+      this.app.set({ group });
+      byId("group").value = String(this.group);
+      await this.fillFigure(0);
+      this.sumUp();
+    });
   }
 
   /** @param {number} pause */
@@ -270,8 +292,8 @@ export class Train {
   }
 
   showCurves() {
-    const curves = CURVES.map(({ key, ...shown }) =>
-      curve({ ...shown, series: this.series[key] }),
+    const curves = CURVES.map((shown) =>
+      curve({ ...shown, series: this.series[shown.key] }),
     );
     byId("curves").replaceChildren(...curves);
   }
@@ -329,7 +351,7 @@ export class Train {
   }
 
   async copyLink() {
-    const address = this.app.address(this.initial);
+    const address = this.app.address();
     try {
       await navigator.clipboard.writeText(address);
       this.app.say("The link is copied: whoever opens it sees this step.");
@@ -353,10 +375,4 @@ export class Train {
     await this.reset();
     byId("play").focus();
   }
-}
-
-/** The first group with different rewards; else the first one. */
-function mixedGroup(groups) {
-  const differs = (rows) => rows.some((row) => row.reward !== rows[0].reward);
-  return Math.max(0, groups.findIndex(differs));
 }

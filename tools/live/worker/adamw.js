@@ -15,14 +15,14 @@ export class AdamW {
   }
 
   /**
-   * Take one step; the norm of the gradient before it was clipped.
+   * Take one step; none if a gradient is not finite, as the library.
    * @param {Float32Array[]} gradients
    * @param {number} rate - learning rate
    * @param {number} maxNorm
    */
   step(gradients, rate, maxNorm) {
     const norm = normOf(gradients);
-    if (!Number.isFinite(norm)) return norm; // as the library: no step
+    if (!Number.isFinite(norm)) return;
     const scale = Math.min(1, maxNorm / (norm + 1e-6));
     this.steps += 1;
     const c1 = 1 - BETA1 ** this.steps;
@@ -36,12 +36,11 @@ export class AdamW {
         p[i] -= (rate * (m[i] / c1)) / (Math.sqrt(s[i] / c2) + EPS);
       }
     });
-    return norm;
   }
 }
 
 /** @param {Float32Array[]} gradients */
-export function normOf(gradients) {
+function normOf(gradients) {
   let sum = 0;
   for (const g of gradients) for (let i = 0; i < g.length; i++) sum += g[i] * g[i];
   return Math.sqrt(sum);

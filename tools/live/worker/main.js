@@ -50,10 +50,16 @@ const CALLS = {
   },
 };
 
-onmessage = async ({ data: { id, call, argument } }) => {
+async function answer({ id, call, argument }) {
   try {
     postMessage({ id, result: await CALLS[call](argument) });
   } catch (error) {
     postMessage({ id, error: String(error) });
   }
+}
+
+/* One call after the other: nobody asks a model in the middle of its update. */
+let last = Promise.resolve();
+onmessage = ({ data }) => {
+  last = last.then(() => answer(data));
 };

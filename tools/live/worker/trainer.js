@@ -256,15 +256,18 @@ export class Trainer {
     const weights = tokenWeights(options.loss, rows);
     const beta = isPpo ? 0 : options.beta; // PPO has it in the reward
     const choice = { epsilon: options.epsilon, beta };
+    // what has neither an advantage nor a price has no gradient
     const teaching = isPpo || beta > 0 ? rows : rows.filter((row) => row.advantages[0]);
-    const result = { loss: 0, norm: 0 };
-    for (let i = 0; i < options.iterations && teaching.length; i++) {
+    const result = { loss: 0, valueLoss: 0 };
+    for (let i = 0; i < options.iterations; i++) {
       const found = await this.policy.policyGradient(teaching, weights, choice);
-      result.loss = found.loss;
-      result.norm = this.optimizer.step(found.gradients, options.rate, MAX_NORM);
+      if (isPpo) result.valueLoss += await this.updateValue(rows);
+      this.optimizer.step(found.gradients, options.rate, MAX_NORM);
       this.policy.upload();
-      if (isPpo) result.valueLoss = await this.updateValue(rows);
+      result.loss += found.loss;
     }
+    result.loss /= options.iterations;
+    result.valueLoss /= options.iterations;
     return result;
   }
 
