@@ -467,7 +467,7 @@ def test_what_the_experiments_say(numbers):
     assert metrics["length"] < 1.5 and metrics["kl"] > 1
     assert accuracy == 0
     metrics, accuracy = trained(numbers, 30, reward="brevity", beta=1, rate=3e-4)
-    assert metrics["length"] > 2.5 and accuracy > 0.5
+    assert metrics["kl"] < 0.5 and accuracy > 0.45
     metrics, accuracy = trained(numbers, 30, rate=1e-3)
     assert accuracy < 0.1
     metrics, _ = trained(numbers, 1, G=2)

@@ -86,7 +86,7 @@ export class Ask {
   table({ rows, advantages, query }, shown, done) {
     const head = [
       el("th", {}, chapter("answer, token by token", "answers")),
-      el("th", {}, "likely"),
+      el("th", {}, "how likely"),
       el("th", {}, chapter("reward", "reward")),
       el("th", {}, chapter("GRPO", "group")),
       el("th", {}, chapter("Dr. GRPO", "group")),
@@ -115,9 +115,10 @@ export class Ask {
     const caption = el(
       "p",
       { class: "help" },
-      `${query.prompt} has the answer ${query.answer}. Reward: ` +
+      `${query.prompt} has the answer ${query.answer}. The model: ` +
+        `${this.app.modelNow()}. Reward: ` +
         `${wordsOf("reward", this.app.state.reward)}. Under each token: how likely ` +
-        "it was; likely: the whole answer, all of its tokens multiplied.",
+        "it was; beside it the whole answer, all of its tokens multiplied.",
     );
     const table = el(
       "table",
@@ -193,7 +194,7 @@ function why({ rows, advantages, valueSteps }) {
     card(
       "RLOO",
       "group",
-      "The mean of the other answers, leaving the own one out.",
+      "The reward, less the mean of the other answers: its own is left out.",
       same
         ? "all rewards are equal: 0"
         : `${fixed(r[0])} − ${fixed(others)} = ${signed(advantages.rloo[0])}`,

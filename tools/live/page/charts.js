@@ -23,10 +23,10 @@ export function curve(what) {
     const d = points.map(
       ([s, n], i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(n).toFixed(1)}`,
     );
-    const alone = points.length === 1 ? "h.01" : "";
+    const alone = points.length === 1; // a dot
     return svg("path", {
-      d: d.join("") + alone,
-      class: kind,
+      d: d.join("") + (alone ? "h.01" : ""),
+      class: alone ? `${kind} alone` : kind,
       "stroke-linecap": "round",
     });
   };

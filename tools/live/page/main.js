@@ -38,6 +38,12 @@ const app = {
     return location.href.split("#")[0] + toHash({ ...app.state, ...train?.initial });
   },
 
+  /** Which model it is that answers. */
+  modelNow() {
+    if (!train.steps) return "as it is before training";
+    return `as it is after ${train.steps} ${train.steps === 1 ? "step" : "steps"}`;
+  },
+
   /** @param {string} view */
   open(view) {
     app.set({ view: VIEWS.includes(view) ? view : "train" });
@@ -47,6 +53,7 @@ const app = {
       byId(`tab-${name}`).setAttribute("aria-selected", String(chosen));
       byId(`tab-${name}`).tabIndex = chosen ? 0 : -1;
     }
+    byId("status").hidden = app.ready && app.state.view !== "train";
     if (app.state.view === "replay") replay.show();
   },
 };
@@ -94,6 +101,7 @@ async function start() {
   byId("ask-go").disabled = false;
   enableExperiments();
   app.say(READY);
+  app.open(app.state.view);
   train.show();
   if (link.steps) await train.goTo(link);
   if (app.state.view === "ask") await ask.go();

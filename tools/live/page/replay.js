@@ -144,12 +144,7 @@ export class Replay {
     });
     const names = both.map((run) => el("th", {}, run.name));
     const head = el("tr", {}, el("th", {}, `step ${step}`), ...names);
-    const table = el(
-      "table",
-      {},
-      el("thead", {}, head),
-      el("tbody", {}, ...lines),
-    );
+    const table = el("table", {}, el("thead", {}, head), el("tbody", {}, ...lines));
     return frame("Numbers of this step", table);
   }
 

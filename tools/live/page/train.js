@@ -11,8 +11,7 @@ import { COLOURS, fillColours, groupTable, mixedGroup } from "./tokens.js";
 const EVERY = 10; // steps between evaluations
 const PAUSE = { slow: 1100, fast: 0 }; // milliseconds a box
 const BREATH = 30; // milliseconds between two steps, for the page to be drawn
-export const READY =
-  "Ready: the model from before training. Press Step, or Play.";
+export const READY = "Ready: the model from before training. Press Step, or Play.";
 
 /** @type {{ key: string, name: string, help: string, format: (x: number) => string,
  *   highest?: number }[]} */
@@ -86,6 +85,7 @@ export class Train {
   clear() {
     this.series = Object.fromEntries(CURVES.map(({ key }) => [key, []]));
     this.steps = 0;
+    this.begun = 0; // steps whose options are settled: one more while a step runs
     this.result = null;
     this.initial = null; // the options of the first step
   }
@@ -125,9 +125,9 @@ export class Train {
     const patch = { [key]: value };
     if (key === "algorithm") patch.loss = value === "ppo" ? "dapo" : "grpo";
     const anew = NEW_START.includes(key);
-    if (!anew && this.steps) {
+    if (!anew && this.begun) {
       const changes = app.state.changes ? `${app.state.changes};` : "";
-      patch.changes = `${changes}${this.steps}:${key}=${value}`;
+      patch.changes = `${changes}${this.begun}:${key}=${value}`;
     }
     app.set(patch);
     this.fill();
@@ -190,6 +190,7 @@ export class Train {
       this.app.set({ steps: 0, changes: "", group: -1 });
       this.figure.show(this.app.state.algorithm);
       byId("caption").textContent = this.intro;
+      byId("group").replaceChildren();
       this.show();
       await this.app.client.call("reset");
       await this.measure();
@@ -235,6 +236,7 @@ export class Train {
     if (patch) app.set(patch);
     const options = optionsOf(app.state);
     this.initial ??= options;
+    this.begun = this.steps + 1;
     this.result = await app.client.call("step", options);
     this.used = options;
     this.steps = this.result.step;
