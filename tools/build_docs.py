@@ -25,6 +25,7 @@ from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import build_live
 import yaml
 from readme import joined_options
 
@@ -71,7 +72,9 @@ def prepare(work: Path) -> Path:
     os.environ["PYTHONHASHSEED"] = "0"
     from nbdev.serve import proc_nbs
 
-    return proc_nbs(force=True, n_workers=min(4, os.cpu_count() or 1)).resolve()
+    site = proc_nbs(force=True, n_workers=min(4, os.cpu_count() or 1)).resolve()
+    (site / build_live.PAGE).write_text(build_live.page())
+    return site
 
 
 def ready(path: Path) -> None:
@@ -315,7 +318,7 @@ def mend_site(out: Path, base: str) -> None:
             anchor = anchor.rpartition(".")[0]
         return f"{m[1]}{up}{name}" + (f"#{anchor}" if anchor else "")
 
-    for page in sorted(out.rglob("*.html")):
+    for page in sorted(set(out.rglob("*.html")) - {out / build_live.PAGE}):
         up = "../" * (len(page.relative_to(out).parts) - 1)
         html = page.read_text()
         html = re.sub(

@@ -20,7 +20,7 @@ import quickjs
 from build_docs import KATEX, ROOT, WIDGET, page_name
 
 MAX_SITE_MB = 25
-MAX_PAGE_MB = 6  # of one page
+MAX_PAGE_MB = 6  # of one page; the one that trains holds weights and scripts
 MAX_EMBEDDED = 4096  # characters of a picture within a page; larger ones are files
 FETCHES = {
     "script": ["src"],

@@ -58,6 +58,11 @@
     cell.sharedModel.setSource(`${cell.sharedModel.source}\n${text}`);
   },
 
+  // Adds a cell at the end.
+  append(notebook, source) {
+    notebook.model.sharedModel.addCell({ cell_type: "code", source });
+  },
+
   close(notebook) {
     notebook.context.model.dirty = false;
     notebook.dispose();

@@ -3,6 +3,7 @@ not trusted, in both themes."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,11 +39,16 @@ NO_MATTER = ("reading 'kernel'", "The input spec uses Vega-Lite")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    "JupyterLab with a copy of the notebooks, on a machine that has run none of them."
+def server_book(tmp_path_factory) -> Path:
+    "A copy of the notebooks."
+    return copy_notebooks(tmp_path_factory.mktemp("notebooks") / "book")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, server_book):
+    "JupyterLab with these notebooks, on a machine that has run none of them."
     pytest.importorskip("jupyterlab")
     home = tmp_path_factory.mktemp("home")
-    book = copy_notebooks(home / "book")
     (home / "app").mkdir()
     (home / "app/overrides.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
     folders = {
@@ -61,7 +67,7 @@ def server(tmp_path_factory):
                 "--expose-app-in-browser",
                 "--ServerApp.port=0",
                 "--IdentityProvider.token=t",
-                f"--ServerApp.root_dir={book / 'nbs'}",
+                f"--ServerApp.root_dir={server_book / 'nbs'}",
                 f"--LabApp.app_settings_dir={home / 'app'}",
                 f"--LabApp.user_settings_dir={home / 'user'}",
                 f"--LabApp.workspaces_dir={home / 'workspaces'}",
@@ -192,6 +198,33 @@ def test_run_all(lab, path):
     page.evaluate("() => notebook.sessionContext.shutdown()")
     page.evaluate("() => checks.close(notebook)")
     assert not found
+    assert not complaints
+
+
+def test_the_page_trains_in_a_cell(lab, server_book):
+    "What the guide of `live.html` shows in a cell is the page, and it trains there."
+    page, complaints = lab
+    complaints.clear()
+    shutil.copytree(ROOT / "tools", server_book / "tools")
+    page.evaluate("() => checks.open('guides/live.ipynb', true)")
+    page.wait_for_function("checks.isDrawn(notebook)")
+    page.evaluate("() => checks.clear(notebook)")
+    page.evaluate("() => checks.append(notebook, 'show([own])')")
+    page.evaluate("() => checks.runAll(notebook)")
+    page.wait_for_function("progress.done", timeout=240_000)
+    failures = wrong(page, ["failures"])
+    live = page.frame_locator("iframe[srcdoc]")
+    live.locator("#step:enabled").wait_for(timeout=120_000)
+    live.locator("#speed").select_option("fast")
+    live.locator("#step").click()
+    status = live.locator("#status", has_text="Step 1: mean reward")
+    status.wait_for(timeout=120_000)
+    live.locator("#tab-replay").click()
+    runs = live.locator("#run-a option").all_inner_texts()
+    page.evaluate("() => notebook.sessionContext.shutdown()")
+    page.evaluate("() => checks.close(notebook)")
+    assert runs == ["my run"]
+    assert not failures
     assert not complaints
 
 

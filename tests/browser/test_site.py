@@ -25,6 +25,7 @@ PAGES = [
     for p in NOTEBOOKS
     if ".ipynb_checkpoints" not in p.parts
 ]
+PAGES.append("live.html")  # made by tools/build_live.py
 WIDTHS = [390, 820, 1440]
 THEMES = ["light", "dark"]
 DARK = "document.documentElement.classList.contains('quarto-dark')"
