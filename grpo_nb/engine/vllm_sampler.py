@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..run.options import Config
 from ..policy import eos_token_ids, padding_id
 from .distributed import get_world_size
+from ..names import how_to_install
 from ..rollout import Rollout
 from ..sampling import decode_completions, prepare_prompts
 from ..task import Query
@@ -40,7 +41,7 @@ def import_vllm():
         import vllm
     except ImportError as error:
         raise ImportError(
-            f'use_vllm = True needs vLLM: pip install "grpo_nb[vllm]" ({error})'
+            f"use_vllm = True needs vLLM: {how_to_install('vllm')} ({error})"
         ) from error
     return vllm
 

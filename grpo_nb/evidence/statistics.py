@@ -573,7 +573,8 @@ def verdicts(
 ):  # by claim: claim, verdict, findings, reason, practice, runs, seconds
     """Read every verdict that is kept, with its findings, its runs and their seconds.
 
-    A headline for each condition: the verdict, and the effect that decides it.
+    A headline for each condition: the verdict, and the effect that decides it; in
+    brief, a line for each verdict.
 
     Raises: `ValueError`: a file that is damaged, or does not say what its findings
     say."""
@@ -596,22 +597,46 @@ def _verdict(noted: dict) -> dict:
         raise ValueError(f"its findings decide: {decide(findings)}")
     row["findings"] = findings
     row["headlines"] = _headlines(findings)
+    row["in_brief"] = _in_brief(findings)
     tables = noted.get("tables", {}).values()
     for name in ("runs", "seconds"):
         row[name] = sum(table[name] for table in tables)
     return row
 
 
-def _headlines(findings: list[Finding]) -> list[str]:
-    "A line for each condition, those that hold first."
-    lines = {"holds": [], "does not hold": [], "undecided": []}
+def _by_verdict(
+    findings: list[Finding],
+) -> dict[str, list[tuple[Finding, int]]]:  # (what decides a condition, how many more)
+    "Sort conditions by their verdicts, those that hold first."
+    found = {"holds": [], "does not hold": [], "undecided": []}
     by_condition = {}
     for finding in findings:
         by_condition.setdefault(finding.condition, []).append(finding)
-    for condition, needed in by_condition.items():
+    for needed in by_condition.values():
         verdict = _all_needed({finding.verdict for finding in needed})
         deciding = [finding for finding in needed if finding.verdict == verdict]
-        more = len(needed) - 1
-        rest = f" (and {more} more)" if verdict == "holds" and more else ""
-        lines[verdict].append(f"**{verdict}** when {condition}: {deciding[0]}{rest}")
-    return sum(lines.values(), [])
+        found[verdict].append((deciding[0], len(needed) - 1))
+    return found
+
+
+def _headlines(findings: list[Finding]) -> list[str]:
+    "A line for each condition."
+    lines = []
+    for verdict, conditions in _by_verdict(findings).items():
+        for x, more in conditions:
+            rest = f" (and {more} more)" if verdict == "holds" and more else ""
+            lines.append(f"**{verdict}** when {x.condition}: {x}{rest}")
+    return lines
+
+
+def _in_brief(findings: list[Finding]) -> list[str]:
+    "A line for each verdict: its conditions, and the effect that decides each."
+    lines = []
+    for verdict, conditions in _by_verdict(findings).items():
+        texts = [
+            f"{x.condition}: {x.effect:.2g} [{x.low:.2g}, {x.high:.2g}]"
+            for x, _ in conditions
+        ]
+        if texts:
+            lines.append(f"**{verdict}** when {'; '.join(texts)}")
+    return lines

