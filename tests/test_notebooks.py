@@ -13,6 +13,7 @@ import papermill
 import pytest
 import yaml
 from nbconvert import HTMLExporter
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from grpo_nb.evidence.statistics import verdicts
@@ -68,7 +69,10 @@ def run_here(notebook, tmp_path, monkeypatch, **parameters):
     takes longer to start than they take; what they show is not looked at."""
     monkeypatch.chdir(tmp_path)
     injected = parameterize_notebook(
-        nbformat.read(notebook, 4), parameters, kernel_name="python3", language="python"
+        load_notebook_node(str(notebook)),
+        parameters,
+        kernel_name="python3",
+        language="python",
     )
     variables = {}
     for cell in injected.cells:
@@ -425,8 +429,7 @@ def test_train_notebook(tmp_path, monkeypatch):
 
 
 def test_recipes_notebook(tmp_path, monkeypatch):
-    """Recipes by name, each with the same number of completions; one that is not
-    there is refused before anything is trained."""
+    "Recipes by name, each with the same number of completions."
     run(
         RECIPES,
         tmp_path,
@@ -443,6 +446,10 @@ def test_recipes_notebook(tmp_path, monkeypatch):
     assert (
         lengths["rloo-seed0"] == lengths["ppo-seed0"] == 64 and "dapo-seed0" in lengths
     )
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    "Before anything is trained."
     with pytest.raises(ValueError, match="'dapoo' is not a recipe"):
         wrong = {"recipes": ["dapoo"], "output_dir": str(tmp_path / "none")}
         run_here(RECIPES, tmp_path, monkeypatch, **wrong)
