@@ -543,7 +543,7 @@ def test_walk_through_the_boxes_can_be_skipped(browser, site):
     window.get_by_role("button", name="Skip").click()
     window.get_by_role("button", name="Step", exact=True).wait_for(timeout=WAKE)
     assert window.inner_text("#count") == "1"
-    assert window.locator("#figure .wait > a.on").count() == 10  # all but the outline
+    assert window.locator("#figure .wait > a.on").count() == 11  # every box
     window.close()
 
 
@@ -650,7 +650,6 @@ def test_replay_shows_what_was_recorded(live):
             assert f"{run['metrics']['reward'][-1]:.3f}" in numbers
     assert live.locator("#replayed a").count() > 8  # each number leads to its function
     recorded = [group for group in runs[0]["groups"] if group["step"] == last]
-    assert len(recorded) == 16
     group = recorded[-1]
     live.select_option("#run-question", group["query"])
     live.select_option("#run-colour", "rho")

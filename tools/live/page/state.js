@@ -92,7 +92,7 @@ export function toHash(state) {
     ([key, value]) => key in DEFAULTS && value !== DEFAULTS[key],
   );
   const text = new URLSearchParams(other.map(([key, value]) => [key, String(value)]));
-  return `#${text}`;
+  return other.length ? `#${text}` : "";
 }
 
 /**
