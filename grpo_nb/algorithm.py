@@ -30,8 +30,7 @@ def ppo_step(
     rollout.advantages, rollout.returns = gae.advantages(rollout, rewards, config)  # A
     metrics |= update(models, rollout, config)
     metrics["beta"] = models.beta
-    if not models.policy_rests:
-        models.beta = next_beta(models.beta, rollout, config.kl_target)
+    models.beta = next_beta(models.beta, rollout, config.kl_target)
     return rollout, metrics
 
 # %% ../nbs/1_figure/13_algorithm.ipynb #3148a117

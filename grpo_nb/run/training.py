@@ -773,10 +773,13 @@ def _take_step(
         lines = [json.dumps(preference) + "\n" for preference in state.preferences]
         write_atomically(state.directory / "preferences.jsonl", "".join(lines))
     models.policy_rests = step <= resting_steps(config)
+    beta = models.beta
     n = config.num_prompts * rounds_of(config)
     queries = step_queries(state.task, n, config.seed, step)
     with _or_saved(state, renewed=bool(outer)):
         rollout, metrics = step_of(config)(models, queries, config)
+        if models.policy_rests:
+            models.beta = beta  # there is no KL yet for it to answer
         groups = models.record(rollout, config, step)
         rollout = on_host(rollout)  # what follows asks many small questions
     if groups is not None:
