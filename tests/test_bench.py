@@ -202,6 +202,7 @@ def test_a_run_writes_its_file_and_keeps_other_settings(tmp_path, capsys, monkey
         "settings",
         "commit",
         "date",
+        "instructions",
         "best",
     } and set(record["machine"]) >= {"cpu", "cores", "threads", "memory_gib"}
     found = record["settings"]["a"]

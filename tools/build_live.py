@@ -3,7 +3,7 @@
     python tools/build_live.py [--output live.html] [--runs runs.json]
 
 From a file:// page nothing can be fetched, so the scripts of tools/live/, jax-js
-(tools/jax/), the weights of the policy in float16, the figure and the recorded runs
+(tools/jax-js/), the weights of the policy in float16, the figure and the recorded runs
 are written into it. No node is needed: `bundle` makes one script of modules."""
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).resolve().parent / "live"
-JAX = Path(__file__).resolve().parent / "jax/jax.min.js"
+JAX = Path(__file__).resolve().parent / "jax-js/jax.min.js"
 RUNS = ROOT / "nbs/guides/live_runs.json"  # made by nbs/guides/live.ipynb
 PAGE = "live.html"
 SITE = "https://grpo-nb.github.io/grpo_nb/"

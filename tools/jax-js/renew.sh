@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes jax.min.js again: the npm package @jax-js/jax as one plain script, `jax`.
 # Needs node and the npm registry; nothing else here does.
-#     tools/jax/renew.sh [VERSION]
+#     tools/jax-js/renew.sh [VERSION]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 version=${1:-0.1.25}
