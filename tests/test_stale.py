@@ -490,8 +490,6 @@ BY_POSITION = {  # or by a strategy that several tests share
     "cost_table reward_model",
     "decode_completions ids",
     "decode_completions mask",
-    "difference a",
-    "difference b",
     "draw_figure link",
     "dynamic_sampling sample",
     "dynamic_sampling score",

@@ -758,6 +758,18 @@ def _or_saved(
             raise cause
 
 # %% ../../nbs/2_run/24_training.ipynb #cf6ae5fc
+def _run_algorithm(
+    config: Config, models: Models, queries: list[Query], step: int
+) -> tuple[Rollout, dict]:
+    "Take the algorithm's step; while the policy rests, so does beta."
+    models.policy_rests = step <= resting_steps(config)
+    beta = models.beta
+    rollout, metrics = step_of(config)(models, queries, config)
+    if models.policy_rests:
+        models.beta = beta  # there is no KL yet for it to answer
+    return rollout, metrics
+
+
 def _take_step(
     state: RunState,
     initial: dict,  # metrics of before the first step, for its line
@@ -772,14 +784,10 @@ def _take_step(
     if outer:
         lines = [json.dumps(preference) + "\n" for preference in state.preferences]
         write_atomically(state.directory / "preferences.jsonl", "".join(lines))
-    models.policy_rests = step <= resting_steps(config)
-    beta = models.beta
     n = config.num_prompts * rounds_of(config)
     queries = step_queries(state.task, n, config.seed, step)
     with _or_saved(state, renewed=bool(outer)):
-        rollout, metrics = step_of(config)(models, queries, config)
-        if models.policy_rests:
-            models.beta = beta  # there is no KL yet for it to answer
+        rollout, metrics = _run_algorithm(config, models, queries, step)
         groups = models.record(rollout, config, step)
         rollout = on_host(rollout)  # what follows asks many small questions
     if groups is not None:
