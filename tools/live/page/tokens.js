@@ -13,7 +13,8 @@ export const COLOURS = {
     label: "advantage A",
     help:
       "Green: better than expected, will become likelier. Red: worse, will " +
-      "become less likely. Grey: 0, teaches nothing.",
+      "become less likely. No colour: 0, teaches nothing. Those of PPO are brought " +
+      "to mean 0 over the batch: they say better or worse than the rest of it.",
     of: (row, t) => row.advantages?.[t],
     write: (x) => signed(x),
     paint: (x) => diverging(x / 2),
