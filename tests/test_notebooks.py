@@ -513,6 +513,12 @@ def printed(path):
     )
 
 
+def prose(path):
+    "The texts of a notebook, cell by cell."
+    cells = nbformat.read(path, 4).cells
+    return [cell.source for cell in cells if cell.cell_type == "markdown"]
+
+
 @pytest.mark.parametrize("path", CLAIMS, ids=name_of)
 def test_a_claim_is_saved_with_the_verdict_of_its_results(path):
     "Its page, the page of all claims and the README say the same."
@@ -545,11 +551,10 @@ def test_every_verdict_follows_from_the_committed_tables():
 def test_a_claim_opens_with_the_words_of_the_article(path):
     """The first cell behind the title quotes them, in Chinese and translated; the rule,
     and what the verdict does not license, are there, too."""
-    cells = nbformat.read(path, 4).cells
-    opening = cells[1].source
+    opening = nbformat.read(path, 4).cells[1].source
     assert opening.startswith("**In the article's words.** 「")
     assert re.search("[一-鿿]{6}.*」\\.? \\*[A-Z]", opening)
-    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    texts = prose(path)
     assert sum("46_statistics.ipynb#from-an-interval" in text for text in texts) == 1
     assert sum(text.startswith("## What this does not license") for text in texts) == 1
 
@@ -558,8 +563,7 @@ def test_a_claim_opens_with_the_words_of_the_article(path):
 def test_a_claim_says_what_others_found(path):
     """In a section of its own, before how far it goes: whether they agree, and where
     it is written."""
-    cells = nbformat.read(path, 4).cells
-    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    texts = prose(path)
     titles = [text.splitlines()[0] for text in texts]
     place = titles.index("## In the literature")
     assert titles[place + 1] == "## How far it goes"
@@ -578,9 +582,8 @@ def test_the_guide_to_choosing_is_found():
     "From the home page, the Chinese one, the guide to faults and the claims."
     pages = ("index", "zh", "guides/troubleshooting", "experiments/claims/index")
     for page in pages:
-        cells = nbformat.read(ROOT / f"nbs/{page}.ipynb", 4).cells
-        texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
-        assert re.search(r"\]\([./]*(guides/)?choosing\.ipynb\)", "".join(texts)), page
+        text = "".join(prose(ROOT / f"nbs/{page}.ipynb"))
+        assert re.search(r"\]\([./]*(guides/)?choosing\.ipynb\)", text), page
 
 
 def test_the_home_page_shows_three_claims():

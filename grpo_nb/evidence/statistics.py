@@ -366,17 +366,28 @@ def decide(
     Raises: `ValueError`: there is no finding."""
     if not findings:
         raise ValueError("findings=[] decides nothing; at least one is needed")
-    words = {}
-    for finding in findings:
-        words.setdefault(finding.condition, set()).add(finding.verdict)
-    found = {"holds": [], "does not hold": [], "undecided": []}
-    for condition, of_each in words.items():
-        found[_all_needed(of_each)].append(condition)
-    parts = {word: conditions for word, conditions in found.items() if conditions}
+    parts = {}
+    for word, conditions in _by_verdict(findings).items():
+        if conditions:
+            parts[word] = " or ".join(x.condition for x, _ in conditions)
     if len(parts) == 1:
         return next(iter(parts))
-    lists = {word: " or ".join(conditions) for word, conditions in parts.items()}
-    return "; ".join(f"{word} when {text}" for word, text in lists.items())
+    return "; ".join(f"{word} when {text}" for word, text in parts.items())
+
+
+def _by_verdict(
+    findings: list[Finding],
+) -> dict[str, list[tuple[Finding, int]]]:  # (what decides a condition, how many more)
+    "Sort conditions by their verdicts, those that hold first."
+    found = {"holds": [], "does not hold": [], "undecided": []}
+    by_condition = {}
+    for finding in findings:
+        by_condition.setdefault(finding.condition, []).append(finding)
+    for needed in by_condition.values():
+        verdict = _all_needed({finding.verdict for finding in needed})
+        deciding = [finding for finding in needed if finding.verdict == verdict]
+        found[verdict].append((deciding[0], len(needed) - 1))
+    return found
 
 
 def _all_needed(verdicts: set[str]) -> str:
@@ -602,21 +613,6 @@ def _verdict(noted: dict) -> dict:
     for name in ("runs", "seconds"):
         row[name] = sum(table[name] for table in tables)
     return row
-
-
-def _by_verdict(
-    findings: list[Finding],
-) -> dict[str, list[tuple[Finding, int]]]:  # (what decides a condition, how many more)
-    "Sort conditions by their verdicts, those that hold first."
-    found = {"holds": [], "does not hold": [], "undecided": []}
-    by_condition = {}
-    for finding in findings:
-        by_condition.setdefault(finding.condition, []).append(finding)
-    for needed in by_condition.values():
-        verdict = _all_needed({finding.verdict for finding in needed})
-        deciding = [finding for finding in needed if finding.verdict == verdict]
-        found[verdict].append((deciding[0], len(needed) - 1))
-    return found
 
 
 def _headlines(findings: list[Finding]) -> list[str]:

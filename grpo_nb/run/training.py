@@ -803,8 +803,9 @@ def _take_step(
         | outer
         | {"learning_rate": state.schedulers[0].get_last_lr()[0]}
     )
-    for scheduler in state.schedulers[models.policy_rests :]:  # the policy's is first
-        scheduler.step()
+    for name, scheduler in zip(models.trained(), state.schedulers):
+        if name in models.moved():
+            scheduler.step()
     line["num_completions"] = state.num_completions
     line["step_time"] = time.perf_counter() - began
     return rollout, groups, line | _memory(models.policy.device)
