@@ -526,6 +526,8 @@ def test_a_step_shows_its_values(live):
     rewards = {text for text in texts if text in ("0", "1")}
     signs = {text[0] for text in texts if re.fullmatch(r"[+−]\d\.\d\d", text)}
     assert rewards == {"0", "1"} and signs == {"+", "−"}
+    assert any(re.fullmatch(r"\d+ ×\d+", text) for text in texts)  # equal answers once
+    assert live.locator(".ticks .highest").first.inner_text() == "1.00"
     assert "Step 1: mean reward" in live.inner_text("#status")
     shown = live.locator("#answers tbody tr")
     assert shown.count() >= 2
@@ -574,6 +576,17 @@ def test_equal_rewards_teach_nothing(live):
     assert "In 16 of 16 groups" in live.inner_text("#status")
     assert "KL 0.000" in live.inner_text("#status")
     assert live.inner_text("#before-after") == before
+
+
+def test_a_hint_goes_with_its_experiment(live):
+    live.get_by_role("tab", name="Find out").click()
+    live.locator("#experiments button").nth(3).click()  # what does β do?
+    live.wait_for_function("!document.getElementById('reset').disabled", timeout=WAKE)
+    live.locator("#settings summary").click()
+    live.select_option("#option-beta", "1")  # as the hint asks
+    assert live.locator("#hint").is_visible()
+    live.select_option("#option-reward", "accuracy")  # another experiment
+    assert live.locator("#hint").is_hidden()
 
 
 def test_a_link_leads_to_the_same_step(live, open_page):

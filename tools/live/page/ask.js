@@ -169,7 +169,8 @@ function why({ rows, advantages, valueSteps }) {
   const same = r.every((x) => x === r[0]);
   const scaled = same
     ? "all rewards are equal: 0"
-    : `(${fixed(r[0])} − ${fixed(m)}) / ${fixed(std)} = ` + signed(advantages.grpo[0]);
+    : `(${fixed(r[0], 3)} − ${fixed(m, 3)}) / ${fixed(std, 3)} = ` +
+      signed(advantages.grpo[0]);
   const taught = valueSteps
     ? `It has learnt from ${valueSteps} steps of PPO.`
     : "It has not learnt anything yet (train with PPO first): it guesses 0 " +
@@ -189,7 +190,7 @@ function why({ rows, advantages, valueSteps }) {
       "group",
       "The same without the division, so that easy and hard questions keep their " +
         "weight.",
-      `${fixed(r[0])} − ${fixed(m)} = ${signed(advantages.drGrpo[0])}`,
+      `${fixed(r[0], 3)} − ${fixed(m, 3)} = ${signed(advantages.drGrpo[0], 3)}`,
     ),
     card(
       "RLOO",
@@ -197,7 +198,7 @@ function why({ rows, advantages, valueSteps }) {
       "The reward, less the mean of the other answers: its own is left out.",
       same
         ? "all rewards are equal: 0"
-        : `${fixed(r[0])} − ${fixed(others)} = ${signed(advantages.rloo[0])}`,
+        : `${fixed(r[0], 3)} − ${fixed(others, 3)} = ` + signed(advantages.rloo[0], 3),
     ),
     card(
       "PPO",

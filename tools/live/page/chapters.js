@@ -21,4 +21,5 @@ export const CHAPTERS = {
  * @param {string} words
  * @param {string} key - a name in CHAPTERS
  */
-export const chapter = (words, key) => el("a", { href: CHAPTERS[key] }, words);
+export const chapter = (words, key) =>
+  el("a", { href: CHAPTERS[key], target: "_blank" }, words);

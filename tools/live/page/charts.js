@@ -16,7 +16,7 @@ export function curve(what) {
   const { key, name, help, format, series, other = [], at } = what;
   const all = [...series, ...other];
   const last = Math.max(what.last ?? 10, ...all.map(([x]) => x));
-  const highest = what.highest ?? 1.15 * Math.max(1e-9, ...all.map(([, y]) => y));
+  const highest = what.highest ?? Math.max(0.01, ...all.map(([, y]) => 1.15 * y));
   const x = (step) => (W * step) / last;
   const y = (number) => H - (H * Math.min(number, highest)) / highest;
   const path = (points, kind) => {
@@ -30,12 +30,14 @@ export function curve(what) {
       "stroke-linecap": "round",
     });
   };
-  const shapes = [0, H / 2, H].map((level) =>
+  const frame = [0, H / 2, H].map((level) =>
     svg("path", { d: `M0 ${level}H${W}`, class: "grid" }),
   );
+  const shapes = [...frame];
   if (at) shapes.push(svg("path", { d: `M${x(at)} 0V${H}`, class: "at" }));
   if (other.length) shapes.push(path(other, "then"));
   if (series.length) shapes.push(path(series, "now"));
+  const tick = (where, words) => el("span", { class: where }, words);
   const value = series.length ? format(atStep(series, at)) : "–";
   const beside = other.length ? ` / ${format(atStep(other, at))}` : "";
   const label = `${name}: ${value}${beside}, over ${series.length} points`;
@@ -49,8 +51,20 @@ export function curve(what) {
       chapter(name, key),
       el("span", { class: "value" }, value + beside),
     ),
-    svg("svg", { ...picture, role: "img", "aria-label": label }, ...shapes),
-    el("small", {}, help),
+    el(
+      "div",
+      { class: "plot" },
+      el(
+        "div",
+        { class: "ticks", "aria-hidden": "true" },
+        tick("highest", all.length ? format(highest) : ""),
+        tick("zero", "0"),
+        tick("first", "step 0"),
+        tick("last", String(last)),
+      ),
+      svg("svg", { ...picture, role: "img", "aria-label": label }, ...shapes),
+    ),
+    help ? el("small", {}, help) : null,
   );
 }
 

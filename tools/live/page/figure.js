@@ -7,7 +7,8 @@ import { calm, svg, wait } from "./dom.js";
  *   Stage */
 
 const LINE = 16; // height of a line of values
-const ROOM = { grpo: 7, ppo: 4 }; // lines
+const ROOM = { grpo: 6, ppo: 4 }; // lines
+const WIDE = 7.3; // of a character
 const MONO = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace";
 
 export class Figure {
@@ -34,6 +35,7 @@ export class Figure {
     this.boxes = new Map();
     for (const link of this.root.querySelectorAll("a")) {
       this.boxes.set(link.querySelector("title").textContent.split(":")[0], link);
+      link.setAttribute("target", "_blank"); // the run goes on
     }
   }
 
@@ -42,21 +44,21 @@ export class Figure {
     const box = this.figures[this.half].boxes[name];
     const group = this.boxes.get(name).querySelector("g");
     const lines = shortened(values, ROOM[this.half]);
-    const width = Math.max(
-      box.w,
-      8 * Math.max(...lines.map((line) => line.length)) + 12,
-    );
-    const height = Math.max(34, LINE * lines.length + 10);
+    const longest = Math.max(...lines.map((line) => line.length));
+    const width = Math.max(box.w, WIDE * longest + 8);
+    // an arrow ends at the left edge, which stays; the question has none
+    const left = name === "q" ? box.x - width / 2 : box.x - box.w / 2;
+    const height = Math.max(box.h, LINE * lines.length + 10); // arrows end at its edge
     const rect = group.querySelector("rect");
-    rect.setAttribute("x", box.x - width / 2);
+    rect.setAttribute("x", left);
     rect.setAttribute("y", box.y - height / 2);
     rect.setAttribute("width", width);
     rect.setAttribute("height", height);
     for (const text of group.querySelectorAll("text")) text.remove();
     const first = box.y + 4 - (LINE * (lines.length - 1)) / 2;
     lines.forEach((line, i) => {
-      const style = { "font-size": 13, "text-anchor": "middle", "font-family": MONO };
-      const place = { x: box.x, y: first + LINE * i };
+      const style = { "font-size": 12, "text-anchor": "middle", "font-family": MONO };
+      const place = { x: left + width / 2, y: first + LINE * i };
       group.append(svg("text", { ...place, ...style }, line));
     });
   }
@@ -101,10 +103,10 @@ export class Figure {
   }
 }
 
-/** At most so many lines, of at most nine characters. */
+/** At most so many lines, of at most ten characters. */
 function shortened(values, room) {
   const short = values.map((text) =>
-    text.length <= 9 ? text : `${text.slice(0, 8)}…`,
+    text.length <= 10 ? text : `${text.slice(0, 9)}…`,
   );
   if (short.length <= room) return short;
   return [...short.slice(0, room - 2), "⋮", short.at(-1)];

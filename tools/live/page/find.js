@@ -5,10 +5,17 @@
 /** Let the buttons set their experiment up. @param {Train} train */
 export function bindExperiments(train) {
   for (const article of document.querySelectorAll(".experiment")) {
-    const { options } = /** @type {HTMLElement} */ (article).dataset;
-    const hint = article.querySelector(".hint-text").textContent.trim();
-    const button = article.querySelector("button");
-    button.addEventListener("click", () => train.prepare(JSON.parse(options), hint));
+    const {
+      options,
+      change = "",
+      pause,
+    } = /** @type {HTMLElement} */ (article).dataset;
+    article.querySelector("button").addEventListener("click", () => {
+      const hint = ["h3", ".hint-text", "details"].map((part) =>
+        article.querySelector(part).cloneNode(true),
+      );
+      train.prepare(JSON.parse(options), hint, change.split(" "), Number(pause ?? NaN));
+    });
   }
 }
 

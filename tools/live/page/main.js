@@ -94,7 +94,7 @@ train.show();
 
 /** Wake the model, and go where the address says. */
 async function start() {
-  const link = { ...app.state };
+  const link = /** @type {any} */ ({ ...app.state });
   await app.client.call("start", policy);
   await train.measure();
   app.ready = true;

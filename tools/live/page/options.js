@@ -17,10 +17,12 @@ export const FIELDS = [
   {
     key: "reward",
     label: "Reward",
-    help: "What counts as good. Nothing else tells the model what is wanted.",
+    help:
+      "What counts as good. Nothing else tells the model what is wanted. 1 − length " +
+      "/ 16: shorter is better.",
     choices: [
       ["accuracy", "1 for the right answer"],
-      ["brevity", "more for shorter answers"],
+      ["brevity", "1 − length / 16"],
       ["constant", "1 for every answer"],
     ],
   },

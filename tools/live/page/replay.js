@@ -13,7 +13,7 @@ const digits = (n) => (x) => fixed(x, n);
 /** @type {Shown[]} */
 const NUMBERS = [
   { key: "reward", name: "Mean reward", format: digits(3), highest: 1 },
-  { key: "kl", name: "KL to the reference", format: digits(4) },
+  { key: "kl", name: "KL", format: digits(4) },
   { key: "entropy", name: "Entropy", format: digits(3) },
   { key: "length", name: "Length, tokens", format: digits(2) },
   { key: "norm", name: "Norm of the gradient", format: digits(2) },

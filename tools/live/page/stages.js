@@ -2,9 +2,10 @@
  * a sentence. */
 
 import { fixed, mean, percent, signed } from "./dom.js";
+import { byCount } from "./tokens.js";
 
-const lines = (rows, of) =>
-  rows.flatMap((row) => Array(Math.min(row.count, 7)).fill(of(row)));
+const lines = (rows, of) => byCount(rows).map(of);
+const timesOf = ({ count }) => (count > 1 ? ` ×${count}` : "");
 const spread = (r) => {
   const m = mean(r);
   return Math.sqrt(r.reduce((sum, x) => sum + (x - m) ** 2, 0) / (r.length - 1));
@@ -22,14 +23,24 @@ export function stagesOf(result, group, options) {
   return which(rows, query, result, options);
 }
 
-function grpoStages(rows, query, { metrics, queries }, { G, beta }) {
+/** What the first answer's reward is divided by, in a sum that a reader can check. */
+function scaled(rows, m, s, scale) {
+  const [{ reward, advantages }] = byCount(rows);
+  const start = `Reward ${fixed(reward)} less ${fixed(m)}`;
+  const end = `the advantage ${signed(advantages[0] ?? 0)}.`;
+  if (scale === "none") return `${start} is ${end}`;
+  if (scale === "batch") return `${start}, divided by the batch's spread, is ${end}`;
+  return `${start}, divided by ${fixed(s)}, is ${end}`;
+}
+
+function grpoStages(rows, query, { metrics, queries }, { G, beta, scale }) {
   const rewards = rows.flatMap((row) => Array(row.count).fill(row.reward));
   const m = mean(rewards);
   const same = rewards.every((r) => r === rewards[0]);
   const comparison = same
     ? `all ${G} rewards are ${fixed(m)}: nothing to compare, so every advantage is 0`
     : `the mean of these ${G} rewards is ${fixed(m)}, their spread ` +
-      `${fixed(spread(rewards))}`;
+      `${fixed(spread(rewards))}. ${scaled(rows, m, spread(rewards), scale)}`;
   return [
     {
       boxes: ["q"],
@@ -42,8 +53,8 @@ function grpoStages(rows, query, { metrics, queries }, { G, beta }) {
     },
     {
       boxes: ["o"],
-      values: { o: lines(rows, (row) => row.text || "(empty)") },
-      says: `Together the ${G} answers are a group.`,
+      values: { o: lines(rows, (row) => (row.text || "(empty)") + timesOf(row)) },
+      says: `Together the ${G} answers are a group; equal ones stand here once.`,
     },
     {
       boxes: ["reference", "kl"],
@@ -55,9 +66,12 @@ function grpoStages(rows, query, { metrics, queries }, { G, beta }) {
     {
       boxes: ["reward", "r"],
       values: { r: lines(rows, (row) => fixed(row.reward, row.reward % 1 ? 2 : 0)) },
-      says: `Each answer gets its reward.`,
+      says: "Each answer gets its reward, here by a rule.",
     },
-    { boxes: ["group"], says: `${query.prompt} Group computation: ${comparison}.` },
+    {
+      boxes: ["group"],
+      says: `${query.prompt} Group computation: ${comparison.replace(/\.?$/, ".")}`,
+    },
     {
       boxes: ["A"],
       values: { A: lines(rows, (row) => signed(row.advantages[0] ?? 0)) },
@@ -126,12 +140,15 @@ function ppoStages(rows, query, { metrics, queries }, { beta, lam }) {
       says:
         `${query.prompt}${row.text} GAE compares the reward ${fixed(row.reward)} ` +
         `with the guesses ${row.values.map((x) => fixed(x)).join(", ")} (λ = ` +
-        `${lam}).`,
+        `${lam}). What comes out is brought to mean 0 and spread 1 over all tokens ` +
+        "of the step: the advantages.",
     },
     {
       boxes: ["A"],
       values: { A: each((t) => signed(row.advantages[t])) },
-      says: "The advantages: one a token, brought to mean 0 over the batch.",
+      says:
+        "The advantages: one a token, brought to mean 0 and spread 1 over all " +
+        "tokens of the step.",
     },
     {
       boxes: ["objective"],
@@ -166,7 +183,7 @@ export function summaryOf({ step, metrics, queries }, options) {
     const equal = Math.round(metrics.equal * queries.length);
     sentences.push(
       `In ${equal} of ${queries.length} groups (${percent(metrics.equal)}) all ` +
-        "rewards were equal: those taught nothing.",
+        "rewards were equal: there is nothing to compare in those.",
     );
   }
   return sentences.join(" ");

@@ -13,8 +13,7 @@ export const COLOURS = {
     label: "advantage A",
     help:
       "Green: better than expected, will become likelier. Red: worse, will " +
-      "become less likely. No colour: 0, teaches nothing. Those of PPO are brought " +
-      "to mean 0 over the batch: they say better or worse than the rest of it.",
+      "become less likely. No colour: 0.",
     of: (row, t) => row.advantages?.[t],
     write: (x) => signed(x),
     paint: (x) => diverging(x / 2),
@@ -23,7 +22,7 @@ export const COLOURS = {
     label: "ρ, change by this step",
     help:
       "ρ: how many times likelier a token is after this step than before it. " +
-      "Green: likelier. Red: less likely.",
+      "Green: likelier. Red: less likely. Other answers of the step move a token, too.",
     of: (row, t) => row.newLogprobs && Math.exp(row.newLogprobs[t] - row.logprobs[t]),
     write: (x) => `×${fixed(x)}`,
     paint: (x) => diverging(3 * Math.log(x)),
@@ -53,6 +52,9 @@ export function fillColours(id) {
   );
   byId(id).append(...options);
 }
+
+/** Different answers, the most frequent first. @param {Row[]} rows */
+export const byCount = (rows) => [...rows].sort((a, b) => b.count - a.count);
 
 /** The first group with different rewards; else the first one. @param {Row[][]} groups */
 export function mixedGroup(groups) {
@@ -110,15 +112,13 @@ export function groupTable(rows, vocabulary, colour, isPpo) {
     el("th", {}, chapter("answer, token by token", "answers")),
     rows.some((row) => row.count > 1) ? el("th", {}, "times") : null,
     el("th", {}, chapter("reward r", "reward")),
-    isPpo
-      ? el("th", { class: "left" }, chapter("guesses v", "value"))
-      : null,
+    isPpo ? el("th", { class: "left" }, chapter("guesses v", "value")) : null,
     isPpo
       ? el("th", { class: "left" }, chapter("advantages A", "gae"))
       : el("th", {}, chapter("advantage A", "group")),
   );
   const many = rows.some((row) => row.count > 1);
-  const lines = rows.map((row) =>
+  const lines = byCount(rows).map((row) =>
     el(
       "tr",
       {},

@@ -12,6 +12,7 @@ const EVERY = 10; // steps between evaluations
 const PAUSE = { slow: 1100, fast: 0 }; // milliseconds a box
 const BREATH = 30; // milliseconds between two steps, for the page to be drawn
 export const READY = "Ready: the model from before training. Press Step, or Play.";
+const RUNNING = "It trains. Pause, to look at a step.";
 
 /** @type {{ key: string, name: string, help: string, format: (x: number) => string,
  *   highest?: number }[]} */
@@ -19,27 +20,31 @@ const CURVES = [
   {
     key: "reward",
     name: "Reward",
-    help: "Mean of the batch. What training pushes up.",
+    help: "Mean over the answers of a step. What training pushes up.",
     format: fixed,
     highest: 1,
   },
   {
     key: "accuracy",
     name: "Held-out accuracy",
-    help: "Right answers to 128 questions that are never trained on.",
+    help:
+      "Likeliest answers to 128 questions that are never trained on, every ten steps: " +
+      "how many are right.",
     format: percent,
     highest: 1,
   },
   {
     key: "kl",
     name: "KL",
-    help: "Distance from the model before training, a token. β keeps it small.",
+    help:
+      "Distance from the model before training, a token, before the step's update. β " +
+      "keeps it small.",
     format: (x) => fixed(x, 3),
   },
   {
     key: "entropy",
     name: "Entropy",
-    help: "How undecided the model is. At 0 all answers are the same.",
+    help: "How undecided the model is, on the questions of the step.",
     format: (x) => fixed(x, 3),
   },
 ];
@@ -54,6 +59,8 @@ export class Train {
     this.looping = false;
     this.busy = false;
     this.walking = false;
+    this.suggested = []; // settings that the hint asks to change
+    this.pauseAt = NaN; // the step after which Play pauses
     this.clear();
     this.makeFields();
     byId("step").addEventListener("click", () =>
@@ -131,7 +138,15 @@ export class Train {
     }
     app.set(patch);
     this.fill();
+    if (!anew && this.steps)
+      this.app.say(`Set. It holds from step ${this.begun + 1} on.`);
+    if (!this.suggested.includes(key)) this.hideHint();
     if (anew) this.reset();
+  }
+
+  /** The hint of an experiment that is not set up any more. */
+  hideHint() {
+    byId("hint").hidden = true;
   }
 
   /** Show what is set. */
@@ -159,7 +174,7 @@ export class Train {
     const size = state.algorithm === "grpo" ? `, G = ${state.G}` : "";
     return (
       `${wordsOf("algorithm", state.algorithm)}${size}, ` +
-      `${wordsOf("reward", state.reward)}, β = ${state.beta}, learning rate ` +
+      `reward ${wordsOf("reward", state.reward)}, β = ${state.beta}, learning rate ` +
       `${wordsOf("rate", state.rate)}`
     );
   }
@@ -205,18 +220,23 @@ export class Train {
   }
 
   async one() {
-    await this.alone(() => this.take(PAUSE[byId("speed").value]));
+    await this.alone(async () => {
+      if (!this.playing) this.app.say(`Step ${this.steps + 1} is being computed …`);
+      await this.take(PAUSE[byId("speed").value]);
+    });
   }
 
   /** Play, or pause. */
   async toggle() {
     this.playing = !this.playing;
     if (!this.chosen) byId("speed").value = "fast"; // box by box is for single steps
+    if (this.playing) this.app.say(RUNNING);
     this.fill();
     if (this.looping) return;
     this.looping = true;
     while (this.playing) {
       await this.one();
+      if (this.steps === this.pauseAt) this.playing = false;
       await wait(BREATH);
     }
     this.looping = false;
@@ -237,6 +257,7 @@ export class Train {
     const options = optionsOf(app.state);
     this.initial ??= options;
     this.begun = this.steps + 1;
+    this.showGroup();
     this.result = await app.client.call("step", options);
     this.used = options;
     this.steps = this.result.step;
@@ -246,7 +267,8 @@ export class Train {
     app.set({ steps: this.steps, group: -1 });
     this.fillGroups();
     this.walking = pause > 0 && !calm();
-    this.fill();
+    if (this.walking) app.say(`Step ${this.steps}, box by box.`);
+    this.show();
     await this.fillFigure(pause);
     this.walking = false;
     if (this.steps % EVERY === 0) await this.measure();
@@ -324,9 +346,9 @@ export class Train {
   fillGroups() {
     const { queries, groups } = this.result;
     const options = queries.map((query, i) => {
-      const rewards = new Set(groups[i].map((row) => row.reward));
-      const words =
-        rewards.size > 1 ? "rewards differ" : `reward ${fixed([...rewards][0])}`;
+      const count = (rows) => rows.reduce((sum, row) => sum + row.count, 0);
+      const right = count(groups[i].filter((row) => row.text === query.answer));
+      const words = `${right} of ${count(groups[i])} right`;
       return el("option", { value: String(i) }, `${query.prompt} (${words})`);
     });
     byId("group").replaceChildren(...options);
@@ -338,12 +360,14 @@ export class Train {
     byId("legend").textContent = COLOURS[colour].help;
     const isPpo = this.app.state.algorithm === "ppo";
     byId("group-help").textContent = isPpo
-      ? "PPO has one answer to each question; each token has an advantage of its own."
+      ? "PPO has one answer to each question, so there is no group; each token has " +
+        "an advantage of its own."
       : "All answers to one question. They share a baseline, the mean of their " +
         "rewards, because it is the same question: what is left says which answer " +
         "was better, not whether the question was easy.";
     if (!this.result) {
-      byId("answers").replaceChildren(el("p", { class: "help" }, "No step yet."));
+      const words = this.begun ? "The first step is being computed …" : "No step yet.";
+      byId("answers").replaceChildren(el("p", { class: "help" }, words));
       return;
     }
     const rows = this.result.groups[this.group];
@@ -365,13 +389,18 @@ export class Train {
   /**
    * Set something up and start anew.
    * @param {Record<string, any>} options
-   * @param {string} hint
+   * @param {Node[]} hint - what to do, and what there is to see
+   * @param {string[]} suggested - the settings that it asks to change
+   * @param {number} pauseAt - the step after which Play pauses, or NaN
    */
-  async prepare(options, hint) {
+  async prepare(options, hint, suggested, pauseAt) {
     const defaults = this.app.defaults;
     const fresh = Object.fromEntries(OPTIONS.map((key) => [key, defaults[key]]));
     this.app.set({ ...fresh, ...options });
-    byId("hint").textContent = hint;
+    this.suggested = suggested;
+    this.pauseAt = pauseAt;
+    const close = { type: "button", class: "plain", onclick: () => this.hideHint() };
+    byId("hint").replaceChildren(...hint, el("button", close, "Close"));
     byId("hint").hidden = false;
     this.app.open("train");
     await this.reset();
