@@ -148,6 +148,8 @@ def test_installed_versions_are_told():
         (r"<p>\(\frac{a}\)</p>", "KaTeX parse error"),
         (r"<details>every $V_{t+1}$ is</details>", "not set as mathematics"),
         (r"<p>\(a<em>b</em></p>", "not set as mathematics"),
+        ("<p>[the <code>x</code>](y.ipynb#z)</p>", "not made a link"),
+        ("<p><code>[x](y.ipynb)</code></p><pre>[x](y.ipynb)</pre>", None),
     ],
 )
 def test_site_check(tmp_path, body, problem):

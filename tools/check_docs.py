@@ -3,7 +3,7 @@
     python tools/check_docs.py [docs]
 
 Every internal link and anchor exists, nothing is fetched from another host, KaTeX
-can set every formula, every picture and table that a notebook has saved is on its
+can set every formula, no link is left as it was written, every picture and table that a notebook has saved is on its
 page, and the site stays small."""
 
 import base64
@@ -49,6 +49,9 @@ FORMULA = re.compile(r"\\\[(?P<display>.*?)\\\]|\\\((?P<inline>.*?)\\\)", re.S)
 LEFT_OVER = re.compile(
     r"\\[()\[\]]|\$\$|\$[^$\n]*[\\_^{][^$\n]*\$"
 )  # TeX that nothing will set
+NO_LINK = re.compile(
+    r"\]\((?:https?:|[^()\s]+\.(?:ipynb|html))[^()\s]*\)"
+)  # a link of Markdown that was none: code in its words became a link of its own
 HIDDEN = re.compile(
     r"^#\| *(?:hide\b|export *$|default_exp|(?:include|output): *false)", re.M
 )
@@ -68,6 +71,7 @@ class Page(HTMLParser):
             [],
         )
         self.formulas, self.left_over, self.open, self.by_quarto = [], [], [], False
+        self.no_links = []
         self.feed(html)
         self.close()
 
@@ -112,6 +116,7 @@ class Page(HTMLParser):
                 (m["display"] or m["inline"] or "", m["display"] is not None)
             )
         self.left_over += [m[0] for m in LEFT_OVER.finditer(FORMULA.sub("", data))]
+        self.no_links += NO_LINK.findall(data)
 
 
 def css_urls(css: str) -> list[str]:
@@ -267,6 +272,9 @@ def check(site: Path, notebooks: Path | None = None) -> list[str]:
             problems.append(f"{where} has {size:.1f} MB, more than {MAX_PAGE_MB}")
     if notebooks:
         problems += check_outputs(site, pages, notebooks)
+    for path, page in pages.items():
+        where = path.relative_to(site)
+        problems += [f"{where}: not made a link: {text!r}" for text in page.no_links]
     return problems + check_links(site, pages) + check_formulas(site, pages)
 
 
