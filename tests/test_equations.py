@@ -1384,8 +1384,9 @@ def test_bfloat16_samples_are_scored_again(tokenizer, num_generations):
         logprobs = packing.token_logprobs(model, rollout).detach()
         assert own.completion_ids.equal(rollout.completion_ids)
         assert (own.logprobs - logprobs).abs().max() > 1e-3
-        # cut in pieces, products of bfloat16 round in another way
-        close(logprobs, rollout.logprobs, 1e-6 if num_generations == 1 else 1e-2)
+        # cut in pieces, products of bfloat16 round in another way: by a last digit of
+        # the logits, 1/64 from 2 to 4, or two
+        close(logprobs, rollout.logprobs, 1e-6 if num_generations == 1 else 2 / 64)
 
         n = len(rollout)
         rollout.advantages = torch.randn(n, generator=torch.Generator().manual_seed(0))
