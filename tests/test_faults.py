@@ -536,10 +536,20 @@ def test_a_lack_of_memory_says_what_to_change(tmp_path, straight, monkeypatch, e
         pytest.raises(
             MemoryError,
             match=r"out of memory in step 3 with max_tokens_per_micro_batch = 8192: "
-            r"try 4096.*can be resumed",
+            r"try 4096.*, or gradient_checkpointing=True; .*can be resumed",
         ),
     ):
         patched.setattr(training, "step_of", lambda config: full)
         run(tmp_path / "run", save_steps=0)
     run(tmp_path / "run", resume=True)
     same_run(tmp_path / "run", straight)
+
+
+def test_a_lack_of_memory_does_not_advise_what_is_set(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(training, "step_of", lambda config: full)
+    with pytest.raises(MemoryError, match="try 4096") as caught:
+        run(tmp_path / "run", gradient_checkpointing=True)
+    assert "gradient_checkpointing" not in str(caught.value)

@@ -725,10 +725,12 @@ def _explained(error: Exception, state: RunState) -> Exception:
         remedy = f"{state.directory} can be resumed with it"
         return MemoryError(f"step {step}: {error}; {remedy}")
     tokens = state.config.max_tokens_per_micro_batch
+    remedy = f"try {max(1, tokens // 2)} (less than the tokens of a group is no help)"
+    if not state.config.gradient_checkpointing:
+        remedy += ", or gradient_checkpointing=True"
     return MemoryError(
         f"out of memory in step {step} with max_tokens_per_micro_batch = {tokens}: "
-        f"try {max(1, tokens // 2)}, or gradient_checkpointing=True; "
-        f"{state.directory} can be resumed with it"
+        f"{remedy}; {state.directory} can be resumed with it"
     )
 
 
