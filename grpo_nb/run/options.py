@@ -402,7 +402,7 @@ class GRPOConfig(GroupOptions, Config):
         "how many times a step may be refilled in place of groups without variance",
     )
     use_bias_correction_kl: bool = _option(
-        False, "rho * k3 in the loss: an unbiased KL gradient"
+        False, "rho * k3 in the loss: a token's KL gradient, unbiased"
     )
 
     @field_validator("dynamic_sampling")
