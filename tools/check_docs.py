@@ -3,8 +3,8 @@
     python tools/check_docs.py [docs]
 
 Every internal link and anchor exists, nothing is fetched from another host, KaTeX
-can set every formula, no link is left as it was written, every picture and table that a notebook has saved is on its
-page, and the site stays small."""
+can set every formula, no link is left as it was written, every picture and table
+that a notebook has saved is on its page, and the site stays small."""
 
 import base64
 import hashlib
