@@ -589,6 +589,41 @@ def test_a_verdict_names_its_conditions():
     )
 
 
+def test_of_several_effects_the_one_nearest_to_the_edge_is_shown(checkout):
+    "In any order: a line for each condition, and in brief one for each verdict."
+    near = replace(GAIN, what="less", effect=0.04, low=0.03)
+    band = Finding("z", "share", 0.5, 0.4, 0.6, at_least=0.3, at_most=0.61)
+    apart = [replace(band, what="rest", at_most=None), band]
+    missed = Finding("w", "lost", -0.0912345, -0.2, -0.05, at_least=-0.02)
+    further = replace(missed, what="lost more", high=-0.06)
+    for order in (1, -1):
+        findings = [GAIN, near, *apart, further, missed][::order]
+        Claim("01_x", "x", rerun=True).conclude(findings, "because", "do")
+        found = verdicts(checkout / "benchmarks/claims").loc["01_x"]
+        assert sorted(found["headlines"]) == [
+            "**does not hold** when w: lost -0.0912 [-0.2, -0.05], claimed ≥ -0.02",
+            "**holds** when y: less 0.04 [0.03, 0.2], claimed ≥ 0.02 (and 1 more)",
+            "**holds** when z: share 0.5 [0.4, 0.6], claimed ≥ 0.3 and ≤ 0.61 "
+            "(and 1 more)",
+        ]
+        parts = [
+            "y: 0.04 [0.03, 0.2], ≥ 0.02 (and 1 more)",
+            "z: 0.5 [0.4, 0.6], ≥ 0.3 and ≤ 0.61 (and 1 more)",
+        ]
+        assert found["in_brief"] == [
+            f"**holds** when {'; '.join(parts[::order])}",
+            "**does not hold** when w: -0.0912 [-0.2, -0.05], ≥ -0.02",
+        ]
+
+
+def test_nothing_known_is_no_reason_to_fail(checkout):
+    "An effect that is not known is undecided, and shown as it is."
+    unknown = Finding("y", "gain", *[float("nan")] * 3, at_least=0.02)
+    Claim("01_x", "x", rerun=True).conclude([unknown, GAIN], "because", "do")
+    found = verdicts(checkout / "benchmarks/claims").loc["01_x"]
+    assert found["in_brief"] == ["**undecided** when y: nan [nan, nan], ≥ 0.02"]
+
+
 def test_a_verdict_that_its_findings_do_not_give_is_damage(checkout):
     Claim("01_x", "x", rerun=True).conclude([GAIN], "because", "do")
     path = checkout / "benchmarks/claims/01_x.json"

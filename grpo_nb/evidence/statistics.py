@@ -347,15 +347,26 @@ class Finding:
             most = float("inf")
         return least, most
 
-    def __str__(self) -> str:
+    def _room(self) -> float:
+        "How far the interval lies from the nearest edge; 0 where it is across one."
+        finite = [x for x in (self.at_least, self.at_most) if x is not None]
+        return min(max(0.0, self.low - x, x - self.high) for x in finite)
+
+    def _numbers(self) -> str:
+        "The effect and its interval."
+        return f"{self.effect:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def _claimed(self) -> str:
+        "The edges of the region."
         edges = []
         if self.at_least is not None:
             edges.append(f"≥ {self.at_least:.3g}")
         if self.at_most is not None:
             edges.append(f"≤ {self.at_most:.3g}")
-        ends = f"[{self.low:.3g}, {self.high:.3g}]"
-        region = " and ".join(edges)
-        return f"{self.what} {self.effect:.3g} {ends}, claimed {region}"
+        return " and ".join(edges)
+
+    def __str__(self) -> str:
+        return f"{self.what} {self._numbers()}, claimed {self._claimed()}"
 
 # %% ../../nbs/4_evidence/46_statistics.ipynb #c19a0003
 def decide(
@@ -378,7 +389,10 @@ def decide(
 def _by_verdict(
     findings: list[Finding],
 ) -> dict[str, list[tuple[Finding, int]]]:  # (what decides a condition, how many more)
-    "Sort conditions by their verdicts, those that hold first."
+    """Sort conditions by their verdicts, those that hold first.
+
+    Of the findings that decide a condition, the one nearest to an edge of what is
+    claimed."""
     found = {"holds": [], "does not hold": [], "undecided": []}
     by_condition = {}
     for finding in findings:
@@ -386,7 +400,7 @@ def _by_verdict(
     for needed in by_condition.values():
         verdict = _all_needed({finding.verdict for finding in needed})
         deciding = [finding for finding in needed if finding.verdict == verdict]
-        found[verdict].append((deciding[0], len(needed) - 1))
+        found[verdict].append((min(deciding, key=Finding._room), len(needed) - 1))
     return found
 
 
@@ -584,8 +598,8 @@ def verdicts(
 ):  # by claim: claim, verdict, findings, reason, practice, runs, seconds
     """Read every verdict that is kept, with its findings, its runs and their seconds.
 
-    A headline for each condition: the verdict, and the effect that decides it; in
-    brief, a line for each verdict.
+    A headline for each condition: the verdict, and of the effects that decide it the
+    one nearest to an edge of what is claimed; in brief, a line for each verdict.
 
     Raises: `ValueError`: a file that is damaged, or does not say what its findings
     say."""
@@ -617,22 +631,26 @@ def _verdict(noted: dict) -> dict:
 
 def _headlines(findings: list[Finding]) -> list[str]:
     "A line for each condition."
-    lines = []
-    for verdict, conditions in _by_verdict(findings).items():
-        for x, more in conditions:
-            rest = f" (and {more} more)" if verdict == "holds" and more else ""
-            lines.append(f"**{verdict}** when {x.condition}: {x}{rest}")
-    return lines
+    return [
+        f"**{verdict}** when {x.condition}: {x}{_and_more(verdict, more)}"
+        for verdict, conditions in _by_verdict(findings).items()
+        for x, more in conditions
+    ]
 
 
 def _in_brief(findings: list[Finding]) -> list[str]:
-    "A line for each verdict: its conditions, and the effect that decides each."
+    "A line for each verdict: its conditions, each with its effect and what is claimed."
     lines = []
     for verdict, conditions in _by_verdict(findings).items():
         texts = [
-            f"{x.condition}: {x.effect:.2g} [{x.low:.2g}, {x.high:.2g}]"
-            for x, _ in conditions
+            f"{x.condition}: {x._numbers()}, {x._claimed()}{_and_more(verdict, more)}"
+            for x, more in conditions
         ]
         if texts:
             lines.append(f"**{verdict}** when {'; '.join(texts)}")
     return lines
+
+
+def _and_more(verdict: str, more: int) -> str:
+    "That a condition which holds rests on others, too."
+    return f" (and {more} more)" if verdict == "holds" and more else ""
