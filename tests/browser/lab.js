@@ -148,7 +148,7 @@
       const walk = document.createTreeWalker(area, NodeFilter.SHOW_TEXT);
       while (walk.nextNode()) {
         const e = walk.currentNode.parentElement, text = walk.currentNode.data.trim();
-        if (!text || e.closest(".jp-MarkdownOutput pre, svg, script, style, mjx-assistive-mml, .jp-InternalAnchorLink")) continue;
+        if (!text || e.closest(".jp-RenderedMarkdown pre, svg, script, style, mjx-assistive-mml, .jp-InternalAnchorLink")) continue;
         const style = getComputedStyle(e), ground = behind(e);
         if (parse(style.color)[3] === 0) continue;
         const [a, b] = [luminance(over(parse(style.color), ground)), luminance(ground)];
