@@ -30,10 +30,9 @@ export function curve(what) {
       "stroke-linecap": "round",
     });
   };
-  const frame = [0, H / 2, H].map((level) =>
+  const shapes = [0, H / 2, H].map((level) =>
     svg("path", { d: `M0 ${level}H${W}`, class: "grid" }),
   );
-  const shapes = [...frame];
   if (at) shapes.push(svg("path", { d: `M${x(at)} 0V${H}`, class: "at" }));
   if (other.length) shapes.push(path(other, "then"));
   if (series.length) shapes.push(path(series, "now"));

@@ -36,11 +36,12 @@ function scaled(rows, m, s, scale) {
 function grpoStages(rows, query, { metrics, queries }, { G, beta, scale }) {
   const rewards = rows.flatMap((row) => Array(row.count).fill(row.reward));
   const m = mean(rewards);
+  const s = spread(rewards);
   const same = rewards.every((r) => r === rewards[0]);
   const comparison = same
-    ? `all ${G} rewards are ${fixed(m)}: nothing to compare, so every advantage is 0`
-    : `the mean of these ${G} rewards is ${fixed(m)}, their spread ` +
-      `${fixed(spread(rewards))}. ${scaled(rows, m, spread(rewards), scale)}`;
+    ? `all ${G} rewards are ${fixed(m)}: nothing to compare, so every advantage is 0.`
+    : `the mean of these ${G} rewards is ${fixed(m)}, their spread ${fixed(s)}. ` +
+      scaled(rows, m, s, scale);
   return [
     {
       boxes: ["q"],
@@ -68,10 +69,7 @@ function grpoStages(rows, query, { metrics, queries }, { G, beta, scale }) {
       values: { r: lines(rows, (row) => fixed(row.reward, row.reward % 1 ? 2 : 0)) },
       says: "Each answer gets its reward, here by a rule.",
     },
-    {
-      boxes: ["group"],
-      says: `${query.prompt} Group computation: ${comparison.replace(/\.?$/, ".")}`,
-    },
+    { boxes: ["group"], says: `${query.prompt} Group computation: ${comparison}` },
     {
       boxes: ["A"],
       values: { A: lines(rows, (row) => signed(row.advantages[0] ?? 0)) },
