@@ -166,6 +166,8 @@ def check_links(site: Path, pages: dict[Path, Page]) -> list[str]:
             look(path, url, load=False)
         for url in page.loads + [url for css in page.css for url in css_urls(css)]:
             look(path, url, load=True)
+        where = path.relative_to(site)
+        problems += [f"{where}: not made a link: {text!r}" for text in page.no_links]
     for path in sorted(site.rglob("*.css")):
         for url in css_urls(path.read_text(encoding="utf-8")):
             look(path, url, load=True)
@@ -272,9 +274,6 @@ def check(site: Path, notebooks: Path | None = None) -> list[str]:
             problems.append(f"{where} has {size:.1f} MB, more than {MAX_PAGE_MB}")
     if notebooks:
         problems += check_outputs(site, pages, notebooks)
-    for path, page in pages.items():
-        where = path.relative_to(site)
-        problems += [f"{where}: not made a link: {text!r}" for text in page.no_links]
     return problems + check_links(site, pages) + check_formulas(site, pages)
 
 
