@@ -495,9 +495,7 @@ class Claim:
         if self.smoke or self.rerun:
             began = time.time()
             table = make()
-            self.results.mkdir(parents=True, exist_ok=True)
-            text = table.to_csv(index=False, float_format="%.6g")
-            write_atomically(path, text)
+            self.derived(name, table)
             facts = _size(table, time.time() - began) | _versions()
             self._note(tables=self._noted().get("tables", {}) | {name: facts})
         if not path.exists():
@@ -506,6 +504,12 @@ class Claim:
                 f"papermill this notebook with -p rerun True"
             )
         return pd.read_csv(path)
+
+    def derived(self, name: str, table: pd.DataFrame):
+        "Write a table that pages read: of runs, or computed from their tables."
+        self.results.mkdir(parents=True, exist_ok=True)
+        text = table.to_csv(index=False, float_format="%.6g")
+        write_atomically(self.results / f"{self.name}_{name}.csv", text)
 
     def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """Give the rows of one run, with its `seconds`: as they were kept, or made now.
