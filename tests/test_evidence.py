@@ -131,6 +131,13 @@ def test_a_paired_bootstrap_is_that_of_all_resamples(both):
     assert every[-12] - 1e-9 <= found.boot_high <= every[-3] + 1e-9
 
 
+def test_differences_alone_are_pairs_with_nothing():
+    first, second = np.array([0.3, 0.5, 0.9]), np.array([0.1, 0.6, 0.2])
+    assert paired_difference(first - second) == paired_difference(first, second)
+    with pytest.raises(ValueError, match="must be finite"):
+        paired_difference([0.1, float("nan")])
+
+
 def test_what_both_settings_share_cancels():
     "A seed's own effect is in both, however large it is."
     first, second = np.array([0.1, 0.3, 0.2]), np.array([0.2, 0.2, 0.2])

@@ -185,7 +185,8 @@ class Comparison:
 # %% ../../nbs/4_evidence/46_statistics.ipynb #cafe4602
 def paired_difference(
     first: Sequence[float],  # one number per seed
-    second: Sequence[float],  # of the same seeds, in the same order
+    # of the same seeds, in the same order; None: `first` holds differences
+    second: Sequence[float] | None = None,
     level: float = 0.95,
 ) -> Comparison:
     """Measure how much higher the first setting is, seed by seed.
@@ -211,7 +212,7 @@ def paired_difference(
 def _differences(first, second) -> np.ndarray:
     "First - second, one number per pair."
     first = np.asarray(first, dtype=float)
-    second = np.asarray(second, dtype=float)
+    second = np.zeros_like(first) if second is None else np.asarray(second, dtype=float)
     if first.ndim != 1 or first.shape != second.shape or not len(first):
         raise ValueError(
             f"first and second must have one number per seed, of the same seeds; got "
