@@ -37,8 +37,9 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 run: setup ## train with GRPO on the embedded model, into the next free runs/NNNN (more: make run ARGS="-p algorithm ppo -p output_dir X")
 	@$(BIN)/python tools/run.py $(ARGS)
 
+# The pages of the claims are run by tests/test_notebooks.py, which decides each of them again.
 test: setup ## run every notebook's tests, then tests/ (but tests/browser: make browser)
-	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing
+	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/nbdev_test --skip_folder_re '^([_.]|claims$$)' --n_workers $(WORKERS) --do_print --timing
 	OMP_NUM_THREADS=$(THREADS) $(TEST_ENV) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal --ignore tests/browser $(ARGS)
 
 # vLLM has an environment of its own: its build for CPUs, the newest that there is, pins an older transformers than this library needs,
