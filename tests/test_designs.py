@@ -185,6 +185,29 @@ def test_no_run_begins_when_the_minutes_are_over(claim):
     assert len(made) == 1 and table["run"].nunique() == 1
 
 
+def test_numbers_are_found_again_as_a_table_has_them(claim):
+    made = []
+    cells = grid(rate=[1 / 3, 1e-4], baseline="GRPO", seed=[0, 12345678])
+    design = Pieces(claim, counted(made))
+    design.table("runs", cells, making=True)
+    for path in claim.directory.iterdir():
+        path.unlink()
+    design.table("runs", cells, making=True)
+    assert len(made) == 4
+
+
+def test_a_table_of_another_design_is_not_overwritten(claim):
+    made = []
+    design = Pieces(claim, counted(made))
+    design.table("runs", CELLS, making=True)
+    kept = (claim.results / "example_runs.csv").read_text()
+    with pytest.raises(ValueError, match="2 runs .* would be lost, as .*0.1.*'seed'"):
+        design.table("runs", CELLS[:2], making=True)
+    with pytest.raises(ValueError, match="of another design: it has no column 'lam'"):
+        design.table("runs", [cell | {"lam": 1.0} for cell in CELLS], making=True)
+    assert (claim.results / "example_runs.csv").read_text() == kept
+
+
 def test_what_cannot_be_is_refused(claim):
     with pytest.raises(ValueError, match="piece must be at least 0 and below pieces"):
         Pieces(claim, counted([]), piece=2, pieces=2)
@@ -215,3 +238,18 @@ def test_the_difference_of_two_shares_has_the_interval_that_newcombe_printed(
 ):
     _, low, high = difference_of_shares(*counts)
     assert (round(low, 4), round(high, 4)) == ends
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 1, 2), (7, 6, 1, 2), (1, 2, -1, 2)])
+def test_a_share_of_no_runs_is_refused(counts):
+    with pytest.raises(ValueError, match="between none and all can fail, got"):
+        difference_of_shares(*counts)
+
+
+def test_a_temperature_counts_in_exact_values():
+    models, _ = built()
+    query = TASK.parse("47+38=")
+    rollout = as_rollout(models.tokenizer, [query], ["85"])
+    with torch.no_grad():
+        p = token_logprobs(models.policy, rollout, 0.5)[0].sum().exp().item()
+    assert exact_values(models, rollout, 0.5)[0, 0].item() == pytest.approx(p, rel=1e-5)

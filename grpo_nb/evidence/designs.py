@@ -35,15 +35,17 @@ from ..update import update
 def exact_values(
     models: Models,
     rollout: Rollout,  # its queries have one right answer each, in the column `answer`
+    temperature: float = 1.0,  # of sampling
 ) -> Float[Tensor, "N T"]:
     """Compute V before each token under the policy: how likely the rest is right.
 
-    It is 0 where what is written is not the beginning of the answer."""
+    It is 0 where what is written is not the beginning of the answer, as the tokenizer
+    spells it."""
     T = rollout.completion_ids.shape[1]
     answers = [query.columns["answer"] for query in rollout.queries]
     right = as_rollout(models.tokenizer, rollout.queries, answers)
     with torch.no_grad():
-        logprobs = token_logprobs(models.policy, right)
+        logprobs = token_logprobs(models.policy, right, temperature)
     ahead = logprobs.flip(1).cumsum(1).flip(1).exp()
     ids = right.completion_ids.masked_fill(~right.completion_mask, -1)
     ids = _fitted(ids, T)
@@ -72,11 +74,12 @@ def judge(
 
     Raises: `ValueError` for another baseline, a group of one."""
     check_choice("baseline", baseline, [*MEANS, *VALUES])
+    mask = rollout.loss_mask(config.mask_truncated_completions)
     if baseline in VALUES:
         if baseline == "value model":
             rollout.values = models.predict_values(rollout, config)
         else:
-            rollout.values = exact_values(models, rollout)
+            rollout.values = exact_values(models, rollout, config.temperature)
         rewards = token_rewards(rollout, 0.0)
         rollout.advantages, rollout.returns = gae.advantages(rollout, rewards, config)
         return
@@ -85,7 +88,6 @@ def judge(
     else:
         scale = "group" if baseline == "GRPO" else "none"
         advantages = group_advantages(rollout.rewards, num_generations, scale)
-    mask = rollout.completion_mask
     advantages = advantages.to(rollout.logprobs)[:, None].where(mask, 0.0)
     if baseline != "GRPO":
         advantages = gae.whiten(advantages, mask)
@@ -108,7 +110,7 @@ def baseline_step(
     judge(models, rollout, baseline, num_generations, config)
     explained = None
     if baseline in VALUES:
-        mask = rollout.completion_mask
+        mask = rollout.loss_mask(config.mask_truncated_completions)
         explained = explained_variance(rollout.values, rollout.returns, mask)
     learning = models
     if baseline != "value model":
@@ -158,12 +160,26 @@ class Pieces:
     def _unpack(self, table: pd.DataFrame, cells: list[dict]):
         "Give the runs of a committed table their files again."
         keys = [*cells[0]]
-        known = dict(list(table.drop(columns="run").groupby(keys)))
+        others = [key for key in keys if key not in table]
+        if others:
+            raise ValueError(
+                f"the committed table is of another design: it has no column "
+                f"{others[0]!r}; delete it to begin anew"
+            )
+        by_cell = table.drop(columns="run").groupby(keys, dropna=False)
+        known = {_as_written(key): rows for key, rows in by_cell}
+        wanted = {_as_written(cell.values()): self._path(cell) for cell in cells}
+        lost = known.keys() - wanted.keys()
+        if lost:
+            raise ValueError(
+                f"{len(lost)} runs of the committed table are of none of these cells "
+                f"and would be lost, as {dict(zip(keys, min(lost)))}; delete the "
+                "table to begin anew"
+            )
         self.claim.directory.mkdir(parents=True, exist_ok=True)
-        for cell in cells:
-            rows = known.get(tuple(cell.values()))
-            if rows is not None and not self._path(cell).exists():
-                write_atomically(self._path(cell), rows.to_csv(index=False))
+        for key, rows in known.items():
+            if not wanted[key].exists():
+                write_atomically(wanted[key], rows.to_csv(index=False))
 
     def _runs(self, cells: list[dict]) -> pd.DataFrame:
         "Make this piece's runs while there are minutes; gather all that are there."
@@ -182,6 +198,11 @@ class Pieces:
         tables = [self._kept(cell).assign(run=i) for i, cell in enumerate(there)]
         return pd.concat(tables, ignore_index=True)
 
+
+def _as_written(values) -> tuple[str, ...]:
+    "Values as a committed table has them: what is no whole number with six digits."
+    return tuple(f"{x:.6g}" if isinstance(x, float) else str(x) for x in values)
+
 # %% ../../nbs/4_evidence/47_designs.ipynb #47de5020
 def difference_of_shares(
     first: int,  # runs that fail, of the first setting
@@ -192,9 +213,17 @@ def difference_of_shares(
 ) -> tuple[float, float, float]:  # (difference, low, high)
     """Measure how much larger the first share is, with Newcombe's interval.
 
+    Raises: `ValueError`: no runs, or more that fail than there are.
+
     Source: Newcombe, Statistics in Medicine 17 (1998) 873, method 10."""
     from scipy.stats import binomtest
 
+    for count, size in ((first, of_first), (second, of_second)):
+        if not 0 <= count <= size or size < 1:
+            raise ValueError(
+                f"of at least one run between none and all can fail, got {count} of "
+                f"{size}"
+            )
     p, q = first / of_first, second / of_second
     one = binomtest(first, of_first).proportion_ci(level, method="wilson")
     other = binomtest(second, of_second).proportion_ci(level, method="wilson")
