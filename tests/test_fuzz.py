@@ -65,6 +65,7 @@ from grpo_nb.evidence.cost import (
     parameters,
     training_bytes,
 )
+from grpo_nb.evidence.designs import difference_of_shares
 from grpo_nb.evidence.statistics import (
     Claim,
     difference,
@@ -2304,6 +2305,23 @@ def test_statistics(x, y, level, n, c, k):
         )
 
 
+@fuzz(difference_of_shares, times=1)
+@given(COUNTS, COUNTS, COUNTS, COUNTS, st.sampled_from([0.5, 0.95, *ODD]))
+def test_shares(first, of_first, second, of_second, level):
+    counts = (first, of_first, second, of_second)
+    names = ("first", "of_first", "second", "of_second")
+    found = outcome(difference_of_shares, dict(zip(names, counts)) | {"level": level})
+    whole = all(isinstance(x, int) for x in counts)
+    fits = whole and 0 <= first <= of_first and 0 <= second <= of_second
+    fits = fits and min(of_first, of_second) >= 1
+    shown = isinstance(level, (int, float)) and 0 < level < 1
+    assert (found is not None) == bool(fits and shown)
+    if found is not None:
+        gap, low, high = found
+        assert math.isclose(gap, first / of_first - second / of_second)
+        assert -1 - 1e-9 <= low <= gap + 1e-9 and gap - 1e-9 <= high <= 1 + 1e-9
+
+
 def ask(*_):
     raise AssertionError("nothing was to be run")
 
@@ -2583,6 +2601,10 @@ EXCEPTIONS = (
         "evidence.statistics.Finding": "drawn in test_evidence.py",
         "evidence.statistics.decide": "drawn in test_evidence.py",
         "evidence.statistics.summarise": "pandas",
+        "evidence.designs.exact_values": "takes models",
+        "evidence.designs.judge": "takes models and a checked config",
+        "evidence.designs.baseline_step": "takes models and a checked config",
+        "evidence.designs.Pieces": "test_designs.py",
         "evidence.statistics.probe": "`sample` and a task",
         "evidence.statistics.read_metrics": "of runs that `sweep` made",
     }

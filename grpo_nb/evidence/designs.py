@@ -213,20 +213,28 @@ def difference_of_shares(
 ) -> tuple[float, float, float]:  # (difference, low, high)
     """Measure how much larger the first share is, with Newcombe's interval.
 
-    Raises: `ValueError`: no runs, or more that fail than there are.
+    Raises: `ValueError`: no runs, more that fail than there are, another level.
 
     Source: Newcombe, Statistics in Medicine 17 (1998) 873, method 10."""
     from scipy.stats import binomtest
 
-    for count, size in ((first, of_first), (second, of_second)):
-        if not 0 <= count <= size or size < 1:
-            raise ValueError(
-                f"of at least one run between none and all can fail, got {count} of "
-                f"{size}"
-            )
+    _check_share("first", first, of_first)
+    _check_share("second", second, of_second)
+    if not (isinstance(level, (int, float)) and 0 < level < 1):
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}")
     p, q = first / of_first, second / of_second
     one = binomtest(first, of_first).proportion_ci(level, method="wilson")
     other = binomtest(second, of_second).proportion_ci(level, method="wilson")
     below = ((p - one.low) ** 2 + (other.high - q) ** 2) ** 0.5
     above = ((one.high - p) ** 2 + (q - other.low) ** 2) ** 0.5
     return p - q, float(p - q - below), float(p - q + above)
+
+
+def _check_share(name: str, count: int, size: int):
+    "Refuse what is no number of runs among so many, of which there is one at least."
+    whole = isinstance(count, int) and isinstance(size, int)
+    if not (whole and 0 <= count <= size and size >= 1):
+        raise ValueError(
+            f"{name} must be a whole number from 0 to of_{name}, and that at least 1; "
+            f"got {count!r} of {size!r}"
+        )
