@@ -86,8 +86,7 @@ bench-gpu: setup ## on a machine with a GPU: its tests, steps here and in TRL, m
 # A run of the claims goes on where it was; a smoke run starts anew. Each run has one thread, and there are as many at once as cores:
 # runs of one claim, or in a smoke run, where each claim has few, claims. The designs, which have hundreds of runs and pages that say how
 # to make them in pieces, are here only in miniature.
-DESIGNS := factorial best_chances second_opinion
-CLAIMS ?= $(basename $(notdir $(wildcard nbs/experiments/claims/[0-9]*.ipynb))) $(if $(SMOKE),$(DESIGNS))
+CLAIMS ?= $(filter-out index,$(basename $(notdir $(wildcard nbs/experiments/claims/$(if $(SMOKE),,[0-9])*.ipynb))))
 claims: setup ## ten claims about PPO and GRPO, each tried: make the tables and verdicts in benchmarks/claims/ (SMOKE=1: in miniature; CLAIMS=02_explore: that one)
 	@mkdir -p runs/claims; $(if $(SMOKE),rm -rf runs/claims/smoke-*;) \
 	printf '%s\n' $(CLAIMS) | xargs -P $(if $(SMOKE),$(CPUS),1) -I {} bash -c ' \

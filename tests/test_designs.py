@@ -11,16 +11,19 @@ from grpo_nb.evidence.designs import (
     MEANS,
     VALUES,
     Pieces,
+    baseline_run,
     baseline_step,
     difference_of_shares,
     exact_values,
     judge,
+    mean_of_steps,
 )
 from grpo_nb.evidence.statistics import Claim
 from grpo_nb.evidence.sweep import grid
 from grpo_nb.policy import as_rollout, token_logprobs
 from grpo_nb.run.build import build_models
 from grpo_nb.run.options import make_config
+from grpo_nb.run.training import step_queries
 
 TASK = load_task("add")
 
@@ -119,7 +122,7 @@ def test_exact_values_are_what_is_left_of_the_right_answer():
         [all_],
     ]
     expected = [row + [0.0] * (T - len(row)) for row in expected]
-    got = exact_values(models, rollout)
+    got = exact_values(models.policy, models.tokenizer, rollout)
     torch.testing.assert_close(got, torch.tensor(expected), atol=1e-6, rtol=1e-5)
 
 
@@ -252,4 +255,51 @@ def test_a_temperature_counts_in_exact_values():
     rollout = as_rollout(models.tokenizer, [query], ["85"])
     with torch.no_grad():
         p = token_logprobs(models.policy, rollout, 0.5)[0].sum().exp().item()
-    assert exact_values(models, rollout, 0.5)[0, 0].item() == pytest.approx(p, rel=1e-5)
+    assert exact_values(models.policy, models.tokenizer, rollout, 0.5)[
+        0, 0
+    ].item() == pytest.approx(p, rel=1e-5)
+
+
+def test_exact_values_of_a_group_are_those_of_its_query_repeated():
+    models, _ = built()
+    query = TASK.parse("47+38=")
+    apart = as_rollout(models.tokenizer, [query] * 2, ["85", "95"])
+    group = as_rollout(models.tokenizer, [query] * 2, ["85", "95"])
+    group.queries = [query]
+    group.num_generations = 2
+    one, other = (
+        exact_values(models.policy, models.tokenizer, rollout)
+        for rollout in (apart, group)
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_a_run_is_its_steps_and_in_a_head_start_the_policy_rests():
+    models, config = built(seed=7, num_prompts=8)
+    config.seed = 3
+    rows = baseline_run(models, TASK, "GRPO", 2, 4, 3, config)
+    by_hand, _ = built(seed=3, num_prompts=8)
+    rewards = [
+        baseline_step(by_hand, step_queries(TASK, 2, 3, step), "GRPO", 4, config)[0]
+        .rewards.double()
+        .mean()
+        .item()
+        for step in (1, 2, 3)
+    ]
+    assert rows["step"].tolist() == [1, 2, 3] and rows["reward"].tolist() == rewards
+    assert rows["explained"].isna().all()
+    assert weights(models).equal(weights(by_hand))
+
+    models, config = built(num_prompts=8)
+    fresh = weights(models).clone()
+    rows = baseline_run(models, TASK, "value model", 8, 1, 0, config, head_start=2)
+    assert rows["step"].tolist() == [-1, 0] and rows["explained"].notna().all()
+    assert weights(models).equal(fresh)
+    assert not models.value.head.weight.equal(built()[0].value.head.weight)
+
+
+def test_steps_are_averaged_up_to_the_one_that_names_them():
+    rows = pd.DataFrame({"step": [1, 2, 3, 4, 5], "reward": [1.0, 2, 3, 4, 5]})
+    found = mean_of_steps(rows, 2)
+    assert found["step"].tolist() == [2, 4, 6]
+    assert found["reward"].tolist() == [1.5, 3.5, 5.0]

@@ -2604,6 +2604,8 @@ EXCEPTIONS = (
         "evidence.designs.exact_values": "takes models",
         "evidence.designs.judge": "takes models and a checked config",
         "evidence.designs.baseline_step": "takes models and a checked config",
+        "evidence.designs.baseline_run": "takes models and a checked config",
+        "evidence.designs.mean_of_steps": "pandas",
         "evidence.designs.Pieces": "test_designs.py",
         "evidence.statistics.probe": "`sample` and a task",
         "evidence.statistics.read_metrics": "of runs that `sweep` made",

@@ -488,11 +488,15 @@ class Claim:
             raise RuntimeError(f"{self.name}: {runs['error'].dropna().iloc[0]}")
         return runs
 
+    def path_of(self, name: str) -> Path:
+        "Say where the table of that name is, or will be."
+        return self.results / f"{self.name}_{name}.csv"
+
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """Give the table of that name: as it was kept, or made now.
 
         Raises: `ValueError`: there is none yet."""
-        path = self.results / f"{self.name}_{name}.csv"
+        path = self.path_of(name)
         if self.smoke or self.rerun:
             began = time.time()
             table = make()
@@ -510,7 +514,7 @@ class Claim:
         "Write a table that pages read: of runs, or computed from their tables."
         self.results.mkdir(parents=True, exist_ok=True)
         text = table.to_csv(index=False, float_format="%.6g")
-        write_atomically(self.results / f"{self.name}_{name}.csv", text)
+        write_atomically(self.path_of(name), text)
 
     def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """Give the rows of one run, with its `seconds`: as they were kept, or made now.
@@ -598,6 +602,7 @@ def _versions() -> dict[str, str | int]:
 # %% ../../nbs/4_evidence/46_statistics.ipynb #d5a0f6cb
 def verdicts(
     directory: str | Path,  # benchmarks/claims
+    names: str = "[0-9]*",  # a pattern of theirs: of the ten claims, not of designs
 ) -> (
     pd.DataFrame
 ):  # by claim: claim, verdict, findings, reason, practice, runs, seconds
@@ -609,7 +614,7 @@ def verdicts(
     Raises: `ValueError`: a file that is damaged, or does not say what its findings
     say."""
     rows = {}
-    for path in sorted(Path(directory).glob("[0-9]*.json")):
+    for path in sorted(Path(directory).glob(f"{names}.json")):
         noted = read_json(path)
         try:
             rows[path.stem] = _verdict(noted)
