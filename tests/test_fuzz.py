@@ -16,6 +16,7 @@ test."""
 import ast
 import contextlib
 import copy
+import fnmatch
 import importlib
 import inspect
 import io
@@ -2393,8 +2394,12 @@ def test_grids(axes, jobs, value):
 
 
 @fuzz(verdicts, Claim, read_json)
-@given(damages(), st.text(max_size=9) | st.sampled_from(["01_kl", "../x", "a/b", ".."]))
-def test_claims(tmp_path_factory, damage, name):
+@given(
+    damages(),
+    st.text(max_size=9) | st.sampled_from(["01_kl", "../x", "a/b", ".."]),
+    st.text(max_size=9) | st.sampled_from(["*", "**", "[", "0?_kl", "../*", "/*"]),
+)
+def test_claims(tmp_path_factory, damage, name, names):
     """A claim's file that is damaged is named; a claim is called by a name that is
     no path."""
     path = tmp_path_factory.getbasetemp() / "claims" / "01_kl.json"
@@ -2403,6 +2408,10 @@ def test_claims(tmp_path_factory, damage, name):
     path.write_bytes(content or b"")
     found = refused(lambda: verdicts(path.parent), str(path))
     assert found is None or list(found.index) == ["01_kl"]
+    some = refused(lambda: verdicts(path.parent, names=names), str(path))
+    chosen = ["01_kl"] if fnmatch.fnmatchcase("01_kl", names) else []
+    assert (some is None) == (found is None and bool(chosen))
+    assert some is None or list(some.index) == chosen
     claim = outcome(Claim, {"name": name, "statement": ""})
     assert (claim is not None) == bool(re.fullmatch(r"\w+", name)) and (
         claim is None or claim.directory.parent == ROOT / "runs/claims"

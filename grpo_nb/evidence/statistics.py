@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from math import comb
 from pathlib import Path
 
@@ -602,7 +603,7 @@ def _versions() -> dict[str, str | int]:
 # %% ../../nbs/4_evidence/46_statistics.ipynb #d5a0f6cb
 def verdicts(
     directory: str | Path,  # benchmarks/claims
-    names: str = "[0-9]*",  # a pattern of theirs: of the ten claims, not of designs
+    names: str = "[0-9]*",  # which files, without .json; these: of the ten claims
 ) -> (
     pd.DataFrame
 ):  # by claim: claim, verdict, findings, reason, practice, runs, seconds
@@ -614,7 +615,9 @@ def verdicts(
     Raises: `ValueError`: a file that is damaged, or does not say what its findings
     say."""
     rows = {}
-    for path in sorted(Path(directory).glob(f"{names}.json")):
+    for path in sorted(Path(directory).glob("*.json")):
+        if not fnmatchcase(path.stem, names):
+            continue
         noted = read_json(path)
         try:
             rows[path.stem] = _verdict(noted)
